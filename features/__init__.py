@@ -1,0 +1,1 @@
+"""The language, the aggregations and the kernel: pure, no I/O. Users import `headrace`, which re-exports the language."""

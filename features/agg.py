@@ -1,0 +1,218 @@
+"""Aggregations as a user declares them: `clicks = agg.count(Click, over=["10m", "1h", "24h"])`.
+
+Each function returns a handle; its options are checked against the contract when the view is made. Shared options:
+`over` names windows (`1m` to `90d`, or `all`), and each becomes a feature `attribute_window`; `where` keeps the events
+for which a condition holds; `by` splits by a text field into at most `buckets` buckets a row, those seen latest;
+`default` is served where the value is null; `doc` describes the feature in the catalogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from features import aggregations as kinds
+from features.aggregations.base import DEFAULT_BUCKETS, Aggregation
+from features.events import Event
+from features.expressions import Condition
+from features.language import Declared
+
+Over = str | Sequence[str]
+
+
+def count(
+    event: type[Event],
+    *,
+    over: Over,
+    where: Condition | None = None,
+    by: str | None = None,
+    buckets: int = DEFAULT_BUCKETS,
+    doc: str = "",
+) -> Declared:
+    """How many events. Nothing seen: 0."""
+    return _declare(kinds.Count, event, over, where=where, by=by, buckets=buckets, doc=doc)
+
+
+def sum(
+    event: type[Event],
+    field: str,
+    *,
+    over: Over,
+    where: Condition | None = None,
+    by: str | None = None,
+    buckets: int = DEFAULT_BUCKETS,
+    doc: str = "",
+) -> Declared:  # noqa: A001  # the field's standard term; used as agg.sum
+    """The sum of a field. Nothing seen: 0."""
+    return _declare(kinds.Sum, event, over, field=field, where=where, by=by, buckets=buckets, doc=doc)
+
+
+def mean(
+    event: type[Event],
+    field: str,
+    *,
+    over: Over,
+    where: Condition | None = None,
+    by: str | None = None,
+    buckets: int = DEFAULT_BUCKETS,
+    default: float | None = None,
+    doc: str = "",
+) -> Declared:
+    """The arithmetic mean of a field. Nothing seen: null."""
+    return _declare(kinds.Mean, event, over, field=field, where=where, by=by, buckets=buckets, default=default, doc=doc)
+
+
+def min(
+    event: type[Event],
+    field: str,
+    *,
+    over: Over,
+    where: Condition | None = None,
+    by: str | None = None,
+    buckets: int = DEFAULT_BUCKETS,
+    default: float | None = None,
+    doc: str = "",
+) -> Declared:  # noqa: A001  # as sum
+    """The smallest value of a field. Nothing seen: null."""
+    return _declare(kinds.Min, event, over, field=field, where=where, by=by, buckets=buckets, default=default, doc=doc)
+
+
+def max(
+    event: type[Event],
+    field: str,
+    *,
+    over: Over,
+    where: Condition | None = None,
+    by: str | None = None,
+    buckets: int = DEFAULT_BUCKETS,
+    default: float | None = None,
+    doc: str = "",
+) -> Declared:  # noqa: A001  # as sum
+    """The largest value of a field. Nothing seen: null."""
+    return _declare(kinds.Max, event, over, field=field, where=where, by=by, buckets=buckets, default=default, doc=doc)
+
+
+def std(
+    event: type[Event],
+    field: str,
+    *,
+    over: Over,
+    where: Condition | None = None,
+    by: str | None = None,
+    buckets: int = DEFAULT_BUCKETS,
+    default: float | None = None,
+    doc: str = "",
+) -> Declared:
+    """The population's standard deviation of a field. Nothing seen: null."""
+    return _declare(kinds.Std, event, over, field=field, where=where, by=by, buckets=buckets, default=default, doc=doc)
+
+
+def distinct(event: type[Event], field: str, *, over: Over, where: Condition | None = None, doc: str = "") -> Declared:
+    """How many distinct values: exact up to 64, within 5 % (one standard error) above. Nothing seen: 0."""
+    return _declare(kinds.Distinct, event, over, field=field, where=where, doc=doc)
+
+
+def last(
+    event: type[Event],
+    field: str,
+    *,
+    over: Over = (),
+    where: Condition | None = None,
+    default: float | str | None = None,
+    doc: str = "",
+) -> Declared:
+    """The latest value of a field. Nothing seen: null."""
+    return _declare(kinds.Last, event, over, field=field, where=where, default=default, doc=doc)
+
+
+def last_k(
+    event: type[Event], field: str, k: int, *, over: Over = (), where: Condition | None = None, doc: str = ""
+) -> Declared:
+    """The k latest distinct values of a text field, newest first. Nothing seen: empty."""
+    return _declare(kinds.LastK, event, over, field=field, k=k, where=where, doc=doc)
+
+
+def seconds_since(
+    event: type[Event], *, over: Over = (), where: Condition | None = None, default: float | None = None, doc: str = ""
+) -> Declared:
+    """Seconds since the latest event. Nothing seen: null."""
+    return _declare(kinds.SecondsSince, event, over, where=where, default=default, doc=doc)
+
+
+def decayed(
+    event: type[Event],
+    field: str | None = None,
+    *,
+    half_life: str,
+    where: Condition | None = None,
+    by: str | None = None,
+    buckets: int = DEFAULT_BUCKETS,
+    doc: str = "",
+) -> Declared:
+    """The sum of x * 2^(-age / half_life), of a field or of 1 an event. Nothing seen: 0."""
+    return _declare(
+        kinds.Decayed, event, (), field=field, half_life=half_life, where=where, by=by, buckets=buckets, doc=doc
+    )
+
+
+def top_k(
+    event: type[Event],
+    field: str,
+    k: int,
+    *,
+    over: Over,
+    where: Condition | None = None,
+    buckets: int = DEFAULT_BUCKETS,
+    doc: str = "",
+) -> Declared:
+    """The k most frequent values of a text field, of the `buckets` seen latest. Nothing seen: empty."""
+    return Declared(
+        kinds.TopK,
+        event,
+        {"over": _windows(over), "field": field, "k": k, "where": where, "buckets": buckets, "doc": doc},
+    )
+
+
+def ratio(
+    event: type[Event],
+    of: type[Event],
+    *,
+    over: Over,
+    prior: float,
+    strength: float,
+    where: Condition | None = None,
+    of_where: Condition | None = None,
+    by: str | None = None,
+    buckets: int = DEFAULT_BUCKETS,
+    doc: str = "",
+) -> Declared:
+    """A smoothed rate, (events + prior * strength) / (events `of` + strength): clicks of impressions, say."""
+    return _declare(
+        kinds.Ratio,
+        event,
+        over,
+        of=of,
+        prior=prior,
+        strength=strength,
+        where=where,
+        of_where=of_where,
+        by=by,
+        buckets=buckets,
+        doc=doc,
+    )
+
+
+def _declare(
+    kind: type[Aggregation],
+    event: type[Event],
+    over: Over,
+    *,
+    by: str | None = None,
+    buckets: int | None = None,
+    **options: Any,
+) -> Declared:
+    return Declared(kind, event, {"over": _windows(over), "by": by, "buckets": buckets if by else None, **options})
+
+
+def _windows(over: Over) -> tuple[str, ...]:
+    return (over,) if isinstance(over, str) else tuple(over)

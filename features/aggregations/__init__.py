@@ -1,0 +1,40 @@
+"""Every aggregation, one file each."""
+
+from features.aggregations.base import Aggregation, Measure, Part, Slot, Table
+from features.aggregations.count import Count
+from features.aggregations.decayed import Decayed
+from features.aggregations.distinct import Distinct
+from features.aggregations.last import Last
+from features.aggregations.last_k import LastK
+from features.aggregations.max import Max
+from features.aggregations.mean import Mean
+from features.aggregations.min import Min
+from features.aggregations.ratio import Ratio
+from features.aggregations.seconds_since import SecondsSince
+from features.aggregations.std import Std
+from features.aggregations.sum import Sum
+from features.aggregations.top_k import TopK
+
+AnyAggregation = Count | Sum | Mean | Min | Max | Std | Ratio | Distinct | Last | LastK | SecondsSince | Decayed | TopK
+
+__all__ = [
+    "Aggregation",
+    "AnyAggregation",
+    "Count",
+    "Decayed",
+    "Distinct",
+    "Last",
+    "LastK",
+    "Max",
+    "Mean",
+    "Measure",
+    "Min",
+    "Part",
+    "Ratio",
+    "SecondsSince",
+    "Slot",
+    "Std",
+    "Sum",
+    "Table",
+    "TopK",
+]

@@ -1,0 +1,150 @@
+"""What every aggregation declares, and what it asks of the kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from features.expressions import AnyCondition
+from features.partials import AnyPartial, Columns
+from features.times import ALL, Window
+from features.values import Floats, Type, Values
+
+DEFAULT_BUCKETS = 64
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Which events count, and what of each: those of a contract where the condition holds and the field isn't null."""
+
+    event: str
+    field: str | None = None
+    where: AnyCondition | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Entries of one shape in a row; aggregations that agree on all of this share them.
+
+    An entry's key is its row, bucket and start, as far as the table has them: `bucket` is None, a text, a 64-bit hash
+    of the field's value or a sketch cell; `starts` says that entries are tiles, which age. A row keeps `bound` buckets,
+    those seen latest.
+    """
+
+    row: str
+    windows: tuple[Window, ...]
+    starts: bool
+    by: str | None = None
+    bucket: Literal["text", "hash", "cell"] | None = None
+    bound: int | None = None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One partial of an aggregation: where it is kept and what goes in."""
+
+    table: Table
+    partial: AnyPartial
+    measure: Measure
+
+
+class Part(Protocol):
+    """A slot's state for many rows, as the kernel hands it to `Aggregation.value`.
+
+    Its unit is the group: a row, or a (row, bucket) pair of a table with buckets.
+    """
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows there are."""
+        ...
+
+    @property
+    def rows(self) -> NDArray[np.intp]:
+        """intp[groups]: each group's row, ascending."""
+        ...
+
+    @property
+    def buckets(self) -> NDArray[Any]:
+        """[groups]: each group's bucket: a text's code, a hash or a cell."""
+        ...
+
+    @property
+    def texts(self) -> pa.StringArray:
+        """What codes stand for."""
+        ...
+
+    def over(self, window: Window) -> Columns:
+        """The combined partial of each group over the window; a table without starts has just one."""
+        ...
+
+
+class Aggregation(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", omit_defaults=True):
+    """A declared aggregation, as plain data: what the plan keeps and the kernel runs."""
+
+    nothing: ClassVar[float] = 0.0
+    """The number for no events; NaN reads as null."""
+
+    name: str
+    event: str
+    field: str | None = None
+    where: AnyCondition | None = None
+    over: tuple[str, ...] = ()
+    by: str | None = None
+    buckets: int | None = None
+    default: float | str | None = None
+    doc: str = ""
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """Declared windows, shortest first; `all` where none is declared."""
+        return tuple(sorted(Window.parse(name) for name in self.over or (ALL,)))
+
+    @property
+    def measure(self) -> Measure:
+        """The events that it is about."""
+        return Measure(self.event, self.field, self.where)
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """All events that it reads."""
+        return tuple(dict.fromkeys(slot.measure for slot in self.slots()))
+
+    @property
+    def value_type(self) -> Type:
+        """The type of its features."""
+        return "map[str, float]" if self.by else "float"
+
+    def tiles(self) -> Table:
+        """The windowed table that the aggregation shares with others of the same windows and buckets."""
+        windows = self.windows
+        return Table(
+            row="",
+            windows=windows,
+            starts=not windows[0].unbounded,
+            by=self.by,
+            bucket="text" if self.by else None,
+            bound=self.buckets,
+        )
+
+    def slots(self) -> tuple[Slot, ...]:
+        """The partials that it keeps."""
+        raise NotImplementedError
+
+    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
+        """The feature over one window for all rows, or for all buckets of all rows where `by` is set."""
+        raise NotImplementedError
+
+
+LATEST = Table(row="", windows=(Window.parse(ALL),), starts=False)
+"""Where partials without a window live: one entry a row."""
+
+
+def null_if(condition: NDArray[np.bool_], values: Floats) -> Floats:
+    """The values, NaN where the condition holds."""
+    return np.where(condition, np.nan, values)

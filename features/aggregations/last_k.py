@@ -1,0 +1,45 @@
+"""Latest distinct values of a field."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from features.aggregations.base import Aggregation, Part, Slot, Table
+from features.partials import Seen
+from features.times import ALL, TICK_MS, Window
+from features.values import Lists, Type, Values, offsets_of
+
+
+class LastK(Aggregation, frozen=True, kw_only=True, tag="last_k"):
+    """The k latest distinct values of a text field, newest first; of equal times the larger text is the later.
+
+    Always exact: a value that fell out of the k latest can only come back with an event of its own.
+
+    >>> from features.aggregations.worked import worked
+    >>> recent = LastK(name="recent", event="Click", field="item_id", k=2)
+    >>> clicks = {"00:00": {"item_id": "a"}, "00:01": {"item_id": "b"}, "00:02": {"item_id": "a"}, "00:03": {"item_id": "c"}}
+    >>> worked(recent, clicks, at="00:45")
+    ['c', 'a']
+    """
+
+    k: int
+
+    @property
+    def value_type(self) -> Type:
+        """See `Aggregation.value_type`."""
+        return "list[str]"
+
+    def slots(self) -> tuple[Slot, ...]:
+        """See `Aggregation.slots`."""
+        table = Table(self.name, (Window.parse(ALL),), starts=False, by=self.field, bucket="text", bound=self.k)
+        return (Slot(table, Seen(), self.measure),)
+
+    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
+        """See `Aggregation.value`."""
+        part = parts[0]
+        (seen_ms,) = part.over(window)
+        inside = np.flatnonzero(seen_ms >= window.tail_ticks(now_ms) * TICK_MS)
+        newest = inside[np.lexsort((-part.buckets[inside], -seen_ms[inside], part.rows[inside]))]
+        return Lists(offsets_of(part.rows[newest], part.n_rows), part.buckets[newest], part.texts)

@@ -1,0 +1,33 @@
+"""Largest value of a field over a window."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from features.aggregations.base import Aggregation, Part, Slot, null_if
+from features.partials import Greatest
+from features.times import Window
+from features.values import Values
+
+
+class Max(Aggregation, frozen=True, kw_only=True, tag="max"):
+    """The largest value of a numeric field; null where there is none.
+
+    >>> from features.aggregations.worked import worked
+    >>> price = Max(name="price", event="Click", field="price", over=("1h",))
+    >>> worked(price, {"00:00": {"price": 5.0}, "00:30": {"price": 2.0}}, at="00:45")
+    5.0
+    """
+
+    nothing: ClassVar[float] = float("nan")
+
+    def slots(self) -> tuple[Slot, ...]:
+        """See `Aggregation.slots`."""
+        return (Slot(self.tiles(), Greatest(), self.measure),)
+
+    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
+        """See `Aggregation.value`."""
+        (value,) = parts[0].over(window)
+        return null_if(np.isinf(value), value)

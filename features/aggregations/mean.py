@@ -1,0 +1,32 @@
+"""Mean of a field over a window."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from features.aggregations.base import Aggregation, Part, Slot, null_if
+from features.partials import Moments
+from features.times import Window
+from features.values import Values
+
+
+class Mean(Aggregation, frozen=True, kw_only=True, tag="mean"):
+    """The arithmetic mean of a numeric field, nulls left out; null where there is none.
+
+    >>> from features.aggregations.worked import worked
+    >>> price = Mean(name="price", event="Click", field="price", over=("1h",))
+    >>> worked(price, {"00:00": {"price": 5.0}, "00:30": {"price": 2.0}}, at="00:45")
+    3.5
+    >>> worked(price, {}, at="00:45")
+    """
+
+    nothing: ClassVar[float] = float("nan")
+
+    def slots(self) -> tuple[Slot, ...]:
+        """See `Aggregation.slots`."""
+        return (Slot(self.tiles(), Moments(), self.measure),)
+
+    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
+        """See `Aggregation.value`."""
+        n, mean, _ = parts[0].over(window)
+        return null_if(n == 0, mean)

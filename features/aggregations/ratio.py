@@ -1,0 +1,38 @@
+"""One kind of event against another, with a prior."""
+
+from __future__ import annotations
+
+from features.aggregations.base import Aggregation, Measure, Part, Slot
+from features.expressions import AnyCondition
+from features.partials import Tally
+from features.times import Window
+from features.values import Values
+
+
+class Ratio(Aggregation, frozen=True, kw_only=True, tag="ratio"):
+    """A smoothed rate: (events + prior * strength) / (events `of` + strength).
+
+    With no event at all it is the prior; each event `of` moves it, as if `strength` of them had been seen before.
+
+    >>> from features.aggregations.worked import worked
+    >>> rate = Ratio(name="rate", event="Click", of="Click", where=None, over=("1h",), prior=0.1, strength=10)
+    >>> worked(rate, {}, at="00:45")
+    0.1
+    >>> worked(rate, {"00:00": {}, "00:30": {}}, at="00:45")
+    0.25
+    """
+
+    of: str
+    of_where: AnyCondition | None = None
+    prior: float
+    strength: float
+
+    def slots(self) -> tuple[Slot, ...]:
+        """See `Aggregation.slots`."""
+        tiles = self.tiles()
+        return Slot(tiles, Tally(), self.measure), Slot(tiles, Tally(), Measure(self.of, None, self.of_where))
+
+    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
+        """See `Aggregation.value`."""
+        hits, trials = (part.over(window)[0] for part in parts)
+        return (hits + self.prior * self.strength) / (trials + self.strength)

@@ -1,0 +1,45 @@
+"""Most frequent values of a field."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from features.aggregations.base import Aggregation, Part, Slot, Table
+from features.partials import Tally
+from features.times import Window
+from features.values import Lists, Type, Values, offsets_of
+
+
+class TopK(Aggregation, frozen=True, kw_only=True, tag="top_k"):
+    """The k most frequent values of a text field in a window, ties by value, ascending.
+
+    A row keeps the counts of `buckets` values, those seen latest; up to as many distinct ones it is exact.
+
+    >>> from features.aggregations.worked import worked
+    >>> top = TopK(name="top", event="Click", field="brand", k=1, over=("1h",), buckets=8)
+    >>> worked(top, {"00:00": {"brand": "b"}, "00:10": {"brand": "a"}, "00:20": {"brand": "b"}}, at="00:45")
+    ['b']
+    """
+
+    k: int
+
+    @property
+    def value_type(self) -> Type:
+        """See `Aggregation.value_type`."""
+        return "list[str]"
+
+    def slots(self) -> tuple[Slot, ...]:
+        """See `Aggregation.slots`."""
+        windows = self.windows
+        table = Table("", windows, starts=not windows[0].unbounded, by=self.field, bucket="text", bound=self.buckets)
+        return (Slot(table, Tally(), self.measure),)
+
+    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
+        """See `Aggregation.value`."""
+        part = parts[0]
+        (count,) = part.over(window)
+        some = np.flatnonzero(count)
+        ranked = some[np.lexsort((part.buckets[some], -count[some], part.rows[some]))]
+        offsets = offsets_of(part.rows[ranked], part.n_rows)
+        best = ranked[np.arange(len(ranked)) - offsets[part.rows[ranked]] < self.k]
+        return Lists(offsets_of(part.rows[best], part.n_rows), part.buckets[best], part.texts)

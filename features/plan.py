@@ -1,0 +1,257 @@
+"""The plan: everything that was declared, as plain data.
+
+`apply` writes it into the registry; streams and servers read it from there and run it. It holds no code: derived
+functions and contracts are named, found again by import, and checked by fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from features.aggregations import AnyAggregation
+from features.aggregations.base import Aggregation
+from features.events import Event, Kind
+from features.times import Window
+from features.values import Type
+
+VERSION = 1
+
+
+class EntitySpec(msgspec.Struct, frozen=True):
+    """What features describe."""
+
+    name: str
+    key: str
+    forget_after: str | None = None
+    doc: str = ""
+
+
+class EventSpec(msgspec.Struct, frozen=True):
+    """A contract: its topic, its fields, and where its code is (`module:qualified.name`)."""
+
+    name: str
+    topic: str
+    fields: dict[str, Kind]
+    code: str
+    fingerprint: str
+    doc: str = ""
+
+
+class At(msgspec.Struct, frozen=True, tag_field="is", tag="at"):
+    """A lookup in a map feature, at the value of a text feature."""
+
+    of: str
+    key: str
+    name: str = ""
+    doc: str = ""
+
+
+class Contains(msgspec.Struct, frozen=True, tag_field="is", tag="contains"):
+    """Whether a list feature holds the id of an entity."""
+
+    of: str
+    entity: str
+    name: str = ""
+    doc: str = ""
+
+
+class Derived(msgspec.Struct, frozen=True, tag_field="is", tag="derived"):
+    """A numpy function of other features."""
+
+    name: str
+    args: tuple[str | At | Contains, ...]
+    code: str
+    fingerprint: str
+    value_type: Type = "float"
+    default: float | None = None
+    doc: str = ""
+
+
+FeatureSpec = AnyAggregation | Derived | At | Contains
+
+
+class ViewSpec(msgspec.Struct, frozen=True):
+    """Named features of one entity, or of a pair (a cross view)."""
+
+    name: str
+    entities: tuple[str, ...]
+    features: tuple[FeatureSpec, ...]
+    owner: str = ""
+    tags: dict[str, str] = {}
+    doc: str = ""
+
+    @property
+    def aggregations(self) -> tuple[Aggregation, ...]:
+        """Those that keep state."""
+        return tuple(spec for spec in self.features if isinstance(spec, Aggregation))
+
+
+class ServiceSpec(msgspec.Struct, frozen=True):
+    """The list of features that one model reads, by full name."""
+
+    name: str
+    features: tuple[str, ...]
+    owner: str = ""
+    tags: dict[str, str] = {}
+    doc: str = ""
+
+
+class Feature(msgspec.Struct, frozen=True):
+    """One servable feature, derived from its view's specification."""
+
+    view: str
+    name: str
+    entities: tuple[str, ...]
+    value_type: Type
+    spec: FeatureSpec
+    window: Window | None = None
+    default: float | str | None = None
+    doc: str = ""
+
+    @property
+    def full_name(self) -> str:
+        """`view__name`, as Feast has it."""
+        return f"{self.view}__{self.name}"
+
+
+class Plan(msgspec.Struct, frozen=True, dict=True):
+    """What is applied."""
+
+    project: str
+    shards: int
+    entities: tuple[EntitySpec, ...]
+    events: tuple[EventSpec, ...]
+    views: tuple[ViewSpec, ...]
+    services: tuple[ServiceSpec, ...]
+    version: int = VERSION
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that name this plan in answers, logs and metrics."""
+        return digest(msgspec.json.encode(self, order="sorted"))
+
+    @cached_property
+    def features(self) -> dict[str, Feature]:
+        """Every servable feature by its full name, in order of declaration."""
+        return {feature.full_name: feature for view in self.views for feature in features_of(view)}
+
+    def service(self, name: str) -> ServiceSpec:
+        """The service called `name`.
+
+        Raises:
+            KeyError: if there is none; the message lists those there are.
+        """
+        return _named("service", self.services, name)
+
+    def view(self, name: str) -> ViewSpec:
+        """The view called `name`, or KeyError."""
+        return _named("view", self.views, name)
+
+    def entity(self, name: str) -> EntitySpec:
+        """The entity called `name`, or KeyError."""
+        return _named("entity", self.entities, name)
+
+    def event(self, name: str) -> EventSpec:
+        """The contract called `name`, or KeyError."""
+        return _named("event", self.events, name)
+
+    def encode(self) -> str:
+        """The plan as canonical JSON."""
+        return msgspec.json.encode(self, order="sorted").decode()
+
+    @classmethod
+    def decode(cls, text: str | bytes) -> Plan:
+        """The inverse of `encode`.
+
+        Raises:
+            ValueError: if the text is no plan, or one of another version of Headrace.
+        """
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.DecodeError as error:
+            msg = f"the applied plan can't be read by this version of Headrace ({error}); run `headrace apply` with it"
+            raise ValueError(msg) from error
+
+
+def digest(data: bytes) -> str:
+    """Twelve hexadecimal digits of a SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def features_of(view: ViewSpec) -> Iterator[Feature]:
+    """The servable features of a view: an aggregation over several windows is one a window."""
+    for spec in view.features:
+        match spec:
+            case Derived():
+                yield Feature(view.name, spec.name, view.entities, spec.value_type, spec, None, spec.default, spec.doc)
+            case At():
+                yield Feature(view.name, spec.name, view.entities, "float", spec, None, None, spec.doc)
+            case Contains():
+                yield Feature(view.name, spec.name, view.entities, "bool", spec, None, None, spec.doc)
+            case _:
+                for window in spec.windows:
+                    name = f"{spec.name}_{window.name}" if spec.over else spec.name
+                    yield Feature(view.name, name, view.entities, spec.value_type, spec, window, spec.default, spec.doc)
+
+
+class CodeChangedError(RuntimeError):
+    """The code that an applied plan names is gone, or is no longer what was applied."""
+
+
+def find_contract(spec: EventSpec) -> type[Event]:
+    """The contract's class, found by name.
+
+    Raises:
+        CodeChangedError: if it is not there or its fields have changed since `apply`.
+    """
+    contract = find_code(spec.code)
+    if contract is None or contract_fingerprint(contract) != spec.fingerprint:
+        msg = f"contract {spec.name} ({spec.code}) is not the one that was applied; run `headrace plan`, then `headrace apply`"
+        raise CodeChangedError(msg)
+    found: type[Event] = contract
+    return found
+
+
+def find_function(spec: Derived) -> Callable[..., Any]:
+    """The derived feature's function, found by name.
+
+    Raises:
+        CodeChangedError: if it is not there or has changed since `apply`.
+    """
+    declared = find_code(spec.code)
+    if declared is None or declared.fingerprint != spec.fingerprint:
+        msg = f"derived feature {spec.name} ({spec.code}) is not the one that was applied; run `headrace plan`, then `headrace apply`"
+        raise CodeChangedError(msg)
+    function: Callable[..., Any] = declared.function
+    return function
+
+
+def contract_fingerprint(contract: type[Event]) -> str:
+    """What a contract accepts, condensed."""
+    return digest(msgspec.json.encode([contract.topic, contract.model_json_schema()], order="sorted"))
+
+
+def find_code(path: str) -> Any:
+    """The object at `module:qualified.name`, or None."""
+    module_name, _, qualified_name = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError:
+        return None
+    for part in qualified_name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _named(what: str, specs: tuple[Any, ...], name: str) -> Any:
+    for spec in specs:
+        if spec.name == name:
+            return spec
+    msg = f"no {what} {name!r} in the plan; there is: {', '.join(spec.name for spec in specs) or 'none'}"
+    raise KeyError(msg)

@@ -1,0 +1,5 @@
+"""Types for derived features."""
+
+from features.types import Array, BoolArray
+
+__all__ = ["Array", "BoolArray"]

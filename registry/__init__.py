@@ -1,0 +1,1 @@
+"""Feast: the plan compiled to its registry, and its stores in front of ours."""

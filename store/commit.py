@@ -1,0 +1,224 @@
+"""The commit: a shard's changed rows and the Kafka offsets they include, written as one.
+
+A shard's commit record holds the writer's random token and, for every topic partition, the next offset and the offset at
+which the dedupe horizon begins. A writer may commit only while the stored record equals, byte for byte, the one that it
+last read or wrote; so two writers can't both go on, and one that Redis fell behind (a lost second, a promoted replica)
+notices before it writes. See docs/decisions/0002-compared-record.md.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any, Final
+
+import msgspec
+import redis
+import structlog
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from store.keys import Keyspace
+
+_COMMIT_LUA: Final = files("store").joinpath("commit.lua").read_text()
+_UNAVAILABLE: Final = (RedisConnectionError, RedisTimeoutError, ConnectionError, TimeoutError)
+_PATIENCE_S: Final = 30.0
+"""How long a commit of unknown outcome is looked into before the writer gives up and is restarted."""
+
+log = structlog.get_logger()
+
+
+class FencedError(RuntimeError):
+    """This writer has been superseded, or Redis holds other data than it last saw: it must stop and start again."""
+
+
+class NotAppliedError(RuntimeError):
+    """Redis has no commit record where there should be one."""
+
+
+class Position(msgspec.Struct, frozen=True, array_like=True):
+    """What of a topic partition a shard's rows include: all before `next`; duplicates are told apart from `horizon` on."""
+
+    next: int
+    horizon: int
+
+
+class CommitRecord(msgspec.Struct, frozen=True):
+    """A shard's commit record; `positions` by topic, then partition."""
+
+    writer: str
+    positions: dict[str, dict[int, Position]] = {}
+    version: int = 1
+
+    def encode(self) -> bytes:
+        """Canonical JSON: equal records are equal bytes."""
+        return msgspec.json.encode(self, order="sorted")
+
+    def position(self, topic: str, partition: int) -> Position | None:
+        """The position in a partition; None where the shard has not read any of it."""
+        return self.positions.get(topic, {}).get(partition)
+
+    def advanced(self, writer: str, positions: dict[tuple[str, int], Position]) -> CommitRecord:
+        """The record with some positions replaced."""
+        merged = {topic: dict(partitions) for topic, partitions in self.positions.items()}
+        for (topic, partition), position in positions.items():
+            merged.setdefault(topic, {})[partition] = position
+        return CommitRecord(writer, merged)
+
+
+@dataclass(frozen=True)
+class RowWrite:
+    """A row's new bytes (empty to delete it) and when it expires, ms since the epoch."""
+
+    key: bytes
+    value: bytes
+    expire_at_ms: int
+
+
+@dataclass(frozen=True)
+class ShardCommit:
+    """One shard's commit: what its record must be, what it becomes, and the rows."""
+
+    record_key: bytes
+    expected: CommitRecord
+    new: CommitRecord
+    rows: Sequence[RowWrite] = field(default=())
+
+
+class Writer:
+    """Writes commits under one random token.
+
+    Args:
+        client: redis, with socket timeouts set: every call has a deadline.
+        keyspace: the project's keys.
+        sleep, clock: for waiting between attempts; tests pass their own.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        keyspace: Keyspace,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.token = secrets.token_hex(8)
+        self._redis: Any = client
+        self._keyspace = keyspace
+        self._sleep = sleep
+        self._clock = clock
+        self._sha = ""
+
+    def claim(self, entity: str, shard: int) -> CommitRecord:
+        """Takes a shard over: replaces the token in its record, and returns the record.
+
+        Raises:
+            NotAppliedError: if there is no record: `apply` never ran, or Redis has lost it.
+        """
+        key = self._keyspace.commit_record(entity, shard)
+        while True:
+            stored = read_record(self._redis, key)
+            mine = stored.advanced(self.token, {})
+            try:
+                self.commit([ShardCommit(key, stored, mine)])
+            except FencedError:
+                continue  # Another writer committed or claimed in between: read again.
+            return mine
+
+    def commit(self, commits: Sequence[ShardCommit]) -> None:
+        """Commits several shards, each for itself, in one round trip.
+
+        A lost answer is looked into: the record is read again; if it is the new one the commit was done, if it is the
+        old one it is sent again.
+
+        Raises:
+            FencedError: if a shard's record is neither: another writer has it, or Redis has other data. Other shards of
+                the call may have been committed.
+        """
+        pending = list(commits)
+        deadline = self._clock() + _PATIENCE_S
+        while pending:
+            try:
+                pending = self._send(pending)
+            except _UNAVAILABLE as error:
+                pending = self._unsettled(pending, deadline, error)
+
+    def _send(self, commits: list[ShardCommit]) -> list[ShardCommit]:
+        """Sends commits and returns those that must be sent again, as Redis did not know the script."""
+        self._sha = self._sha or self._redis.script_load(_COMMIT_LUA)
+        pipeline = self._redis.pipeline(transaction=False)
+        for commit in commits:
+            arguments: list[bytes | int] = [commit.expected.encode(), commit.new.encode()]
+            for row in commit.rows:
+                arguments += (row.value, row.expire_at_ms)
+            keys = [commit.record_key, *(row.key for row in commit.rows)]
+            pipeline.evalsha(self._sha, len(keys), *keys, *arguments)
+        answers = pipeline.execute(raise_on_error=False)
+        again = []
+        for commit, answer in zip(commits, answers, strict=True):
+            if isinstance(answer, NoScriptError):
+                self._sha = ""
+                again.append(commit)
+            elif isinstance(answer, Exception):
+                raise answer
+            elif answer != 1:
+                raise self._fenced(commit)
+        return again
+
+    def _unsettled(self, commits: list[ShardCommit], deadline: float, cause: Exception) -> list[ShardCommit]:
+        """Of commits without an answer, those that did not happen."""
+        while True:
+            if self._clock() >= deadline:
+                raise cause
+            self._sleep(0.1)
+            try:
+                stored = self._redis.mget([commit.record_key for commit in commits]) if len(commits) else []
+                break
+            except (*_UNAVAILABLE, ResponseError) as error:
+                log.warning("redis_unavailable", error=str(error))
+        self._sha = ""
+        again = []
+        for commit, record in zip(commits, stored, strict=True):
+            if record == commit.expected.encode():
+                again.append(commit)
+            elif record != commit.new.encode():
+                raise self._fenced(commit)
+        return again
+
+    def _fenced(self, commit: ShardCommit) -> FencedError:
+        stored = self._redis.get(commit.record_key)
+        name = commit.record_key.decode()
+        if stored is None:
+            return FencedError(f"{name} is gone: Redis has lost its data since this writer ({self.token}) last wrote")
+        writer = msgspec.json.decode(stored, type=CommitRecord).writer
+        if writer != self.token:
+            return FencedError(
+                f"{name} was claimed by writer {writer}: this writer ({self.token}) is superseded and stops"
+            )
+        return FencedError(f"{name} is not what this writer ({self.token}) last wrote: Redis came back with older data")
+
+
+def read_record(client: redis.Redis, key: bytes) -> CommitRecord:
+    """A shard's commit record.
+
+    Raises:
+        NotAppliedError: if there is none.
+    """
+    stored: Any = client.get(key)
+    if stored is None:
+        msg = f"Redis has no commit record {key.decode()}: run `headrace apply` first (if it ran before, Redis has lost its data)"
+        raise NotAppliedError(msg)
+    return msgspec.json.decode(stored, type=CommitRecord)
+
+
+def initialise(client: redis.Redis, keyspace: Keyspace, entities: Iterable[str]) -> int:
+    """Creates the commit records that aren't there yet; returns how many. Their shards read topics from the start."""
+    record = CommitRecord(writer="apply").encode()
+    keys = [keyspace.commit_record(entity, shard) for entity in entities for shard in range(keyspace.shards)]
+    pipeline: Any = client.pipeline(transaction=False)
+    for key in keys:
+        pipeline.set(key, record, nx=True)
+    return sum(bool(created) for created in pipeline.execute())

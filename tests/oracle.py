@@ -1,0 +1,86 @@
+"""Brute force: every aggregation over a plain list of events, written from the window rule and nothing else.
+
+It shares no code with `features`. Events are dictionaries with `t` (ms) and fields; a missing field is null.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+LADDER_S = [5, 30, 60, 300, 3600, 21600, 86400]
+UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+OracleEvent = Mapping[str, Any]
+
+
+def seconds(text: str) -> int:
+    """The length of a duration."""
+    return int(text[:-1]) * UNIT_S[text[-1]]
+
+
+def hop_ms(window: str) -> int:
+    """The largest step at most a tenth of the window."""
+    return max(step for step in LADDER_S if step <= seconds(window) / 10) * 1000
+
+
+def tail_ms(window: str, query_ms: int) -> int:
+    """The first millisecond inside the window."""
+    if window == "all":
+        return -(1 << 62)
+    hop = hop_ms(window)
+    return (query_ms - seconds(window) * 1000) // hop * hop
+
+
+def within(events: Iterable[OracleEvent], window: str, query_ms: int) -> list[OracleEvent]:
+    """The events that a window holds; the caller passes none at or after the query."""
+    return [event for event in events if event["t"] >= tail_ms(window, query_ms)]
+
+
+def expected(
+    agg: str, events: Iterable[OracleEvent], query_ms: int, window: str = "all", field: str | None = None, k: int = 0, half_life: str = "1h"
+) -> Any:
+    """The value that the window rule gives."""
+    inside = within(events, window, query_ms)
+    if field is not None:
+        inside = [event for event in inside if event.get(field) is not None]
+    values = [event[field] for event in inside] if field is not None else [1.0] * len(inside)
+    newest = sorted(inside, key=lambda event: (event["t"], event[field] if field else 0), reverse=True)
+    match agg:
+        case "count":
+            return len(inside)
+        case "sum":
+            return math.fsum(values)
+        case "mean":
+            return math.fsum(values) / len(values) if values else None
+        case "min":
+            return min(values, default=None)
+        case "max":
+            return max(values, default=None)
+        case "std":
+            if not values:
+                return None
+            mean = math.fsum(values) / len(values)
+            return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+        case "distinct":
+            return len(set(values))
+        case "last":
+            return newest[0][field] if newest else None
+        case "last_k":
+            return list(dict.fromkeys(event[field] for event in newest))[:k]
+        case "seconds_since":
+            return max(0.0, (query_ms - newest[0]["t"]) / 1000) if newest else None
+        case "decayed":
+            return math.fsum(value * 2 ** (-(query_ms - event["t"]) / 1000 / seconds(half_life)) for value, event in zip(values, inside, strict=True))
+        case "top_k":
+            return [value for value, _ in sorted(Counter(values).items(), key=lambda pair: (-pair[1], pair[0]))[:k]]
+    raise AssertionError(agg)
+
+
+def close(got: Any, want: Any) -> bool:
+    """Equal, floats to 1e-9 relative (and to the rounding of a sum that cancels)."""
+    if isinstance(want, float) and isinstance(got, int | float):
+        return math.isclose(got, want, rel_tol=1e-9, abs_tol=1e-9 * max(1.0, abs(want)) if abs(want) > 1e-3 else 1e-12)
+    return bool(got == want and type(got) is type(want))
