@@ -261,8 +261,8 @@ def _concat(*parts: Entries) -> Entries:
         return parts[0]
     return Entries(
         np.concatenate([part.rows for part in parts]),
-        None if parts[0].buckets is None else np.concatenate([part.buckets for part in parts]),  # type: ignore[misc]  # all or none have buckets
-        None if parts[0].starts is None else np.concatenate([part.starts for part in parts]),  # type: ignore[misc]  # likewise
+        None if parts[0].buckets is None else np.concatenate([part.buckets for part in parts]),
+        None if parts[0].starts is None else np.concatenate([part.starts for part in parts]),
         tuple(np.concatenate(columns) for columns in zip(*(part.columns for part in parts), strict=True)),
     )
 

@@ -31,6 +31,7 @@ from features.plan import (
     Plan,
     ServiceSpec,
     ViewSpec,
+    arguments,
     contract_fingerprint,
     digest,
     features_of,
@@ -431,19 +432,6 @@ def _arguments(views: Mapping[str, View]) -> dict[str, View]:
     return {name: by_name[name] for name in sorted(needed) if name in by_name}
 
 
-def arguments(spec: FeatureSpec) -> tuple[str, ...]:
-    """Full names of the features that a feature is computed from."""
-    match spec:
-        case Derived():
-            return tuple(name for arg in spec.args for name in ((arg,) if isinstance(arg, str) else arguments(arg)))
-        case At():
-            return (spec.of, spec.key)
-        case Contains():
-            return (spec.of,)
-        case _:
-            return ()
-
-
 def _check_arguments(plan: Plan) -> None:
     for feature in plan.features.values():
         spec = feature.spec
@@ -456,6 +444,10 @@ def _check_arguments(plan: Plan) -> None:
                 wanted += [(lookup.of, ("list[str]",))]
         if isinstance(spec, Derived):
             wanted += [(arg, ("int", "float", "bool")) for arg in spec.args if isinstance(arg, str)]
+        for name in arguments(spec):
+            if not set(plan.features[name].entities) <= set(feature.entities):
+                wrong = f"takes {name}, a feature of {' and '.join(plan.features[name].entities)}"
+                raise _error(feature.full_name, wrong, "declare it in a @cross view of those entities")
         for name, types in wanted:
             if plan.features[name].value_type not in types:
                 raise _error(

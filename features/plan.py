@@ -10,7 +10,7 @@ import hashlib
 import importlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -72,6 +72,8 @@ class Derived(msgspec.Struct, frozen=True, tag_field="is", tag="derived"):
     default: float | None = None
     doc: str = ""
 
+
+_Named = TypeVar("_Named", EntitySpec, EventSpec, "ViewSpec", "ServiceSpec")
 
 FeatureSpec = AnyAggregation | Derived | At | Contains
 
@@ -200,6 +202,19 @@ def features_of(view: ViewSpec) -> Iterator[Feature]:
                     yield Feature(view.name, name, view.entities, spec.value_type, spec, window, spec.default, spec.doc)
 
 
+def arguments(spec: FeatureSpec) -> tuple[str, ...]:
+    """Full names of the features that a feature is computed from."""
+    match spec:
+        case Derived():
+            return tuple(name for arg in spec.args for name in ((arg,) if isinstance(arg, str) else arguments(arg)))
+        case At():
+            return (spec.of, spec.key)
+        case Contains():
+            return (spec.of,)
+        case _:
+            return ()
+
+
 class CodeChangedError(RuntimeError):
     """The code that an applied plan names is gone, or is no longer what was applied."""
 
@@ -249,7 +264,7 @@ def find_code(path: str) -> Any:
     return found
 
 
-def _named(what: str, specs: tuple[Any, ...], name: str) -> Any:
+def _named(what: str, specs: tuple[_Named, ...], name: str) -> _Named:
     for spec in specs:
         if spec.name == name:
             return spec

@@ -47,4 +47,5 @@ def estimate(rows: NDArray[np.intp], found: NDArray[np.int64], n_rows: int) -> N
             occupied * expected / np.expm1(np.minimum(expected, 700.0)) - (_REGISTERS - occupied) * expected, axis=1
         )
         low, high = np.where(slope > 0, middle, low), np.where(slope > 0, high, middle)
-    return np.exp((low + high) / 2)
+    count: NDArray[np.float64] = np.exp((low + high) / 2)
+    return count

@@ -1,0 +1,181 @@
+"""A service compiled: which rows to read, and every value of a request computed for all its rows and pairs at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from features.aggregations import Last
+from features.kernel import Rows, evaluate, fill_default
+from features.layout import Family, slots_of
+from features.plan import At, Contains, Derived, Feature, Plan, arguments, find_function
+from features.texts import unify
+from features.values import Floats, Lists, Maps, Texts, Values
+
+Index = NDArray[np.intp]
+
+
+class DerivedFeatureError(RuntimeError):
+    """A derived feature's function raised, or answered with something else than one value a row."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The answer: an entity's features have a value for each of its rows, cross features one for each pair."""
+
+    found: dict[str, NDArray[np.bool_]]
+    last_event_ms: dict[str, NDArray[np.int64]]
+    values: dict[str, Values]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a program.
+
+    `ids` has the entities' ids by entity name; `pairs` the rows (intp[p]) of each entity that make up the pairs that
+    cross features are about; `overrides` values by entity and event field that stand in for what `last` knows.
+    """
+
+    ids: Mapping[str, pa.StringArray]
+    pairs: Mapping[str, Index]
+    overrides: Mapping[str, Mapping[str, Any]]
+
+
+class Program:
+    """Some features of a plan, ready to be evaluated.
+
+    Raises:
+        CodeChangedError: if the code of a derived feature is not what was applied.
+    """
+
+    def __init__(self, plan: Plan, full_names: Iterable[str]) -> None:
+        self.features = tuple(plan.features[name] for name in full_names)
+        needed: dict[str, Feature] = {}
+        for feature in self.features:
+            _collect(plan, feature, needed)
+        slots = slots_of(plan)
+        families: dict[str, tuple[Family, list[tuple[Feature, list[tuple[int, int]]]]]] = {}
+        for name in needed:
+            if name in slots:
+                family, where = slots[name]
+                families.setdefault(family.name, (family, []))[1].append((needed[name], where))
+        self._stored = tuple(families.values())
+        self._computed = tuple(feature for name, feature in needed.items() if name not in slots)
+        self._entities = {name: feature.entities for name, feature in needed.items()}
+        self._functions: dict[str, Callable[..., Any]] = {
+            feature.full_name: find_function(feature.spec)
+            for feature in self._computed
+            if isinstance(feature.spec, Derived)
+        }
+        self._last = {
+            (feature.entities[0], feature.spec.field): feature
+            for feature in needed.values()
+            if isinstance(feature.spec, Last) and not feature.spec.over
+        }
+        self.families = tuple(family for family, _ in self._stored)
+        self.entities = tuple(dict.fromkeys(family.entity for family in self.families))
+
+    def evaluate(self, rows: Mapping[str, Rows], asked: Asked, now_ms: int) -> Frame:
+        """All features at `now_ms`, from the rows of every family by name."""
+        found: dict[str, NDArray[np.bool_]] = {}
+        last_event_ms: dict[str, NDArray[np.int64]] = {}
+        values: dict[str, Values] = {}
+        for family, features in self._stored:
+            state = rows[family.name]
+            latest = np.maximum(last_event_ms.get(family.entity, -1), state.last_event_ms)
+            last_event_ms[family.entity], found[family.entity] = latest, latest >= 0
+            values |= evaluate(family, state, features, now_ms)
+        for entity, fields in asked.overrides.items():
+            for field, column in fields.items():
+                if (entity, field) in self._last:
+                    name = self._last[entity, field].full_name
+                    values[name] = _override(values[name], column)
+        with np.errstate(all="ignore"):
+            for feature in self._computed:
+                values[feature.full_name] = self._compute(feature, values, asked)
+        return Frame(found, last_event_ms, values)
+
+    def _compute(self, feature: Feature, values: Mapping[str, Values], asked: Asked) -> Values:
+        spec, target = feature.spec, feature.entities
+        if isinstance(spec, At | Contains):
+            return self._look_up(spec, target, values, asked)
+        assert isinstance(spec, Derived)  # noqa: S101  # for the type checker: nothing else is computed
+        args = [
+            _gather(values[arg], arg, self._entities[arg], target, asked)
+            if isinstance(arg, str)
+            else self._look_up(arg, target, values, asked)
+            for arg in spec.args
+        ]
+        n = len(args[0]) if args else 0
+        try:
+            result = np.asarray(self._functions[feature.full_name](*args), np.float64)
+            column: Floats = np.broadcast_to(result, (n,)).copy()
+        except Exception as error:
+            msg = f"{feature.full_name}: its function failed on {n} rows: {type(error).__name__}: {error}"
+            raise DerivedFeatureError(msg) from error
+        column[np.isinf(column)] = np.nan
+        return fill_default(column, spec.default)
+
+    def _look_up(
+        self, spec: At | Contains, target: tuple[str, ...], values: Mapping[str, Values], asked: Asked
+    ) -> Floats:
+        """A map's value at a text, or whether a list holds an id, for each row or pair of the target."""
+        of, owner = values[spec.of], self._entities[spec.of][0]
+        assert isinstance(of, Maps | Lists)  # noqa: S101  # for the type checker: checked when the plan is compiled
+        if isinstance(spec, Contains):
+            holder, wanted = spec.entity, asked.ids[spec.entity]
+        else:
+            key, holder = values[spec.key], self._entities[spec.key][0]
+            assert isinstance(key, Texts)  # noqa: S101  # as above
+            wanted = key.array()
+        _, (of_codes, wanted_codes) = unify([of.texts, wanted])
+        stride = len(of.texts) + len(wanted) + 1
+        entries = np.repeat(np.arange(len(of.offsets) - 1), np.diff(of.offsets)) * stride + of_codes[of.codes]
+        if target != (holder,):
+            wanted_codes = wanted_codes[asked.pairs[holder]]
+        owners = np.arange(len(asked.ids[owner])) if target == (owner,) else asked.pairs[owner]
+        queries = owners * stride + wanted_codes
+        if isinstance(of, Lists):
+            return np.isin(queries, entries).astype(np.float64)
+        order = np.argsort(entries)
+        at = np.searchsorted(entries[order], queries)
+        hit = (wanted_codes >= 0) & (at < len(entries))
+        hit[hit] = entries[order][at[hit]] == queries[hit]
+        result = np.full(len(queries), of.nothing)
+        result[hit] = of.values[order][at[hit]]
+        return result
+
+
+def _override(values: Values, column: Any) -> Values:
+    """The values, with those of `column` (None for none) in their place."""
+    if isinstance(values, Texts):
+        given = pa.array(column, pa.string())
+        own = np.arange(len(column)) + len(values.texts)
+        return Texts(
+            np.where(np.asarray(given.is_valid()), own, values.codes),
+            pa.concat_arrays([values.texts, given.fill_null("")]),
+        )
+    assert isinstance(values, np.ndarray)  # noqa: S101  # for the type checker: `last` is a text or a number
+    numbers = np.array([np.nan if value is None else value for value in column], np.float64)
+    return np.where(np.isnan(numbers), values, numbers)
+
+
+def _collect(plan: Plan, feature: Feature, needed: dict[str, Feature]) -> None:
+    """Adds a feature after all that it is computed from."""
+    for name in arguments(feature.spec):
+        if name not in needed:
+            _collect(plan, plan.features[name], needed)
+    needed.setdefault(feature.full_name, feature)
+
+
+def _gather(values: Values, name: str, entities: tuple[str, ...], target: tuple[str, ...], asked: Asked) -> Floats:
+    """Numbers of one entity's rows as numbers of the target's rows or pairs."""
+    if not isinstance(values, np.ndarray):
+        msg = f"{name} is no number"
+        raise TypeError(msg)
+    return values if entities == target else values[asked.pairs[entities[0]]]

@@ -1,0 +1,123 @@
+"""`apply`: registers the declarations in Feast, creates their topics and initialises their commit records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from confluent_kafka.admin import AdminClient
+from feast import FeatureStore
+from kafka.admin import KafkaAdminClient, NewTopic
+from kafka.errors import KafkaError, TopicAlreadyExistsError
+
+from features.plan import Plan
+from registry.definitions import compile_definitions
+from registry.settings import Settings
+from registry.store import applied_plan, changes, project_of, register
+from store.commit import initialise
+from store.keys import Keyspace
+
+DEAD_LETTER_SUFFIX = ".dead-letter"
+_KAFKA_TIMEOUT_MS = 15_000
+
+
+class ApplyError(RuntimeError):
+    """What is declared can't be applied over what is."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `apply` did."""
+
+    plan: Plan
+    changes: list[str]
+    topics: list[str]
+    records: int
+
+
+def plan_changes(settings: Settings) -> tuple[Plan, list[str]]:
+    """The declared plan, and what applying it would change.
+
+    Raises:
+        ApplyError: if it would change the number of shards, which decides where every row is.
+    """
+    declared = compile_definitions(settings.definitions, project_of(settings.repo), settings.shards)
+    before = applied_plan(FeatureStore(repo_path=str(settings.repo)))
+    if before is not None and before.shards != declared.shards:
+        msg = (
+            f"HEADRACE_SHARDS={declared.shards}, but this project was applied with {before.shards} and its rows are kept so; "
+            f"set it to {before.shards}, or start a new project"
+        )
+        raise ApplyError(msg)
+    return declared, changes(before, declared)
+
+
+def apply(settings: Settings, client: redis.Redis) -> Applied:
+    """Applies what is declared; a second time there is nothing to do."""
+    plan, changed = plan_changes(settings)
+    topics = create_topics(settings, plan)
+    if changed:
+        register(FeatureStore(repo_path=str(settings.repo)), plan, settings.kafka)
+    keyspace = Keyspace(plan.project, plan.shards)
+    records = initialise(client, keyspace, sorted({view.entities[0] for view in plan.views if len(view.entities) == 1}))
+    return Applied(plan, changed, topics, records)
+
+
+def create_topics(settings: Settings, plan: Plan) -> list[str]:
+    """Creates the topics that aren't there, event topics with the broker's own timestamps; returns their names.
+
+    Raises:
+        ApplyError: if the broker can't be reached or refuses.
+    """
+    topics = [spec.topic for spec in plan.events]
+    wanted = [
+        *(_topic(settings, name, {"message.timestamp.type": "LogAppendTime"}) for name in topics),
+        *(_topic(settings, name + DEAD_LETTER_SUFFIX, {}) for name in topics),
+    ]
+    if settings.topics == "auto":
+        client = AdminClient(settings.librdkafka())
+        for topic in wanted:
+            client.list_topics(topic.name, timeout=_KAFKA_TIMEOUT_MS / 1000)
+        return []
+    try:
+        admin = KafkaAdminClient(bootstrap_servers=settings.kafka.split(","), request_timeout_ms=_KAFKA_TIMEOUT_MS, **kafka_python(settings))
+        try:
+            there = set(admin.list_topics())
+            missing = [topic for topic in wanted if topic.name not in there]
+            return _create(admin, missing)
+        finally:
+            admin.close()
+    except KafkaError as error:
+        msg = f"Kafka at {settings.kafka}: {type(error).__name__}: {error}; is it up, and is HEADRACE_KAFKA right?"
+        raise ApplyError(msg) from error
+
+
+def kafka_python(settings: Settings) -> dict[str, Any]:
+    """HEADRACE_KAFKA_OPTIONS, which are librdkafka's, under kafka-python's names."""
+    names = {
+        "security.protocol": "security_protocol",
+        "sasl.mechanism": "sasl_mechanism",
+        "sasl.mechanisms": "sasl_mechanism",
+        "sasl.username": "sasl_plain_username",
+        "sasl.password": "sasl_plain_password",
+        "ssl.ca.location": "ssl_cafile",
+        "ssl.certificate.location": "ssl_certfile",
+        "ssl.key.location": "ssl_keyfile",
+    }
+    return {names[name]: value for name, value in settings.kafka_options.items() if name in names}
+
+
+def _topic(settings: Settings, name: str, configs: dict[str, str]) -> NewTopic:
+    return NewTopic(name=name, num_partitions=settings.partitions, replication_factor=settings.replication, topic_configs=configs)
+
+
+def _create(admin: KafkaAdminClient, missing: list[NewTopic]) -> list[str]:
+    created = []
+    for topic in missing:
+        try:
+            admin.create_topics([topic])
+            created.append(topic.name)
+        except TopicAlreadyExistsError:
+            continue
+    return created

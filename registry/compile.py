@@ -1,0 +1,140 @@
+"""The plan compiled to Feast: entities, stream feature views with their Kafka sources, on-demand views, services."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Any, Final
+
+import feast
+from feast import types as feast_types
+from feast.data_format import JsonFormat
+from feast.on_demand_feature_view import OnDemandFeatureView
+from feast.project import Project
+from feast.transformation.pandas_transformation import PandasTransformation
+from feast.value_type import ValueType
+
+from features.plan import EntitySpec, EventSpec, Feature, Plan, ViewSpec, arguments, features_of
+from features.times import duration_ms
+from features.values import Type
+
+PLAN_TAG: Final = "headrace.plan"
+
+_TYPES: Final[dict[Type, Any]] = {
+    "int": feast_types.Int64,
+    "float": feast_types.Float64,
+    "bool": feast_types.Bool,
+    "str": feast_types.String,
+    "list[str]": feast_types.Array(feast_types.String),
+    "map[str, float]": feast_types.Map,
+}
+
+
+def compile_to_feast(plan: Plan, kafka: str) -> dict[str, Any]:
+    """Feast's objects by a name each: what `feast apply` finds in registry/feast_repo.py and `headrace apply` applies."""
+    project = Project(name=plan.project, description="A Headrace feature store", tags={PLAN_TAG: plan.encode()})
+    entities = {spec.name: _entity(spec) for spec in plan.entities}
+    sources = {spec.name: _source(plan, spec, kafka) for spec in plan.events}
+    views: dict[str, Any] = {}
+    for spec in plan.views:
+        if len(spec.entities) == 1:
+            views[spec.name] = _stream_view(plan, spec, entities, sources)
+    for spec in plan.views:
+        if len(spec.entities) > 1:
+            views[spec.name] = _cross_view(plan, spec, views)
+    services = {spec.name: _service(plan, spec.name, views) for spec in plan.services}
+    groups = {"entity": entities, "source": sources, "view": views, "service": services}
+    return {"project": project, **{f"{kind}_{name}": made for kind, group in groups.items() for name, made in group.items()}}
+
+
+def _entity(spec: EntitySpec) -> feast.Entity:
+    return feast.Entity(name=spec.name, join_keys=[spec.key], value_type=ValueType.STRING, description=spec.doc)
+
+
+def _source(plan: Plan, spec: EventSpec, kafka: str) -> feast.KafkaSource:
+    archive = feast.FileSource(name=f"{spec.topic}_archive", path=f"data/archive/{spec.topic}", timestamp_field="occurred_at")
+    return feast.KafkaSource(
+        name=spec.topic,
+        timestamp_field="occurred_at",
+        message_format=JsonFormat(schema_json=", ".join(f"{name} {kind}" for name, kind in spec.fields.items())),
+        kafka_bootstrap_servers=kafka,
+        topic=spec.topic,
+        batch_source=archive,
+        description=spec.doc,
+        tags={"contract": spec.code, "fingerprint": spec.fingerprint},
+    )
+
+
+def _field(feature: Feature) -> feast.Field:
+    tags = {"default": str(feature.default)} if feature.default is not None else {}
+    return feast.Field(name=feature.name, dtype=_TYPES[feature.value_type], description=feature.doc, tags=tags)
+
+
+def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: dict[str, Any]) -> feast.StreamFeatureView:
+    entity = plan.entity(spec.entities[0])
+    events = list(dict.fromkeys(measure.event for aggregation in spec.aggregations for measure in aggregation.measures))
+    return feast.StreamFeatureView(
+        name=spec.name,
+        # Feast knows one stream source a view; the tag names all of them.
+        source=sources[events[0]],
+        entities=[entities[entity.name]],
+        ttl=timedelta(milliseconds=duration_ms(entity.forget_after)) if entity.forget_after else timedelta(0),
+        schema=[
+            feast.Field(name=entity.key, dtype=feast_types.String),
+            *(_field(feature) for feature in features_of(spec)),
+        ],
+        timestamp_field="occurred_at",
+        description=spec.doc,
+        owner=spec.owner,
+        tags={**spec.tags, "topics": ", ".join(plan.event(name).topic for name in events)},
+    )
+
+
+class CrossFeatureView(OnDemandFeatureView):
+    """A cross view in the catalogue. Headrace's stores compute it from the plan and never call its function."""
+
+    def infer_features(self) -> None:
+        """Nothing: Feast would run the function on random rows, and compare descriptions that inference can't know."""
+
+
+_CROSS_SOURCE: Final = '''
+def {name}(inputs):
+    """Computed by Headrace for every pair of a request at once: {features}."""
+    raise RuntimeError("{name} is computed by Headrace: read it through its online store or its server")
+'''
+
+
+def _cross_view(plan: Plan, spec: ViewSpec, views: dict[str, Any]) -> CrossFeatureView:
+    made = list(features_of(spec))
+    source = _CROSS_SOURCE.format(name=spec.name, features=", ".join(feature.name for feature in made)).lstrip()
+    # Made from its source, in a module of no name, so that clients without Headrace can read the registry: Feast packs a
+    # function of a real module by reference.
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(source, namespace)  # noqa: S102  # our own text, from names that are identifiers
+    needed = dict.fromkeys(name.split("__")[0] for feature in made for name in arguments(feature.spec))
+    return CrossFeatureView(
+        name=spec.name,
+        sources=[views[name] for name in needed if name != spec.name],
+        schema=[_field(feature) for feature in made],
+        feature_transformation=PandasTransformation(udf=namespace[spec.name], udf_string=source),
+        mode="pandas",
+        description=spec.doc,
+        owner=spec.owner,
+        tags=dict(spec.tags),
+    )
+
+
+def _service(plan: Plan, name: str, views: dict[str, Any]) -> feast.FeatureService:
+    spec = plan.service(name)
+    members: dict[str, list[str]] = {}
+    for full_name in spec.features:
+        feature = plan.features[full_name]
+        members.setdefault(feature.view, []).append(feature.name)
+    version = re.search(r"_v(\d+)$", name)
+    return feast.FeatureService(
+        name=name,
+        features=[views[view][names] for view, names in members.items()],
+        description=spec.doc,
+        owner=spec.owner,
+        tags={**spec.tags, **({"version": version[1]} if version else {})},
+    )

@@ -1,0 +1,112 @@
+"""The applied plan: written to Feast's registry by `apply`, read from there by streams and servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+from feast import FeatureStore
+from feast.errors import FeastObjectNotFoundException
+
+from features.plan import Plan
+from registry.compile import PLAN_TAG, compile_to_feast
+
+
+class NotAppliedPlanError(RuntimeError):
+    """There is no applied plan."""
+
+
+def project_of(repo: Path) -> str:
+    """The project's name, from feature_store.yaml.
+
+    Raises:
+        FileNotFoundError: if the folder has none.
+    """
+    path = repo / "feature_store.yaml"
+    if not path.exists():
+        msg = f"no feature_store.yaml in {repo.resolve()}: run in the project's folder, or set HEADRACE_REPO to it"
+        raise FileNotFoundError(msg)
+    project: str = yaml.safe_load(path.read_text())["project"]
+    return project
+
+
+def applied_plan(store: FeatureStore) -> Plan | None:
+    """The plan in the registry, or None."""
+    try:
+        project = store.registry.get_project(store.project, allow_cache=False)
+    except FeastObjectNotFoundException:
+        return None
+    text = project.tags.get(PLAN_TAG)
+    return Plan.decode(text) if text else None
+
+
+def load_plan(repo: Path) -> Plan:
+    """The applied plan, for those who run it.
+
+    Raises:
+        NotAppliedPlanError: if nothing was applied.
+    """
+    plan = applied_plan(FeatureStore(repo_path=str(repo)))
+    if plan is None:
+        msg = f"nothing is applied in {repo.resolve()}: run `headrace apply` first"
+        raise NotAppliedPlanError(msg)
+    return plan
+
+
+def register(store: FeatureStore, plan: Plan, kafka: str) -> None:
+    """Makes Feast's registry hold the plan and its objects, and nothing else of this project."""
+    made = list(compile_to_feast(plan, kafka).values())
+    names = {(type(each).__name__, each.name) for each in made}
+    registry, project = store.registry, store.project
+    there = [
+        *registry.list_feature_services(project),
+        *registry.list_on_demand_feature_views(project),
+        *registry.list_stream_feature_views(project),
+        *registry.list_data_sources(project),
+        *registry.list_entities(project),
+    ]
+    gone = [each for each in there if each.name != "__dummy" and (type(each).__name__, each.name) not in names]
+    archives = {f"{spec.topic}_archive" for spec in plan.events}
+    store.apply(made, objects_to_delete=[each for each in gone if each.name not in archives], partial=not gone)
+
+
+def changes(applied: Plan | None, declared: Plan) -> list[str]:
+    """What applying `declared` would change, a line each; none when it is what is applied."""
+    before, after = (_items(plan) if plan else {} for plan in (applied, declared))
+    lines = [f"+ {name}" for name in after if name not in before]
+    lines += [f"- {name}" for name in before if name not in after]
+    for name in after:
+        if name in before and before[name] != after[name]:
+            lines += [f"~ {name}: {difference}" for difference in _differences(before[name], after[name])]
+    return lines
+
+
+def _items(plan: Plan) -> dict[str, Any]:
+    """Everything in a plan that has a name, as plain data."""
+    return dict(_named_items(plan))
+
+
+def _named_items(plan: Plan) -> Iterator[tuple[str, Any]]:
+    yield "settings", {"project": plan.project, "shards": plan.shards, "plan version": plan.version}
+    for kind, specs in (("entity", plan.entities), ("contract", plan.events), ("service", plan.services)):
+        for spec in specs:
+            yield f"{kind} {spec.name}", msgspec.to_builtins(spec)
+    for view in plan.views:
+        plain = msgspec.to_builtins(view)
+        for feature in plain.pop("features"):
+            yield f"feature {view.name}.{feature['name']}", feature
+        yield f"view {view.name}", plain
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
+    for key in dict.fromkeys((*before, *after)):
+        if before.get(key) != after.get(key):
+            yield f"{key} {_short(before.get(key))} -> {_short(after.get(key))}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,1 @@
+"""Properties of the kernel, each against brute force."""
