@@ -81,7 +81,9 @@ def create_topics(settings: Settings, plan: Plan) -> list[str]:
             client.list_topics(topic.name, timeout=_KAFKA_TIMEOUT_MS / 1000)
         return []
     try:
-        admin = KafkaAdminClient(bootstrap_servers=settings.kafka.split(","), request_timeout_ms=_KAFKA_TIMEOUT_MS, **kafka_python(settings))
+        admin = KafkaAdminClient(
+            bootstrap_servers=settings.kafka.split(","), request_timeout_ms=_KAFKA_TIMEOUT_MS, **kafka_python(settings)
+        )
         try:
             there = set(admin.list_topics())
             missing = [topic for topic in wanted if topic.name not in there]
@@ -109,7 +111,9 @@ def kafka_python(settings: Settings) -> dict[str, Any]:
 
 
 def _topic(settings: Settings, name: str, configs: dict[str, str]) -> NewTopic:
-    return NewTopic(name=name, num_partitions=settings.partitions, replication_factor=settings.replication, topic_configs=configs)
+    return NewTopic(
+        name=name, num_partitions=settings.partitions, replication_factor=settings.replication, topic_configs=configs
+    )
 
 
 def _create(admin: KafkaAdminClient, missing: list[NewTopic]) -> list[str]:

@@ -44,7 +44,10 @@ def compile_to_feast(plan: Plan, kafka: str) -> dict[str, Any]:
             views[spec.name] = _cross_view(plan, spec, views)
     services = {spec.name: _service(plan, spec.name, views) for spec in plan.services}
     groups = {"entity": entities, "source": sources, "view": views, "service": services}
-    return {"project": project, **{f"{kind}_{name}": made for kind, group in groups.items() for name, made in group.items()}}
+    return {
+        "project": project,
+        **{f"{kind}_{name}": made for kind, group in groups.items() for name, made in group.items()},
+    }
 
 
 def _entity(spec: EntitySpec) -> feast.Entity:
@@ -52,7 +55,9 @@ def _entity(spec: EntitySpec) -> feast.Entity:
 
 
 def _source(plan: Plan, spec: EventSpec, kafka: str) -> feast.KafkaSource:
-    archive = feast.FileSource(name=f"{spec.topic}_archive", path=f"data/archive/{spec.topic}", timestamp_field="occurred_at")
+    archive = feast.FileSource(
+        name=f"{spec.topic}_archive", path=f"data/archive/{spec.topic}", timestamp_field="occurred_at"
+    )
     return feast.KafkaSource(
         name=spec.topic,
         timestamp_field="occurred_at",
@@ -70,7 +75,9 @@ def _field(feature: Feature) -> feast.Field:
     return feast.Field(name=feature.name, dtype=_TYPES[feature.value_type], description=feature.doc, tags=tags)
 
 
-def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: dict[str, Any]) -> feast.StreamFeatureView:
+def _stream_view(
+    plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: dict[str, Any]
+) -> feast.StreamFeatureView:
     entity = plan.entity(spec.entities[0])
     events = list(dict.fromkeys(measure.event for aggregation in spec.aggregations for measure in aggregation.measures))
     return feast.StreamFeatureView(

@@ -88,7 +88,11 @@ class HeadraceOnlineStore(OnlineStore):
         return await asyncio.to_thread(self.get_online_features, *args, **kwargs)
 
     def online_read(
-        self, config: RepoConfig, table: FeatureView, entity_keys: list[EntityKey], requested_features: list[str] | None = None
+        self,
+        config: RepoConfig,
+        table: FeatureView,
+        entity_keys: list[EntityKey],
+        requested_features: list[str] | None = None,
     ) -> list[tuple[datetime | None, dict[str, Value] | None]]:
         """One view's features, as Feast's own paths ask for them."""
         names = requested_features or [field.name for field in table.features]
@@ -153,7 +157,9 @@ class Reader:
             if key not in columns:
                 msg = f"entity_rows lack {key!r}, the key of {entity}; they have: {', '.join(columns) or 'none'}"
                 raise ValueError(msg)
-            encoded = pa.array([None if value is None else str(value) for value in columns[key]], pa.string()).dictionary_encode("encode")
+            encoded = pa.array(
+                [None if value is None else str(value) for value in columns[key]], pa.string()
+            ).dictionary_encode("encode")
             ids[entity] = encoded.dictionary
             pairs[entity] = np.asarray(encoded.indices).astype(np.intp)
         return Asked(ids, pairs, {}), pairs
@@ -168,7 +174,13 @@ class LazyResponse(OnlineResponse):
     """Feast's answer, built only in the form that is asked for: its protobuf alone takes longer than the read."""
 
     def __init__(
-        self, plan: Plan, full_names: Sequence[str], columns: Mapping[str, Sequence[Any]], frame: Frame, rows_of: Mapping[str, Any], full: bool
+        self,
+        plan: Plan,
+        full_names: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+        frame: Frame,
+        rows_of: Mapping[str, Any],
+        full: bool,
     ) -> None:
         self._plan = plan
         self._full_names = full_names
@@ -223,7 +235,9 @@ class LazyResponse(OnlineResponse):
         columns = [[_to_proto(value) for value in self._values(full_name)] for full_name in self._full_names]
         event_ms = self._event_ms(self._full_names[0]).tolist()
         return [
-            (datetime.fromtimestamp(ms / 1000, UTC), dict(zip(self._names, row, strict=True))) if ms >= 0 else (None, None)
+            (datetime.fromtimestamp(ms / 1000, UTC), dict(zip(self._names, row, strict=True)))
+            if ms >= 0
+            else (None, None)
             for ms, row in zip(event_ms, zip(*columns, strict=True), strict=True)
         ]
 
@@ -236,7 +250,13 @@ class LazyResponse(OnlineResponse):
 
     def _event_ms(self, full_name: str) -> Any:
         entities = self._plan.features[full_name].entities
-        return np.minimum.reduce([self._frame.last_event_ms[entity][self._rows_of[entity]] for entity in entities if entity in self._frame.found])
+        return np.minimum.reduce(
+            [
+                self._frame.last_event_ms[entity][self._rows_of[entity]]
+                for entity in entities
+                if entity in self._frame.found
+            ]
+        )
 
     def _statuses(self, full_name: str) -> list[int]:
         found = self._event_ms(full_name) >= 0
@@ -276,7 +296,10 @@ def _columns(entity_rows: list[dict[str, Any]] | Mapping[str, Any]) -> dict[str,
             raise ValueError(msg)
         return {key: [row[key] for row in entity_rows] for key in keys}
     plain = {key: values.val if isinstance(values, RepeatedValue) else values for key, values in entity_rows.items()}
-    return {key: [value.string_val if isinstance(value, Value) else value for value in values] for key, values in plain.items()}
+    return {
+        key: [value.string_val if isinstance(value, Value) else value for value in values]
+        for key, values in plain.items()
+    }
 
 
 def _full_names(plan: Plan, features: list[str] | FeatureService) -> list[str]:
@@ -286,8 +309,16 @@ def _full_names(plan: Plan, features: list[str] | FeatureService) -> list[str]:
         KeyError: if a feature isn't in the plan.
     """
     if isinstance(features, FeatureService):
-        wanted = {f"{projection.name}__{field.name}" for projection in features.feature_view_projections for field in projection.features}
-        names = [name for name in next((spec.features for spec in plan.services if spec.name == features.name), ()) if name in wanted]
+        wanted = {
+            f"{projection.name}__{field.name}"
+            for projection in features.feature_view_projections
+            for field in projection.features
+        }
+        names = [
+            name
+            for name in next((spec.features for spec in plan.services if spec.name == features.name), ())
+            if name in wanted
+        ]
         names += sorted(wanted - set(names))
     else:
         names = [reference.replace(":", "__", 1) for reference in features]

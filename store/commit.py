@@ -48,10 +48,10 @@ class Position(msgspec.Struct, frozen=True, array_like=True):
 
 
 class CommitRecord(msgspec.Struct, frozen=True):
-    """A shard's commit record; `positions` by topic, then partition."""
+    """A shard's commit record; `positions` by `topic/partition`."""
 
     writer: str
-    positions: dict[str, dict[int, Position]] = {}
+    positions: dict[str, Position] = {}
     version: int = 1
 
     def encode(self) -> bytes:
@@ -60,14 +60,11 @@ class CommitRecord(msgspec.Struct, frozen=True):
 
     def position(self, topic: str, partition: int) -> Position | None:
         """The position in a partition; None where the shard has not read any of it."""
-        return self.positions.get(topic, {}).get(partition)
+        return self.positions.get(f"{topic}/{partition}")
 
-    def advanced(self, writer: str, positions: dict[tuple[str, int], Position]) -> CommitRecord:
-        """The record with some positions replaced."""
-        merged = {topic: dict(partitions) for topic, partitions in self.positions.items()}
-        for (topic, partition), position in positions.items():
-            merged.setdefault(topic, {})[partition] = position
-        return CommitRecord(writer, merged)
+    def advanced(self, writer: str, positions: dict[str, Position]) -> CommitRecord:
+        """The record under a writer's token, with some positions replaced."""
+        return CommitRecord(writer, self.positions | positions)
 
 
 @dataclass(frozen=True)

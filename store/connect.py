@@ -14,5 +14,7 @@ def connect(url: str, timeout_s: float) -> redis.Redis:
 
 def connect_async(url: str, timeout_s: float) -> redis.asyncio.Redis:
     """A client for asyncio."""
-    client: redis.asyncio.Redis = redis.asyncio.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
+    client: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
+        url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s
+    )
     return client

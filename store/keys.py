@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
+import numpy as np
+from numpy.typing import NDArray
+
 from features.layout import Family
 
 
@@ -39,6 +42,6 @@ class Keyspace:
         return [prefix[crc32(entity_id) % shards] + entity_id for entity_id in ids]
 
 
-def expire_at_ms(family: Family, last_event_ms: int) -> int:
+def expire_at_ms(family: Family, last_event_ms: NDArray[np.int64]) -> NDArray[np.int64]:
     """When a row can go: once every window has passed its last event, or once its entity is to be forgotten."""
     return last_event_ms + family.retention_ms

@@ -25,8 +25,14 @@ CLICK: dict[str, Any] = {"event": "Click"}
 
 def events_of(n: int, n_values: int, rng: random.Random, within_ms: int = DAY_MS) -> list[dict[str, Any]]:
     """Clicks on `n_values` items and as many categories, some at equal times."""
-    times = [BASE_MS - rng.randrange(1, within_ms) // 100 * 100 - 1 for _ in range(n)]
-    return [{"t": t, "item_id": f"i{rng.randrange(n_values)}", "category": f"c{rng.randrange(n_values)}"} for t in times]
+    return [
+        {
+            "t": BASE_MS - rng.randrange(1, within_ms) // 100 * 100 - 1,
+            "item_id": f"i{rng.randrange(n_values)}",
+            "category": f"c{rng.randrange(n_values)}",
+        }
+        for _ in range(n)
+    ]
 
 
 @given(k=st.integers(1, 40), n_values=st.sampled_from([1, 5, 100, 3_000]), seed=st.integers(0, 1 << 32))
@@ -47,7 +53,10 @@ def test_last_k_is_exact_whatever_fell_out(k: int, n_values: int, seed: int) -> 
     assert state.evicted == 0
 
 
-@given(buckets=st.integers(1, 8), over=st.sampled_from([("1h",), ("10m", "24h"), ("1h", "all"), ("all",)]), seed=st.integers(0, 1 << 32))
+TILED_OR_NOT = [("1h",), ("10m", "24h"), ("1h", "all"), ("all",)]
+
+
+@given(buckets=st.integers(1, 8), over=st.sampled_from(TILED_OR_NOT), seed=st.integers(0, 1 << 32))
 def test_exact_while_values_are_no_more_than_buckets(buckets: int, over: tuple[str, ...], seed: int) -> None:
     """As many values as buckets: nothing is evicted, and counts are brute force's."""
     rng = random.Random(seed)
@@ -113,9 +122,11 @@ def test_the_bound_is_of_each_feature_not_of_those_it_shares_a_table_with() -> N
     The catalogue has such a pair: `category_affinity` of clicks and `category_likes`, by category with 32 buckets.
     """
     common: dict[str, Any] = {"by": "category", "over": ("1h",), "buckets": 2}
-    clicks, likes = kinds.Count(name="clicks", event="Click", **common), kinds.Count(name="likes", event="Like", **common)
+    clicks = kinds.Count(name="clicks", event="Click", **common)
+    likes = kinds.Count(name="likes", event="Like", **common)
     state = State(plan_of(clicks, likes))
-    events = [{"contract": contract, "t": BASE_MS, "category": of} for contract, both in (("Click", "ab"), ("Like", "cd")) for of in both]
+    which = (("Click", "a"), ("Click", "b"), ("Like", "c"), ("Like", "d"))
+    events = [{"contract": contract, "t": BASE_MS, "category": category} for contract, category in which]
     state.merge(batches_of(events), BASE_MS)
     assert state.values(BASE_MS + 1) == {"clicks_1h": [{"a": 1.0, "b": 1.0}], "likes_1h": [{"c": 1.0, "d": 1.0}]}
 
@@ -214,7 +225,8 @@ def test_standard_error_of_an_hour_within_a_day(n: int) -> None:
     ids = rows * 10 * n + value % (6 * n - n // 3)
     in_hour = np.tile(np.arange(6 * n) >= 5 * n, n_rows)
     ids[in_hour] = (rows * 10 * n + np.tile(np.arange(6 * n) - 5 * n, n_rows))[in_hour]
-    times_ms = np.where(in_hour, BASE_MS - rng.integers(1, HOUR_MS, len(rows)), BASE_MS - rng.integers(2 * HOUR_MS, 23 * HOUR_MS, len(rows)))
+    ages_ms = rng.integers(1, HOUR_MS, len(rows)), rng.integers(2 * HOUR_MS, 23 * HOUR_MS, len(rows))
+    times_ms = BASE_MS - np.where(in_hour, *ages_ms)
     order = rng.permutation(len(rows))
     texts = pa.array(ids[order]).cast(pa.string())
     state = State(DISTINCT, n_rows, packed=True)

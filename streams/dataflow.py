@@ -1,0 +1,152 @@
+"""The dataflow, for `python -m bytewax.run streams.dataflow:flow -s 1`: everything that knows Bytewax.
+
+    partitions of all topics ──> decode ──────────────────> lanes
+      a chunk of raw records     contract, dead letters,     merge(rows, events)
+                                 duplicates, split by lane   commit = rows + offsets
+
+State is in Redis alone: there is no recovery store, and a worker that stops for any reason is started again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+
+import bytewax.operators as op
+import structlog
+from bytewax.dataflow import Dataflow
+from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
+from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
+
+from features.plan import Plan
+from registry.definitions import compile_definitions
+from registry.settings import Settings
+from registry.store import changes, load_plan
+from store.connect import connect
+from streams.chunk import Chunk, Part, Partition
+from streams.decode import Decoder
+from streams.kafka import DeadLetters, PartitionReader, partitions_of
+from streams.lane import Lane
+from streams.metrics import METRICS
+
+_POLL = timedelta(milliseconds=2)
+
+log = structlog.get_logger()
+
+
+def flow() -> Dataflow:
+    """The dataflow of the applied plan, with settings from HEADRACE_* variables."""
+    settings = Settings()
+    plan = load_plan(settings.repo)
+    warn_if_changed(settings, plan)
+    dataflow = Dataflow("headrace")
+    chunks = op.input("kafka", dataflow, ChunkSource(settings, plan))
+    parts = op.flat_map_batch("decode", chunks, DecodeStep(settings, plan))
+    op.output("lanes", parts, LaneSink(settings, plan))
+    return dataflow
+
+
+def warn_if_changed(settings: Settings, plan: Plan) -> None:
+    """Says so when the definitions are not what is applied; the applied plan is what runs."""
+    declared = compile_definitions(settings.definitions, plan.project, plan.shards)
+    if different := changes(plan, declared):
+        log.warning(
+            "definitions_differ_from_applied_plan",
+            plan=plan.fingerprint,
+            changes=different[:10],
+            remedy="headrace plan, then headrace apply",
+        )
+
+
+class ChunkSource(FixedPartitionedSource[Chunk, None]):
+    """All partitions of all topics of the plan."""
+
+    def __init__(self, settings: Settings, plan: Plan) -> None:
+        self._settings = settings
+        self._plan = plan
+
+    def list_parts(self) -> list[str]:
+        return [
+            f"{topic}/{number}"
+            for topic, number in partitions_of(self._settings, [spec.topic for spec in self._plan.events])
+        ]
+
+    def build_part(self, step_id: str, for_part: str, resume_state: None) -> StatefulSourcePartition[Chunk, None]:
+        topic, number = for_part.rsplit("/", 1)
+        client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
+        return _ChunkPartition(PartitionReader(self._settings, self._plan, Partition(topic, int(number)), client))
+
+
+class _ChunkPartition(StatefulSourcePartition[Chunk, None]):
+    def __init__(self, reader: PartitionReader) -> None:
+        self._reader = reader
+        self._idle = False
+
+    def next_batch(self) -> Iterable[Chunk]:
+        chunk = self._reader.next_chunk()
+        self._idle = chunk is None or not chunk.values
+        return [] if chunk is None else [chunk]
+
+    def next_awake(self) -> datetime | None:
+        return datetime.now(UTC) + _POLL if self._idle else None
+
+    def snapshot(self) -> None:
+        return None
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+class DecodeStep:
+    """Chunks to lane parts; a chunk goes on once its dead letters are written."""
+
+    def __init__(self, settings: Settings, plan: Plan) -> None:
+        self._settings = settings
+        self._decoder = Decoder(plan, settings.lanes, settings.dedupe_s * 1000)
+        self._dead_letters: DeadLetters | None = None
+
+    def __call__(self, chunks: list[Chunk]) -> list[tuple[str, Part]]:
+        out: list[tuple[str, Part]] = []
+        for chunk in chunks:
+            decoded = self._decoder.decode(chunk)
+            if decoded.dead_letters:
+                self._dead_letters = self._dead_letters or DeadLetters(self._settings)
+                self._dead_letters.write(decoded.dead_letters)
+            METRICS.decoded(chunk.partition.topic, decoded)
+            out += [(_lane_key(lane), part) for lane, part in enumerate(decoded.parts)]
+        return out
+
+
+class LaneSink(FixedPartitionedSink[Part, None]):
+    """A partition a lane."""
+
+    def __init__(self, settings: Settings, plan: Plan) -> None:
+        self._settings = settings
+        self._plan = plan
+
+    def list_parts(self) -> list[str]:
+        return [_lane_key(lane) for lane in range(self._settings.lanes)]
+
+    def part_fn(self, item_key: str) -> int:
+        return int(item_key)
+
+    def build_part(self, step_id: str, for_part: str, resume_state: None) -> StatefulSinkPartition[Part, None]:
+        client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
+        return _LanePartition(Lane(self._plan, int(for_part), self._settings.lanes, client))
+
+
+class _LanePartition(StatefulSinkPartition[Part, None]):
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+
+    def write_batch(self, items: list[Part]) -> None:
+        rows = self._lane.write(items)
+        METRICS.committed(rows, self._lane.evicted)
+
+    def snapshot(self) -> None:
+        return None
+
+
+def _lane_key(lane: int) -> str:
+    """Sorts as the numbers do: Bytewax orders partitions by name."""
+    return f"{lane:04d}"

@@ -1,0 +1,246 @@
+"""From raw records to columns: the contract check, duplicates, and each lane's share. Pure: no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, Union, get_args, get_origin
+from zlib import crc32
+
+import annotated_types
+import msgspec
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from features.events import NEWEST_MS, OLDEST_MS, TEXT_LENGTH_MAX, Event
+from features.plan import Plan, find_contract
+from features.texts import hash64
+from features.times import DAY_MS
+from streams.chunk import Chunk, DeadLetter, Happened, Part, Partition
+from streams.dedupe import Dedupe
+
+_REASON_LENGTH_MAX: Final = 500
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a chunk holds: a part a lane, what the contract refuses, and how many records were duplicates."""
+
+    parts: list[Part]
+    dead_letters: list[DeadLetter]
+    events: int
+    duplicates: int
+
+
+class Decoder:
+    """Decodes chunks; remembers each partition's event_ids within the dedupe horizon.
+
+    Raises:
+        CodeChangedError: if a contract's code is not what was applied.
+    """
+
+    def __init__(self, plan: Plan, lanes: int, dedupe_ms: int) -> None:
+        self._plan = plan
+        self._lanes = lanes
+        self._dedupe_ms = dedupe_ms
+        self._contracts = {spec.topic: ContractDecoder(spec.name, find_contract(spec)) for spec in plan.events}
+        self._dedupes: dict[Partition, Dedupe] = {}
+
+    def decode(self, chunk: Chunk) -> Decoded:
+        """The parts of a chunk, one for every lane, also where it holds no event."""
+        partition = chunk.partition
+        dedupe = self._dedupes.setdefault(partition, Dedupe(self._dedupe_ms))
+        contract = self._contracts[partition.topic]
+        accepted, refused = contract.decode(chunk.values, chunk.record_ms)
+        offsets, record_ms = chunk.offsets[accepted.index], chunk.record_ms[accepted.index]
+        repeated = dedupe.duplicates(chunk.start, hash64(accepted.event_ids), record_ms)
+        counted = ~repeated & (offsets >= chunk.fresh)
+        dead_letters = [
+            DeadLetter(partition, int(chunk.offsets[at]), chunk.keys[at], chunk.values[at], reason)
+            for at, reason in refused
+            if chunk.offsets[at] >= chunk.fresh
+        ]
+        events = self._by_entity(contract.name, accepted, offsets, np.minimum(accepted.times_ms, record_ms), counted)
+        latest_ms = int(chunk.record_ms.max(initial=-1))
+        parts = []
+        for lane in range(self._lanes):
+            mine = {entity: happened.take(happened.shards % self._lanes == lane) for entity, happened in events.items()}
+            parts.append(Part(partition, chunk.start, chunk.end, dedupe.horizon(chunk.end), latest_ms, mine))
+        return Decoded(parts, dead_letters, int(counted.sum()), int((repeated & (offsets >= chunk.fresh)).sum()))
+
+    def _by_entity(
+        self,
+        contract: str,
+        accepted: Accepted,
+        offsets: NDArray[np.int64],
+        times_ms: NDArray[np.int64],
+        counted: NDArray[np.bool_],
+    ) -> dict[str, Happened]:
+        found = {}
+        for entity in self._plan.entities:
+            ids = accepted.fields.get(entity.key)
+            if ids is None or not counted.any():
+                continue
+            concerned = counted & np.asarray(ids.is_valid())
+            encoded = ids.dictionary_encode()
+            # Null ids get the shard of an empty one; they are masked out below.
+            shards = np.array(
+                [crc32(text.encode()) % self._plan.shards for text in encoded.dictionary.to_pylist()] or [0]
+            )
+            of_event = shards[np.asarray(encoded.indices.fill_null(0))]
+            found[entity.name] = Happened(contract, ids, of_event, offsets, times_ms, accepted.fields).take(concerned)
+        return found
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Records that a contract accepts: their positions in what was decoded, and their columns."""
+
+    index: NDArray[np.intp]
+    event_ids: pa.StringArray
+    times_ms: NDArray[np.int64]
+    fields: dict[str, Any]
+
+
+class ContractDecoder:
+    """Checks records against a contract and turns them into columns.
+
+    The contract (pydantic) decides. A decoder compiled from it (msgspec) goes first and is a quarter of the cost; what
+    it does not accept goes to the contract, and what it accepts the contract would, with equal values: a differential
+    test holds it to that. A contract with validators of its own has no such decoder.
+    """
+
+    def __init__(self, name: str, contract: type[Event]) -> None:
+        self.name = name
+        self._contract = contract
+        self._kinds = {
+            field: kind for field, kind in contract.kinds().items() if field not in ("event_id", "occurred_at")
+        }
+        self.fast: Callable[[bytes], Any] | None = _compile(contract)
+
+    def decode(
+        self, values: list[bytes | None], record_ms: NDArray[np.int64]
+    ) -> tuple[Accepted, list[tuple[int, str]]]:
+        """Columns of the accepted records, and (position, reason) of the refused ones."""
+        found: list[Any] = []
+        index: list[int] = []
+        refused: list[tuple[int, str]] = []
+        for at, value in enumerate(values):
+            try:
+                found.append(self.check(value))
+                index.append(at)
+            except ValueError as error:
+                refused.append((at, str(error)[:_REASON_LENGTH_MAX]))
+        accepted = self._columns(found, index)
+        early = accepted.times_ms > record_ms[accepted.index] + DAY_MS
+        if early.any():
+            for at in np.flatnonzero(early).tolist():
+                refused.append(
+                    (
+                        index[at],
+                        f"occurred_at: {accepted.times_ms[at]} is more than a day ahead of the record; check the producer's clock",
+                    )
+                )
+            kept = np.flatnonzero(~early).tolist()
+            accepted = self._columns([found[at] for at in kept], [index[at] for at in kept])
+        return accepted, refused
+
+    def check(self, value: bytes | None) -> Any:
+        """The event in a record.
+
+        Raises:
+            ValueError: if the contract refuses it; the message says which field, what it holds and what is expected.
+        """
+        if value is None:
+            msg = "the record is empty; send a JSON object"
+            raise ValueError(msg)
+        if self.fast is not None:
+            try:
+                return self.fast(value)
+            except (msgspec.MsgspecError, ValueError):
+                pass  # The contract has the last word, and the better message.
+        try:
+            return self._contract.model_validate_json(value)
+        except ValidationError as error:
+            raise ValueError(_reason(error)) from None
+        except Exception as error:  # noqa: BLE001  # a validator of the user's own may raise anything: the stream goes on
+            msg = f"the contract failed: {type(error).__name__}: {error}"
+            raise ValueError(msg) from error
+
+    def _columns(self, found: list[Any], index: list[int]) -> Accepted:
+        fields: dict[str, Any] = {}
+        for name, kind in self._kinds.items():
+            column = [getattr(event, name) for event in found]
+            fields[name] = pa.array(column, pa.string()) if kind == "str" else np.array(column, np.float64)
+        return Accepted(
+            np.array(index, np.intp),
+            pa.array([event.event_id for event in found], pa.string()),
+            np.array([event.occurred_at for event in found], np.int64),
+            fields,
+        )
+
+
+def _reason(error: ValidationError) -> str:
+    """One line: what is wrong with which field."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    got = repr(first.get("input"))
+    shown = (
+        "" if first["type"] in ("missing", "json_invalid") else f"; got {got if len(got) <= 80 else got[:77] + '...'}"
+    )
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where + ': ' if where else ''}{first['msg']}{shown}{more}"
+
+
+def _compile(contract: type[Event]) -> Callable[[bytes], Any] | None:
+    """A msgspec decoder that accepts a subset of what the contract does, or None if the contract has code of its own."""
+    own = contract.__pydantic_decorators__
+    if own.model_validators or own.root_validators or own.validators or set(own.field_validators) != {"_no_nul"}:
+        return None
+    fields: list[Any] = []
+    for name, info in contract.model_fields.items():
+        annotation = _fast_type(name, info)
+        if annotation is None or info.alias is not None or info.validation_alias is not None:
+            return None
+        fields.append((name, annotation) if info.is_required() else (name, annotation, info.get_default()))
+    struct = msgspec.defstruct(contract.__name__, fields, gc=False, kw_only=True)
+    decode = msgspec.json.Decoder(struct).decode
+
+    def fast(value: bytes) -> Any:
+        if b"\\u0000" in value:
+            msg = "may hold a NUL"
+            raise ValueError(msg)
+        return decode(value)
+
+    return fast
+
+
+def _fast_type(name: str, info: FieldInfo) -> Any:
+    """msgspec's type for a pydantic field, or None where it has no equal."""
+    if name == "occurred_at":
+        return Annotated[int, msgspec.Meta(ge=OLDEST_MS, le=NEWEST_MS)]
+    optional = get_origin(info.annotation) in (Union, UnionType)
+    plain = (
+        next((kind for kind in get_args(info.annotation) if kind is not NoneType), None)
+        if optional
+        else info.annotation
+    )
+    if plain not in (str, int, float, bool):
+        return None
+    limits: dict[str, Any] = {"min_length": 1, "max_length": TEXT_LENGTH_MAX} if plain is str else {}
+    for constraint in info.metadata:
+        known = {
+            annotated_types.Ge: "ge",
+            annotated_types.Gt: "gt",
+            annotated_types.Le: "le",
+            annotated_types.Lt: "lt",
+        }.get(type(constraint))
+        if known is None:
+            return None
+        limits[known] = getattr(constraint, known)
+    narrowed = Annotated[plain, msgspec.Meta(**limits)] if limits else plain
+    return narrowed | None if optional else narrowed

@@ -1,0 +1,213 @@
+"""Kafka as the stream sees it: where to start in a partition, chunks of raw records, dead letters. Knows no Bytewax."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import redis
+import structlog
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+
+from features.plan import Plan
+from registry.apply import DEAD_LETTER_SUFFIX
+from registry.settings import Settings
+from store.commit import read_record
+from store.keys import Keyspace
+from streams.chunk import Chunk, DeadLetter, Partition
+
+IDLE_S = 1.0
+"""A partition without records says so this often, so that its shards' offsets move on."""
+_KAFKA_TIMEOUT_S = 15.0
+_PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)  # noqa: SLF001  # confluent_kafka's public constants have these names
+
+log = structlog.get_logger()
+
+
+class LogLostError(RuntimeError):
+    """A topic ends before what was already committed from it."""
+
+
+class DeadLettersError(RuntimeError):
+    """A dead letter could not be written, so the chunk that it is from must not be committed."""
+
+
+def partitions_of(settings: Settings, topics: Iterable[str]) -> list[Partition]:
+    """All partitions of the topics.
+
+    Raises:
+        KafkaException: if the broker can't be reached or a topic isn't there.
+    """
+    consumer = _consumer(settings)
+    try:
+        found = []
+        for topic in topics:
+            metadata = consumer.list_topics(topic, timeout=_KAFKA_TIMEOUT_S).topics[topic]
+            if metadata.error is not None:
+                raise KafkaException(metadata.error)
+            found += [Partition(topic, number) for number in sorted(metadata.partitions)]
+        return found
+    finally:
+        consumer.close()
+
+
+class PartitionReader:
+    """Reads one partition from where its shards are, in chunks.
+
+    It starts at the lowest committed offset of all shards, or before it at the offset where the dedupe horizon begins,
+    but not below what the broker still has. What retention took away is reported as lost, and passed over by an empty
+    range, so that the shards move on.
+
+    Raises:
+        LogLostError: if the topic ends before the committed offset.
+        NotAppliedError: if a commit record is missing.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        plan: Plan,
+        partition: Partition,
+        client: redis.Redis,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._partition = partition
+        self._chunk_events = settings.chunk_events
+        self._clock = clock
+        self._spoken_s = clock()
+        self._consumer = _consumer(settings)
+        low, high = self._consumer.get_watermark_offsets(TopicPartition(*partition), timeout=_KAFKA_TIMEOUT_S)
+        positions = [record.position(*partition) for record in _records(plan, client)]
+        known = [position for position in positions if position is not None]
+        committed = min((position.next for position in known), default=low)
+        if committed > high:
+            msg = (
+                f"{partition} ends at offset {high}, but offsets up to {committed} were committed from it: "
+                "the broker came back with less, or the topic was made anew under its old name"
+            )
+            raise LogLostError(msg)
+        self._lost = (committed, low) if committed < low else None
+        self._fresh = max(committed, low)
+        self._at = max(min((position.horizon for position in known), default=low), low)
+        if self._lost:
+            log.error(
+                "records_lost",
+                topic=partition.topic,
+                partition=partition.number,
+                first=committed,
+                last=low - 1,
+                reason="retention",
+            )
+        self._consumer.assign([TopicPartition(*partition, min(self._at, self._fresh))])
+        self._at = min(self._at, self._fresh)
+
+    def next_chunk(self) -> Chunk | None:
+        """The next records, an empty range once a second when there are none, otherwise None. Never blocks."""
+        if self._lost:
+            (start, end), self._lost = self._lost, None
+            return Chunk(self._partition, start, end, self._fresh)
+        messages = [
+            message for message in self._consumer.consume(self._chunk_events, timeout=0) if self._usable(message)
+        ]
+        if not messages and self._clock() - self._spoken_s < IDLE_S:
+            return None
+        self._spoken_s = self._clock()
+        start, self._at = self._at, messages[-1].offset() + 1 if messages else self._at
+        return Chunk(
+            self._partition,
+            start,
+            self._at,
+            self._fresh,
+            [message.value() for message in messages],
+            [message.key() for message in messages],
+            np.array([message.offset() for message in messages], np.int64),
+            np.array([message.timestamp()[1] for message in messages], np.int64),
+        )
+
+    def close(self) -> None:
+        """Leaves the partition."""
+        self._consumer.close()
+
+    def _usable(self, message: Any) -> bool:
+        error = message.error()
+        if error is None:
+            return True
+        if error.fatal() or error.code() not in _PASSING:
+            raise KafkaException(error)
+        log.warning("kafka_unavailable", error=str(error))
+        return False
+
+
+class DeadLetters:
+    """Writes what contracts refuse to `<topic>.dead-letter`, before the rest of its chunk goes on.
+
+    The record's key is topic/partition/offset, so that a log-compacted topic keeps each once although it may be written
+    again after a restart. Value and key are the original bytes; reason and origin are headers.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._producer = Producer(
+            settings.librdkafka(
+                **{"acks": "all", "linger.ms": 1, "message.max.bytes": 2_000_000, "message.timeout.ms": 15_000}
+            )
+        )
+        self._failed: list[str] = []
+
+    def write(self, dead_letters: Sequence[DeadLetter]) -> None:
+        """Returns when the broker has them all.
+
+        Raises:
+            DeadLettersError: if it doesn't in 15 seconds.
+        """
+        for letter in dead_letters:
+            origin = f"{letter.partition}/{letter.offset}"
+            headers: Any = {
+                "reason": letter.reason.encode(errors="backslashreplace"),
+                "origin": origin.encode(),
+                "original-key": letter.key,
+            }
+            self._produce(letter.partition.topic + DEAD_LETTER_SUFFIX, origin, letter.value, headers)
+        if dead_letters and (self._producer.flush(_KAFKA_TIMEOUT_S) or self._failed):
+            msg = f"dead letters could not be written: {self._failed[:3] or 'the broker did not answer'}"
+            raise DeadLettersError(msg)
+
+    def _produce(self, topic: str, key: str, value: bytes | None, headers: Any) -> None:
+        while True:
+            try:
+                self._producer.produce(topic, key=key, value=value, headers=headers, on_delivery=self._delivered)
+                return
+            except BufferError:
+                self._producer.poll(0.1)
+
+    def _delivered(self, error: Any, message: Any) -> None:
+        if error is not None:
+            self._failed.append(f"{message.topic()}: {error}")
+
+
+def _consumer(settings: Settings) -> Consumer:
+    return Consumer(
+        settings.librdkafka(
+            **{
+                # Required by librdkafka; offsets live in Redis, and no group is ever joined.
+                "group.id": "headrace",
+                "enable.auto.commit": False,
+                "auto.offset.reset": "error",
+                "fetch.wait.max.ms": 5,
+                "fetch.error.backoff.ms": 50,
+                "queued.max.messages.kbytes": 32_768,
+                "log_level": 4,
+            }
+        )
+    )
+
+
+def _records(plan: Plan, client: redis.Redis) -> Iterable[Any]:
+    keyspace = Keyspace(plan.project, plan.shards)
+    entities = sorted({view.entities[0] for view in plan.views if len(view.entities) == 1})
+    return [
+        read_record(client, keyspace.commit_record(entity, shard))
+        for entity in entities
+        for shard in range(plan.shards)
+    ]

@@ -1,0 +1,194 @@
+"""A lane: a fixed group of shards whose rows one worker merges and commits. Knows Redis, but nothing of Bytewax or Kafka."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import redis
+
+from features.kernel import SLACK_MS, Events, merge
+from features.layout import Family, families_of
+from features.plan import Plan
+from store.codec import encode
+from store.commit import CommitRecord, Position, RowWrite, ShardCommit, Writer
+from store.keys import Keyspace, expire_at_ms, shard_of
+from store.read import Request
+from streams.chunk import Happened, Part, Partition
+
+IDLE_COMMIT_S = 1.0
+"""A shard without events has its offsets committed this often."""
+
+
+class GapError(RuntimeError):
+    """A chunk does not follow on what the shards have: records would be lost by going on."""
+
+
+@dataclass
+class _Shard:
+    record: CommitRecord
+    committed_at_s: float
+
+
+class Lane:
+    """The shards `s` of every entity with `s % lanes == lane`.
+
+    Making one claims its shards: from then on no other writer can commit to them.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        lane: int,
+        lanes: int,
+        client: redis.Redis,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._redis: Any = client
+        self._clock = clock
+        self._keyspace = Keyspace(plan.project, plan.shards)
+        self._writer = Writer(client, self._keyspace)
+        families = [family for view in plan.views for family in families_of(plan, view)]
+        self._families = {
+            entity.name: [family for family in families if family.entity == entity.name] for entity in plan.entities
+        }
+        self._families = {entity: own for entity, own in self._families.items() if own}
+        self._shards = {
+            (entity, shard): _Shard(self._writer.claim(entity, shard), clock())
+            for entity in self._families
+            for shard in range(lane, plan.shards, lanes)
+        }
+        self._received: dict[Partition, Position] = {}
+        self.evicted = 0
+
+    def write(self, parts: Sequence[Part]) -> int:
+        """Merges the parts' events into their rows and commits them; returns the number of rows written.
+
+        Raises:
+            GapError: if a part does not follow on what was received before.
+            FencedError: if another writer has claimed a shard, or Redis holds other data.
+        """
+        for part in parts:
+            self._receive(part)
+        latest_ms = max((part.record_ms_max for part in parts), default=-1)
+        now_ms = min(int(self._clock() * 1000), latest_ms) - SLACK_MS
+        writes: dict[tuple[str, int], list[RowWrite]] = {}
+        for entity, families in self._families.items():
+            happened = [
+                new for part in parts if entity in part.events and len((new := self._new_to_shards(entity, part)).ids)
+            ]
+            if happened:
+                self._merge(entity, families, happened, now_ms, writes)
+        self._commit(writes)
+        return sum(len(rows) for rows in writes.values())
+
+    def _receive(self, part: Part) -> None:
+        """Checks that the part's range follows on what the lane has."""
+        known = self._received.get(part.partition)
+        if known is None:
+            positions = [shard.record.position(*part.partition) for shard in self._shards.values()]
+            next_offsets = [position.next for position in positions if position is not None]
+            at = min(next_offsets) if next_offsets else part.start
+        else:
+            at = known.next
+        if part.start > at:
+            msg = (
+                f"{part.partition}: a chunk starts at offset {part.start}, but the shards have "
+                f"only what comes before {at}; the stream must start again from there"
+            )
+            raise GapError(msg)
+        self._received[part.partition] = Position(max(at, part.end), part.horizon)
+
+    def _new_to_shards(self, entity: str, part: Part) -> Happened:
+        """The part's events of an entity that their shards haven't committed yet."""
+        happened = part.events[entity]
+        committed = np.zeros(self._keyspace.shards, np.int64)
+        for (name, number), shard in self._shards.items():
+            if name == entity and (position := shard.record.position(*part.partition)) is not None:
+                committed[number] = position.next
+        return happened.take(happened.offsets >= committed[happened.shards])
+
+    def _merge(
+        self,
+        entity: str,
+        families: list[Family],
+        happened: list[Happened],
+        now_ms: int,
+        writes: dict[tuple[str, int], list[RowWrite]],
+    ) -> None:
+        encoded = pa.concat_arrays([each.ids for each in happened]).dictionary_encode()
+        ids = [text.encode() for text in encoded.dictionary.to_pylist()]
+        index = np.asarray(encoded.indices).astype(np.intp)
+        events = _by_contract(happened, np.split(index, np.cumsum([len(each.ids) for each in happened])[:-1]))
+        touched = {}
+        for family in families:
+            mine = [events[name].rows for name in family.events if name in events]
+            if mine:
+                touched[family.name] = np.unique(np.concatenate(mine))
+        wanted = tuple(
+            (family, [ids[row] for row in touched[family.name].tolist()])
+            for family in families
+            if family.name in touched
+        )
+        request = Request(self._keyspace, wanted)
+        blobs: list[bytes | None] = self._redis.mget(request.keys) if request.keys else []
+        rows = request.rows(blobs)
+        at = 0
+        for family, family_ids in wanted:
+            renumbered = {
+                name: Events(np.searchsorted(touched[family.name], each.rows), each.times_ms, each.fields)
+                for name, each in events.items()
+                if name in family.events
+            }
+            merged = merge(family, rows[family.name], renumbered, now_ms)
+            self.evicted += merged.evicted
+            expires = expire_at_ms(family, merged.rows.last_event_ms)
+            new = zip(
+                family_ids, request.keys[at:], blobs[at:], encode(family, merged.rows), expires.tolist(), strict=False
+            )
+            for entity_id, key, before, value, expire in new:
+                if value != (before or b""):
+                    writes.setdefault((entity, shard_of(entity_id, self._keyspace.shards)), []).append(
+                        RowWrite(key, value, expire)
+                    )
+            at += len(family_ids)
+
+    def _commit(self, writes: Mapping[tuple[str, int], list[RowWrite]]) -> None:
+        """Commits shards that have rows to write, and idle ones now and then."""
+        now_s = self._clock()
+        commits: dict[tuple[str, int], ShardCommit] = {}
+        for name, shard in self._shards.items():
+            rows = writes.get(name, [])
+            if not rows and now_s - shard.committed_at_s < IDLE_COMMIT_S:
+                continue
+            positions = {}
+            for partition, position in self._received.items():
+                known = shard.record.position(*partition)
+                reached = max(position.next, known.next if known else 0)
+                positions[str(partition)] = Position(reached, position.horizon)
+            new = shard.record.advanced(self._writer.token, positions)
+            shard.committed_at_s = now_s
+            if rows or new != shard.record:
+                commits[name] = ShardCommit(self._keyspace.commit_record(*name), shard.record, new, rows)
+        self._writer.commit(list(commits.values()))
+        for name, commit in commits.items():
+            self._shards[name].record = commit.new
+
+
+def _by_contract(happened: list[Happened], rows: list[Any]) -> dict[str, Events]:
+    """The events of each contract as one batch."""
+    found: dict[str, Events] = {}
+    for name in dict.fromkeys(each.contract for each in happened):
+        mine = [(each, row) for each, row in zip(happened, rows, strict=True) if each.contract == name]
+        columns = {}
+        for field in mine[0][0].fields:
+            parts = [each.fields[field] for each, _ in mine]
+            columns[field] = pa.concat_arrays(parts) if isinstance(parts[0], pa.Array) else np.concatenate(parts)
+        found[name] = Events(
+            np.concatenate([row for _, row in mine]), np.concatenate([each.times_ms for each, _ in mine]), columns
+        )
+    return found

@@ -1,0 +1,256 @@
+"""Files become events that their contracts accept; what doesn't is counted, and says where and why."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+from rich.console import Console
+from rich.progress import Progress
+
+from features.catalog import Click, Like
+from features.events import Event
+from headrace.embedded import EmbeddedBroker
+from headrace.replay import Refusal, Replay, ReplayError, Summary, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEADLINE_S = 20
+NOW_MS = 1_763_719_200_000  # 2025-11-21T10:00Z
+CONTRACTS: dict[str, type[Event]] = {"clicks": Click, "likes": Like}
+TAOBAO = ("user_id", "item_id", "category", "kind", "occurred_at")
+BY_KIND: dict[str, Any] = {"topic_column": "kind", "topics": {"pv": "clicks", "fav": "likes"}}
+MOCK = {"api_version": (2, 1)}  # kafka-python can't ask librdkafka's mock cluster for its versions.
+
+
+class TestClock:
+    """Time that passes only by sleeping."""
+
+    __test__ = False
+
+    def __init__(self) -> None:
+        self.slept_s: list[float] = []
+
+    def now_ms(self) -> int:
+        return NOW_MS + round(sum(self.slept_s) * 1000)
+
+    def sleep(self, seconds: float) -> None:
+        self.slept_s.append(seconds)
+
+
+@pytest.fixture
+def broker() -> Iterator[EmbeddedBroker]:
+    with EmbeddedBroker() as broker:
+        yield broker
+
+
+def send(file: Path, broker: EmbeddedBroker | None = None, clock: TestClock | None = None, **options: Any) -> Summary:
+    """Replay to a broker, or to none where it must not come so far."""
+    kafka = broker.bootstrap_servers if broker else "127.0.0.1:1"
+    replay = Replay(file, kafka_options=MOCK, timeout_s=DEADLINE_S if broker else 1, **options)
+    return run(replay, CONTRACTS, kafka, clock or TestClock(), Progress(disable=True))
+
+
+def received(broker: EmbeddedBroker, topic: str, n: int) -> list[tuple[bytes, dict[str, Any]]]:
+    """Key and value of a topic's first `n` records, by item."""
+    consumer = Consumer({"bootstrap.servers": broker.bootstrap_servers, "group.id": "unused"})
+    try:
+        consumer.assign([TopicPartition(topic, partition, 0) for partition in range(4)])
+        records = consumer.consume(n, timeout=DEADLINE_S)
+    finally:
+        consumer.close()
+    assert len(records) == n
+    return sorted(((r.key(), json.loads(r.value())) for r in records), key=lambda record: record[1]["item_id"])
+
+
+def lines(file: Path, *rows: str) -> Path:
+    file.write_text("".join(row + "\n" for row in rows))
+    return file
+
+
+def test_a_csv_without_header_goes_to_topics_by_a_column(tmp_path: Path, broker: EmbeddedBroker) -> None:
+    file = lines(
+        tmp_path / "taobao.csv",
+        "1,10,7,pv,1511658000",
+        "1,11,7,cart,1511658001",
+        "2,12,8,fav,1511658002",
+        "3,13,,pv,1511658003",
+        "3,14,9,cart,1511658004",
+        "3,15,9,buy,1511658005",
+    )
+    summary = send(file, broker, columns=TAOBAO, time_unit="s", **BY_KIND)
+    assert summary.sent == {"clicks": 2, "likes": 1}
+    assert summary.left_out == {"cart": 2, "buy": 1}
+    assert (summary.refused, summary.refusals) == (0, [])
+    clicks = received(broker, "clicks", 2)
+    assert [key for key, _ in clicks] == [b"1", b"3"]
+    assert clicks[0][1].pop("event_id")
+    assert clicks[0][1] == {"user_id": "1", "item_id": "10", "category": "7", "occurred_at": 1_511_658_000_000}
+    assert "category" not in clicks[1][1]  # An empty cell is no value.
+    [(key, like)] = received(broker, "likes", 1)
+    assert (key, like["item_id"], like["occurred_at"]) == (b"2", "12", 1_511_658_002_000)
+
+
+def test_every_format_gives_the_same_events(tmp_path: Path, broker: EmbeddedBroker) -> None:
+    """A number that is an id in the contract becomes text; a time may be a number, RFC 3339 or Parquet's own."""
+    expected = [(b"1", "10", 12.5), (b"2", "11", 3.0)]
+    at = [datetime(2025, 11, 21, 9, tzinfo=UTC), datetime(2025, 11, 21, 9, 0, 1, tzinfo=UTC)]
+    table = pa.table({"user_id": [1, 2], "item_id": [10.0, 11.0], "price": [12.5, 3.0], "occurred_at": at})
+    pq.write_table(table, tmp_path / "a.parquet")
+    csv = "user_id,item_id,price,occurred_at\n1,10,12.5,1763715600000\n2,11,3,2025-11-21T09:00:01Z\n"
+    (tmp_path / "a.csv").write_text("\ufeff" + csv)  # As Excel writes it.
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(csv.encode()))
+    objects = [
+        {"user_id": 1, "item_id": 10, "price": 12.5, "occurred_at": 1763715600000},
+        {"user_id": "2", "item_id": "11", "price": 3, "occurred_at": "2025-11-21T09:00:01Z", "other": [1]},
+    ]
+    lines(tmp_path / "a.jsonl", json.dumps(objects[0]), "", json.dumps(objects[1]))
+    for file in sorted(tmp_path.iterdir()):
+        assert send(file, broker, topic="clicks").sent == {"clicks": 2}, file
+    events = received(broker, "clicks", 8)
+    found = [(key, event["item_id"], event["price"]) for key, event in events]
+    assert found == [expected[0]] * 4 + [expected[1]] * 4
+    assert [event["occurred_at"] for _, event in events] == [1763715600000] * 4 + [1763715601000] * 4
+
+
+def test_a_file_sent_twice_has_the_same_event_ids(tmp_path: Path, broker: EmbeddedBroker) -> None:
+    """So the stream counts it once, if it comes again within the dedupe horizon. Ids of the file's own are kept."""
+    file = lines(tmp_path / "a.csv", "event_id,user_id,item_id,occurred_at", f",u1,i1,{NOW_MS}", f"own,u1,i2,{NOW_MS}")
+    send(file, broker, topic="clicks")
+    send(file, broker, topic="clicks")
+    ids = [event["event_id"] for _, event in received(broker, "clicks", 4)]
+    assert ids[0] == ids[1]
+    assert len(ids[0]) == 24
+    assert ids[2:] == ["own", "own"]
+
+
+def test_rebase_to_now_moves_the_last_event_to_now(tmp_path: Path, broker: EmbeddedBroker) -> None:
+    """Only events that are sent count as the last: no left-out row, and none that the contract refuses."""
+    file = lines(
+        tmp_path / "taobao.csv",
+        "1,10,7,pv,1511658000",
+        "2,11,8,fav,1511658060",
+        "2,12,8,buy,1511659999",
+        "2,,8,pv,1511659998",
+        "2,14,8,pv,95116599980",
+    )
+    summary = send(file, broker, columns=TAOBAO, time_unit="s", rebase_to_now=True, **BY_KIND)
+    assert summary.refused == 2
+    assert received(broker, "likes", 1)[0][1]["occurred_at"] == NOW_MS
+    assert received(broker, "clicks", 1)[0][1]["occurred_at"] == NOW_MS - 60_000
+
+
+def test_speed_keeps_the_pace_of_event_time(tmp_path: Path, broker: EmbeddedBroker) -> None:
+    """
+    event time  0 s     10 s   5 s     30 s
+    at speed 10 0 s      1 s   at once  3 s
+    """
+    times = [NOW_MS + offset_ms for offset_ms in (0, 10_000, 5_000, 30_000)]
+    file = lines(tmp_path / "a.csv", *(f"u,i{i},{at}" for i, at in enumerate(times)))
+    clock = TestClock()
+    send(file, broker, clock, columns=("user_id", "item_id", "occurred_at"), topic="clicks", speed=10)
+    assert clock.slept_s == [1.0, 2.0]
+
+
+def test_refused_rows_say_where_and_why(tmp_path: Path, broker: EmbeddedBroker) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(
+        b"who,item_id,price,ts\n"  # row 1
+        b"u1,i1,5,%(now)d\n"
+        b"u1,i2,cheap,%(now)d\n"  # 3
+        b"u1,,5,%(now)d\n"
+        b"u1,i4,5\n"  # 5
+        b'u1,"i\n5",5,%(now)d\n'  # 6 and 7: a cell of two lines, which is fine
+        b"\xff,i6,5,%(now)d\n"  # 8
+        b"u1,i7,5,1511658000\n"  # 9
+        b"u1,i8,5,%(future)d\n"
+        b"u1,i9,nan,%(now)d\n" % {b"now": NOW_MS, b"future": NOW_MS + 2 * 86_400_000}
+    )
+    summary = send(file, broker, topic="clicks", mapping={"user_id": "who", "occurred_at": "ts"})
+    assert summary.sent == {"clicks": 2}
+    assert summary.refused == 7
+    assert summary.refusals == [
+        Refusal(3, "price: Input should be a valid number; got 'cheap'"),
+        Refusal(4, "item_id: the row has no value"),
+        Refusal(5, "3 cells for 4 columns (who, item_id, price, ts)"),
+        Refusal(8, "user_id (column who): Input should be a valid string, unable to parse raw data as a unicode string"
+        "; got '\\udcff'"),
+        Refusal(9, "occurred_at (column ts): Input should be greater than or equal to 946684800000; got 1511658000"
+        "; if the file counts seconds, say --time-unit s"),
+    ]  # fmt: skip
+    out = io.StringIO()
+    Console(file=out, width=200).print(summary)
+    assert "sent to clicks" in out.getvalue()
+    assert "row 9: occurred_at (column ts)" in out.getvalue()
+    assert "… and 2 more" in out.getvalue()
+
+
+def test_lines_that_are_no_objects_are_refused(tmp_path: Path, broker: EmbeddedBroker) -> None:
+    good = json.dumps({"user_id": "u", "item_id": "i", "occurred_at": NOW_MS})
+    summary = send(lines(tmp_path / "a.ndjson", "{", "[1]", good, '{"user_id": NaN}'), broker, topic="clicks")
+    assert summary.sent == {"clicks": 1}
+    assert [refusal.row for refusal in summary.refusals] == [1, 2, 4]
+    assert summary.refusals[0].reason.startswith("no JSON: ")
+    assert summary.refusals[1].reason == "not a JSON object: [1]"
+
+
+def test_an_empty_file_sends_nothing(tmp_path: Path, broker: EmbeddedBroker) -> None:
+    assert send(lines(tmp_path / "a.jsonl"), broker, topic="clicks").sent.total() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("a.csv", {}, "say where the events go: --topic clicks for all, or --topic-column"),
+        ("a.csv", {"topic": "clicks", "topic_column": "kind"}, "say where the events go"),
+        ("a.csv", {"topic_column": "kind"}, "--topic-column kind needs its values' topics: --topics pv=clicks"),
+        ("a.csv", {"topic": "cliks"}, "no contract is declared for topic 'cliks'; there is: clicks, likes"),
+        ("a.csv", {"topic": "clicks", "speed": 0}, "--speed 0 must be more than 0"),
+        ("a.csv", {"topic": "clicks", "mapping": {"user": "who"}}, "--map user=who: no contract has a field 'user'"),
+        (
+            "a.csv",
+            {"topic": "clicks", "mapping": {"user_id": "whom"}},
+            r"--map user_id=whom: there is no such column; \S+a\.csv has: who, item_id, occurred_at",
+        ),
+        (
+            "a.csv",
+            {"topic_column": "kind", "topics": {"pv": "clicks"}, "mapping": {"user_id": "who"}},
+            "--topic-column kind: there is no such column",
+        ),
+        ("a.csv", {"topic": "clicks"}, r"Click needs 'user_id', and no column is called so; .*--map user_id=COLUMN"),
+        ("a.jsonl", {"topic": "clicks"}, r"Click needs 'user_id', .* has: who, item_id"),
+        ("a.parquet", {"topic": "clicks"}, r"a\.parquet can't be read: "),
+        ("none.csv", {"topic": "clicks"}, r"none\.csv can't be read: .*[nN]o such file"),
+        ("a.xlsx", {"topic": "clicks"}, r"a\.xlsx: replay reads \.csv, \.jsonl, \.ndjson, \.parquet, text also with"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_sent(
+    tmp_path: Path, name: str, options: dict[str, Any], message: str
+) -> None:
+    lines(tmp_path / "a.csv", "who,item_id,occurred_at", f"u1,i1,{NOW_MS}")
+    lines(tmp_path / "a.jsonl", '{"who": "u1", "item_id": "i1"}')
+    lines(tmp_path / "a.parquet", "no Parquet")
+    with pytest.raises(ReplayError, match=message):
+        send(tmp_path / name, **options)
+
+
+def test_kafka_that_is_not_there_is_named(tmp_path: Path) -> None:
+    file = lines(tmp_path / "a.csv", "user_id,item_id,occurred_at", f"u1,i1,{NOW_MS}")
+    with pytest.raises(ReplayError, match=r"Kafka at 127\.0\.0\.1:1: .*is HEADRACE_KAFKA right"):
+        send(file, topic="clicks")
+
+
+def test_an_event_that_the_broker_does_not_take_is_named(tmp_path: Path, broker: EmbeddedBroker) -> None:
+    file = lines(tmp_path / "a.csv", "user_id,item_id,occurred_at", f"u1,i1,{NOW_MS}")
+    options = Replay(file, topic="clicks", kafka_options=MOCK | {"max_request_size": 10}, timeout_s=DEADLINE_S)
+    with pytest.raises(ReplayError, match=r"a\.csv, row 2: .*topic 'clicks'.*max_request_size"):
+        run(options, CONTRACTS, broker.bootstrap_servers, TestClock(), Progress(disable=True))
