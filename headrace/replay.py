@@ -246,7 +246,10 @@ def _send(
                     clock.sleep(early_ms / 1000)
             key = getattr(event, options.key, None)
             value = event.model_dump_json(exclude_none=True).encode()
-            sent = producer.send(topic, value, key=None if key is None else str(key).encode())
+            try:
+                sent = producer.send(topic, value, key=None if key is None else str(key).encode())
+            except KafkaError as error:
+                raise _not_taken(options, number, topic, error, summary) from error
             undelivered.append((number, topic, sent))
             if len(undelivered) >= UNDELIVERED_MAX:
                 _await(undelivered, UNDELIVERED_MAX // 2, options, summary)
@@ -284,12 +287,15 @@ def _await(undelivered: deque[tuple[int, str, Any]], down_to: int, options: Repl
         try:
             sent.get(timeout=options.timeout_s)
         except KafkaError as error:
-            msg = (
-                f"{options.file}, row {number}: not taken by topic {topic!r}: {error}; "
-                f"{summary.sent.total():,} before it were taken. `headrace doctor` looks at the broker and its topics"
-            )
-            raise ReplayError(msg) from error
+            raise _not_taken(options, number, topic, error, summary) from error
         summary.sent[topic] += 1
+
+
+def _not_taken(options: Replay, row: int, topic: str, error: KafkaError, summary: Summary) -> ReplayError:
+    return ReplayError(
+        f"{options.file}, row {row}: not taken by topic {topic!r}: {error}; {summary.sent.total():,} before it were. "
+        "`headrace doctor` looks at the broker and its topics"
+    )
 
 
 def _check_topics(options: Replay, contracts: Mapping[str, type[Event]]) -> None:
@@ -328,7 +334,7 @@ def _check_columns(options: Replay, contracts: Mapping[str, type[Event]], column
             if info.is_required() and name != "event_id" and options.mapping.get(name, name) not in columns:
                 msg = (
                     f"{contracts[topic].__name__} needs {name!r}, and no column is called so; {there}. "
-                    f"Name the one that holds it: --map {name}=COLUMN (of a CSV file without header, all: --columns a,b)"
+                    f"Name the one that holds it: --map {name}=COLUMN (or all of a headerless CSV: --columns a,b)"
                 )
                 raise ReplayError(msg)
 

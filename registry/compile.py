@@ -43,7 +43,7 @@ def compile_to_feast(plan: Plan, kafka: str) -> dict[str, Any]:
         if len(spec.entities) > 1:
             views[spec.name] = _cross_view(plan, spec, views)
     services = {spec.name: _service(plan, spec.name, views) for spec in plan.services}
-    groups = {"entity": entities, "source": sources, "view": views, "service": services}
+    groups: dict[str, dict[str, Any]] = {"entity": entities, "source": sources, "view": views, "service": services}
     return {
         "project": project,
         **{f"{kind}_{name}": made for kind, group in groups.items() for name, made in group.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -59,7 +59,7 @@ class HeadraceOnlineStore(OnlineStore):
         self._client: redis.Redis | None = None
         self._readers: dict[tuple[str, tuple[str, ...]], Reader] = {}
 
-    def get_online_features(  # type: ignore[override]  # Feast's own signature, with its wider annotations narrowed
+    def get_online_features(
         self,
         config: RepoConfig,
         features: list[str] | FeatureService,
@@ -73,13 +73,7 @@ class HeadraceOnlineStore(OnlineStore):
         plan = _plan(registry, project)
         full_names = _full_names(plan, features)
         reader = self._reader(plan, full_names)
-        columns = _columns(entity_rows)
-        asked, rows_of = reader.ask(columns)
-        request = reader.request(asked)
-        blobs: Any = self._redis(config).mget(request.keys) if request.keys else []
-        now_ms = _AS_OF_MS.get() or time.time_ns() // 1_000_000
-        frame = reader.program.evaluate(request.rows(blobs), asked, now_ms)
-        return LazyResponse(plan, full_names, columns, frame, rows_of, full_feature_names)
+        return reader.read(self._redis(config).mget, _columns(entity_rows), _now_ms(), full=full_feature_names)
 
     async def get_online_features_async(self, *args: Any, **kwargs: Any) -> OnlineResponse:
         """As `get_online_features`, in a thread."""
@@ -102,15 +96,9 @@ class HeadraceOnlineStore(OnlineStore):
                 rows[key].append(value.string_val)
         if not entity_keys:
             return []
-        plan = Plan.decode(_applied_text(config.project, _registry_of(config)))
-        full_names = [f"{table.name}__{name}" for name in names]
-        reader = self._reader(plan, full_names)
-        asked, rows_of = reader.ask(rows)
-        request = reader.request(asked)
-        blobs: Any = self._redis(config).mget(request.keys)
-        frame = reader.program.evaluate(request.rows(blobs), asked, _AS_OF_MS.get() or time.time_ns() // 1_000_000)
-        response = LazyResponse(plan, full_names, rows, frame, rows_of, full=False)
-        return response.by_row()
+        plan = _plan(_registry_at(str(config.repo_path)), config.project)
+        reader = self._reader(plan, [f"{table.name}__{name}" for name in names])
+        return reader.read(self._redis(config).mget, rows, _now_ms(), full=False).by_row()
 
     def online_write_batch(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a finished value can't age, so rows are written by the stream only."""
@@ -142,31 +130,64 @@ class Reader:
 
     def __init__(self, plan: Plan, full_names: Sequence[str]) -> None:
         self.plan = plan
+        self.full_names = tuple(full_names)
         self.program = Program(plan, full_names)
         self._keyspace = Keyspace(plan.project, plan.shards)
         self._keys = {entity: plan.entity(entity).key for entity in self.program.entities}
 
-    def ask(self, columns: Mapping[str, Sequence[Any]]) -> tuple[Asked, dict[str, Any]]:
-        """What to ask of the program, each id once, and each request row's place among the ids by entity.
+    def read(
+        self, mget: Callable[[list[bytes]], Any], columns: Mapping[str, Sequence[Any]], now_ms: int, *, full: bool
+    ) -> LazyResponse:
+        """Reads and evaluates: `mget` is Redis's."""
+        asked, rows_of = self._ask(columns)
+        request = self._request(asked)
+        frame = self.program.evaluate(request.rows(mget(request.keys) if request.keys else []), asked, now_ms)
+        return LazyResponse(self.plan, self.full_names, columns, frame, rows_of, full=full)
+
+    async def answer(
+        self,
+        mget: Callable[[list[bytes]], Awaitable[list[bytes | None]]],
+        columns: Mapping[str, Sequence[Any]],
+        now_ms: int,
+        *,
+        full: bool,
+    ) -> dict[str, Any]:
+        """The answer as Feast's own server writes it; empty lists and maps as null, which its remote client can't take.
 
         Raises:
-            ValueError: if an entity's key is missing from the request.
+            ValueError: if an entity's key is missing, columns differ in length, or short names collide.
         """
+        asked, rows_of = self._ask(columns)
+        request = self._request(asked)
+        frame = self.program.evaluate(request.rows(await mget(request.keys)), asked, now_ms)
+        response = LazyResponse(self.plan, self.full_names, columns, frame, rows_of, full=full)
+        values = response.to_dict()
+        statuses = [["PRESENT"] * len(column) for column in columns.values()] + response.statuses()
+        results = [
+            {"values": [None if value in ([], {}) else value for value in column], "statuses": status}
+            for column, status in zip(values.values(), statuses, strict=True)
+        ]
+        return {"metadata": {"feature_names": list(values)}, "results": results}
+
+    def _ask(self, columns: Mapping[str, Sequence[Any]]) -> tuple[Asked, dict[str, Any]]:
+        """What to ask of the program, each id once, and each request row's place among the ids by entity."""
+        if len({len(values) for values in columns.values()}) > 1:
+            msg = "every entity key needs as many values as the others"
+            raise ValueError(msg)
         ids, pairs = {}, {}
         for entity, key in self._keys.items():
             if key not in columns:
-                msg = f"entity_rows lack {key!r}, the key of {entity}; they have: {', '.join(columns) or 'none'}"
+                msg = f"entity rows lack {key!r}, the key of {entity}; they have: {', '.join(columns) or 'none'}"
                 raise ValueError(msg)
-            encoded = pa.array(
-                [None if value is None else str(value) for value in columns[key]], pa.string()
-            ).dictionary_encode("encode")
+            texts = pa.array([None if value is None else str(value) for value in columns[key]], pa.string())
+            # A null id is that of an entity never seen: no event can have an empty one.
+            encoded = texts.fill_null("").dictionary_encode()
             ids[entity] = encoded.dictionary
             pairs[entity] = np.asarray(encoded.indices).astype(np.intp)
         return Asked(ids, pairs, {}), pairs
 
-    def request(self, asked: Asked) -> Request:
-        """The rows to read; a null id is an entity never seen."""
-        encoded = {entity: [(text or "").encode() for text in ids.to_pylist()] for entity, ids in asked.ids.items()}
+    def _request(self, asked: Asked) -> Request:
+        encoded = {entity: [text.encode() for text in ids.to_pylist()] for entity, ids in asked.ids.items()}
         return Request(self._keyspace, tuple((family, encoded[family.entity]) for family in self.program.families))
 
 
@@ -210,7 +231,7 @@ class LazyResponse(OnlineResponse):
         """As `to_dict`, a column each."""
         return pa.Table.from_pydict(self.to_dict(include_event_timestamps))
 
-    @property
+    @property  # type: ignore[override]  # an attribute in Feast, built eagerly
     def proto(self) -> GetOnlineFeaturesResponse:
         """Feast's protobuf."""
         answer = GetOnlineFeaturesResponse()
@@ -351,5 +372,5 @@ def _registry_at(repo: str) -> BaseRegistry:
     return FeatureStore(repo_path=repo).registry
 
 
-def _registry_of(config: RepoConfig) -> BaseRegistry:
-    return _registry_at(str(config.repo_path))
+def _now_ms() -> int:
+    return _AS_OF_MS.get() or time.time_ns() // 1_000_000

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
+import structlog
+import yaml  # type: ignore[import-untyped]  # its stubs are not among our dependencies
 from feast import FeatureStore
 from feast.errors import FeastObjectNotFoundException
 
 from features.plan import Plan
 from registry.compile import PLAN_TAG, compile_to_feast
+from registry.definitions import compile_definitions
+from registry.settings import Settings
+
+log = structlog.get_logger()
 
 
 class NotAppliedPlanError(RuntimeError):
@@ -43,16 +48,19 @@ def applied_plan(store: FeatureStore) -> Plan | None:
     return Plan.decode(text) if text else None
 
 
-def load_plan(repo: Path) -> Plan:
-    """The applied plan, for those who run it.
+def load_plan(settings: Settings) -> Plan:
+    """The applied plan, for those who run it; says so when the definitions are not what is applied.
 
     Raises:
         NotAppliedPlanError: if nothing was applied.
     """
-    plan = applied_plan(FeatureStore(repo_path=str(repo)))
+    plan = applied_plan(FeatureStore(repo_path=str(settings.repo)))
     if plan is None:
-        msg = f"nothing is applied in {repo.resolve()}: run `headrace apply` first"
+        msg = f"nothing is applied in {settings.repo.resolve()}: run `headrace apply` first"
         raise NotAppliedPlanError(msg)
+    if different := changes(plan, compile_definitions(settings.definitions, plan.project, plan.shards)):
+        remedy = "the applied plan runs; see `headrace plan`, then `headrace apply`"
+        log.warning("definitions_differ", plan=plan.fingerprint, changes=different[:10], remedy=remedy)
     return plan
 
 
@@ -61,7 +69,7 @@ def register(store: FeatureStore, plan: Plan, kafka: str) -> None:
     made = list(compile_to_feast(plan, kafka).values())
     names = {(type(each).__name__, each.name) for each in made}
     registry, project = store.registry, store.project
-    there = [
+    there: list[Any] = [
         *registry.list_feature_services(project),
         *registry.list_on_demand_feature_views(project),
         *registry.list_stream_feature_views(project),

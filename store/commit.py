@@ -33,7 +33,14 @@ log = structlog.get_logger()
 
 
 class FencedError(RuntimeError):
-    """This writer has been superseded, or Redis holds other data than it last saw: it must stop and start again."""
+    """This writer has been superseded, or Redis holds other data than it last saw: it must stop.
+
+    `superseded` says that another writer has the shard, so that starting again would take it back from that one.
+    """
+
+    def __init__(self, message: str, *, superseded: bool) -> None:
+        super().__init__(message)
+        self.superseded = superseded
 
 
 class NotAppliedError(RuntimeError):
@@ -189,13 +196,17 @@ class Writer:
         stored = self._redis.get(commit.record_key)
         name = commit.record_key.decode()
         if stored is None:
-            return FencedError(f"{name} is gone: Redis has lost its data since this writer ({self.token}) last wrote")
+            return FencedError(
+                f"{name} is gone: Redis lost its data since writer {self.token} last wrote", superseded=False
+            )
         writer = msgspec.json.decode(stored, type=CommitRecord).writer
         if writer != self.token:
             return FencedError(
-                f"{name} was claimed by writer {writer}: this writer ({self.token}) is superseded and stops"
+                f"{name} was claimed by writer {writer}: writer {self.token} is superseded", superseded=True
             )
-        return FencedError(f"{name} is not what this writer ({self.token}) last wrote: Redis came back with older data")
+        return FencedError(
+            f"{name} is not what writer {self.token} last wrote: Redis came back with older data", superseded=False
+        )
 
 
 def read_record(client: redis.Redis, key: bytes) -> CommitRecord:

@@ -9,6 +9,7 @@ State is in Redis alone: there is no recovery store, and a worker that stops for
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
@@ -19,9 +20,10 @@ from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
 from features.plan import Plan
-from registry.definitions import compile_definitions
+from registry.logs import set_up_logs
 from registry.settings import Settings
-from registry.store import changes, load_plan
+from registry.store import load_plan
+from store.commit import FencedError
 from store.connect import connect
 from streams.chunk import Chunk, Part, Partition
 from streams.decode import Decoder
@@ -30,6 +32,8 @@ from streams.lane import Lane
 from streams.metrics import METRICS
 
 _POLL = timedelta(milliseconds=2)
+SUPERSEDED_STATUS = 3
+"""The exit status of a worker whose shards another one has claimed: it must not be started again."""
 
 log = structlog.get_logger()
 
@@ -37,25 +41,13 @@ log = structlog.get_logger()
 def flow() -> Dataflow:
     """The dataflow of the applied plan, with settings from HEADRACE_* variables."""
     settings = Settings()
-    plan = load_plan(settings.repo)
-    warn_if_changed(settings, plan)
+    set_up_logs(as_json=settings.log_json)
+    plan = load_plan(settings)
     dataflow = Dataflow("headrace")
     chunks = op.input("kafka", dataflow, ChunkSource(settings, plan))
     parts = op.flat_map_batch("decode", chunks, DecodeStep(settings, plan))
     op.output("lanes", parts, LaneSink(settings, plan))
     return dataflow
-
-
-def warn_if_changed(settings: Settings, plan: Plan) -> None:
-    """Says so when the definitions are not what is applied; the applied plan is what runs."""
-    declared = compile_definitions(settings.definitions, plan.project, plan.shards)
-    if different := changes(plan, declared):
-        log.warning(
-            "definitions_differ_from_applied_plan",
-            plan=plan.fingerprint,
-            changes=different[:10],
-            remedy="headrace plan, then headrace apply",
-        )
 
 
 class ChunkSource(FixedPartitionedSource[Chunk, None]):
@@ -140,8 +132,13 @@ class _LanePartition(StatefulSinkPartition[Part, None]):
         self._lane = lane
 
     def write_batch(self, items: list[Part]) -> None:
-        rows = self._lane.write(items)
-        METRICS.committed(rows, self._lane.evicted)
+        try:
+            written = self._lane.write(items)
+        except FencedError as error:
+            log.critical("writer_stops", reason=str(error))
+            # At once, with a status that the supervisor knows: all that matters is in Redis.
+            os._exit(SUPERSEDED_STATUS if error.superseded else 1)
+        METRICS.committed(written.rows, written.evicted)
 
     def snapshot(self) -> None:
         return None

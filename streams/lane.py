@@ -28,6 +28,14 @@ class GapError(RuntimeError):
     """A chunk does not follow on what the shards have: records would be lost by going on."""
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a write did: rows committed, and buckets evicted to keep a declared bound."""
+
+    rows: int
+    evicted: int
+
+
 @dataclass
 class _Shard:
     record: CommitRecord
@@ -63,10 +71,9 @@ class Lane:
             for shard in range(lane, plan.shards, lanes)
         }
         self._received: dict[Partition, Position] = {}
-        self.evicted = 0
 
-    def write(self, parts: Sequence[Part]) -> int:
-        """Merges the parts' events into their rows and commits them; returns the number of rows written.
+    def write(self, parts: Sequence[Part]) -> Written:
+        """Merges the parts' events into their rows and commits them.
 
         Raises:
             GapError: if a part does not follow on what was received before.
@@ -77,14 +84,15 @@ class Lane:
         latest_ms = max((part.record_ms_max for part in parts), default=-1)
         now_ms = min(int(self._clock() * 1000), latest_ms) - SLACK_MS
         writes: dict[tuple[str, int], list[RowWrite]] = {}
+        evicted = 0
         for entity, families in self._families.items():
             happened = [
                 new for part in parts if entity in part.events and len((new := self._new_to_shards(entity, part)).ids)
             ]
             if happened:
-                self._merge(entity, families, happened, now_ms, writes)
+                evicted += self._merge(entity, families, happened, now_ms, writes)
         self._commit(writes)
-        return sum(len(rows) for rows in writes.values())
+        return Written(sum(len(rows) for rows in writes.values()), evicted)
 
     def _receive(self, part: Part) -> None:
         """Checks that the part's range follows on what the lane has."""
@@ -119,7 +127,8 @@ class Lane:
         happened: list[Happened],
         now_ms: int,
         writes: dict[tuple[str, int], list[RowWrite]],
-    ) -> None:
+    ) -> int:
+        """Adds the rows to write to `writes`; returns how many buckets were evicted."""
         encoded = pa.concat_arrays([each.ids for each in happened]).dictionary_encode()
         ids = [text.encode() for text in encoded.dictionary.to_pylist()]
         index = np.asarray(encoded.indices).astype(np.intp)
@@ -137,7 +146,7 @@ class Lane:
         request = Request(self._keyspace, wanted)
         blobs: list[bytes | None] = self._redis.mget(request.keys) if request.keys else []
         rows = request.rows(blobs)
-        at = 0
+        at = evicted = 0
         for family, family_ids in wanted:
             renumbered = {
                 name: Events(np.searchsorted(touched[family.name], each.rows), each.times_ms, each.fields)
@@ -145,7 +154,7 @@ class Lane:
                 if name in family.events
             }
             merged = merge(family, rows[family.name], renumbered, now_ms)
-            self.evicted += merged.evicted
+            evicted += merged.evicted
             expires = expire_at_ms(family, merged.rows.last_event_ms)
             new = zip(
                 family_ids, request.keys[at:], blobs[at:], encode(family, merged.rows), expires.tolist(), strict=False
@@ -156,6 +165,7 @@ class Lane:
                         RowWrite(key, value, expire)
                     )
             at += len(family_ids)
+        return evicted
 
     def _commit(self, writes: Mapping[tuple[str, int], list[RowWrite]]) -> None:
         """Commits shards that have rows to write, and idle ones now and then."""

@@ -1,4 +1,4 @@
-"""What the stream counts, for Prometheus: each worker process serves its own when HEADRACE_STREAM_METRICS_PORT is set."""
+"""What the stream counts, for Prometheus."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ class _Metrics:
         self.dead_letters = Counter("headrace_stream_dead_letters", "Records that their contract refused", ["topic"])
         self.rows = Counter("headrace_stream_rows_written", "Rows committed")
         self.evicted = Counter("headrace_stream_buckets_evicted", "Buckets evicted to keep a declared bound")
-        self._evicted = 0
 
     def decoded(self, topic: str, decoded: Decoded) -> None:
         """Counts a chunk."""

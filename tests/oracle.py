@@ -40,7 +40,13 @@ def within(events: Iterable[OracleEvent], window: str, query_ms: int) -> list[Or
 
 
 def expected(
-    agg: str, events: Iterable[OracleEvent], query_ms: int, window: str = "all", field: str | None = None, k: int = 0, half_life: str = "1h"
+    agg: str,
+    events: Iterable[OracleEvent],
+    query_ms: int,
+    window: str = "all",
+    field: str | None = None,
+    k: int = 0,
+    half_life: str = "1h",
 ) -> Any:
     """The value that the window rule gives."""
     inside = within(events, window, query_ms)
@@ -73,7 +79,10 @@ def expected(
         case "seconds_since":
             return max(0.0, (query_ms - newest[0]["t"]) / 1000) if newest else None
         case "decayed":
-            return math.fsum(value * 2 ** (-(query_ms - event["t"]) / 1000 / seconds(half_life)) for value, event in zip(values, inside, strict=True))
+            return math.fsum(
+                value * 2 ** (-(query_ms - event["t"]) / 1000 / seconds(half_life))
+                for value, event in zip(values, inside, strict=True)
+            )
         case "top_k":
             return [value for value, _ in sorted(Counter(values).items(), key=lambda pair: (-pair[1], pair[0]))[:k]]
     raise AssertionError(agg)

@@ -313,6 +313,20 @@ def test_nought_is_one_value(price: float) -> None:
     assert state.values(BASE_MS + 1) == {"prices_1h": [1]}
 
 
+@given(data=st.data())
+def test_a_row_knows_its_latest_event(data: st.DataObject) -> None:
+    """The greatest time of any event of the row, whichever came last; -1 for none."""
+    state, seen = State(plan_of(*plain(["90d", "all"])), N_ROWS, packed=data.draw(st.booleans())), []
+    for _ in range(3):
+        seen += data.draw(st.lists(events_at(instants(BASE_MS - DAY_MS, BASE_MS), N_ROWS), max_size=4))
+        state.merge(batches_of(seen), BASE_MS)
+    latest = [max((event["t"] for event in seen if event["row"] == row), default=-1) for row in range(N_ROWS)]
+    clicked = {event["row"] for event in seen if event["contract"] == "Click"}
+    found = state.rows["view"][1].last_event_ms.tolist()
+    assert [found[row] for row in clicked] == [latest[row] for row in clicked]
+    assert all(found[row] == -1 for row in range(N_ROWS) if latest[row] == -1)
+
+
 def test_no_rows_and_no_events() -> None:
     """Nothing in, nothing out, no error."""
     state = State(plan_of(*plain(["1h"])), 0, packed=True)

@@ -1,0 +1,76 @@
+"""`headrace doctor`: are Kafka, Redis and the registry there, and do they agree?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import redis
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
+from features.plan import Plan
+from registry.apply import plan_changes
+from registry.settings import Settings
+from registry.store import NotAppliedPlanError, load_plan
+from store.commit import NotAppliedError, read_record
+from store.connect import connect
+from store.keys import Keyspace
+
+
+class Check(NamedTuple):
+    """One thing that was looked at."""
+
+    what: str
+    good: bool
+    found: str
+
+
+def examine(settings: Settings) -> Iterator[Check]:
+    """One check after the other; a failed one says what to do."""
+    plan: Plan | None = None
+    try:
+        plan = load_plan(settings)
+        changed = plan_changes(settings)[1]
+        yield Check("registry", good=True, found=f"plan {plan.fingerprint} is applied")
+        yield Check(
+            "definitions",
+            good=not changed,
+            found=f"{len(changed)} changes not applied: run `headrace plan`" if changed else "as applied",
+        )
+    except (NotAppliedPlanError, FileNotFoundError, ValueError) as error:
+        yield Check("registry", good=False, found=str(error))
+    yield from _redis(settings, plan)
+    yield from _kafka(settings, plan)
+
+
+def _redis(settings: Settings, plan: Plan | None) -> Iterator[Check]:
+    client: Any = connect(settings.redis_url.get_secret_value(), settings.redis_timeout_s)
+    try:
+        info = client.info()
+        yield Check("redis", good=True, found=f"version {info['redis_version']}, {info['used_memory_human']} used")
+        policy = info.get("maxmemory_policy", "noeviction")
+        remedy = "" if policy == "noeviction" else ": it drops single rows and so breaks counts; set noeviction"
+        yield Check("redis maxmemory-policy", good=not remedy, found=policy + remedy)
+        if plan is not None:
+            keyspace = Keyspace(plan.project, plan.shards)
+            entities = sorted({view.entities[0] for view in plan.views if len(view.entities) == 1})
+            for entity in entities:
+                for shard in range(plan.shards):
+                    read_record(client, keyspace.commit_record(entity, shard))
+            yield Check("commit records", good=True, found=f"{len(entities) * plan.shards} shards")
+    except (redis.RedisError, OSError, NotAppliedError) as error:
+        yield Check("redis", good=False, found=f"{type(error).__name__}: {error}; is HEADRACE_REDIS_URL right?")
+
+
+def _kafka(settings: Settings, plan: Plan | None) -> Iterator[Check]:
+    try:
+        there = AdminClient(settings.librdkafka()).list_topics(timeout=settings.redis_timeout_s).topics
+    except KafkaException as error:
+        yield Check("kafka", good=False, found=f"{settings.kafka}: {error}; is it up, and is HEADRACE_KAFKA right?")
+        return
+    yield Check("kafka", good=True, found=f"{settings.kafka}: {len(there)} topics")
+    for spec in plan.events if plan else ():
+        good = spec.topic in there
+        found = f"{len(there[spec.topic].partitions)} partitions" if good else "not there: run `headrace apply`"
+        yield Check(f"topic {spec.topic}", good, found)

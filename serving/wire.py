@@ -1,0 +1,100 @@
+"""Answers as bytes: JSON, Arrow and npy."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from features.plan import Feature
+from features.values import to_arrow, to_python
+from serving.lookup import Answer
+
+JSON = "application/json"
+ARROW = "application/vnd.apache.arrow.stream"
+NPY = "application/x-npy"
+FORMATS = (JSON, ARROW, NPY)
+
+
+def matrix_features(features: tuple[Feature, ...]) -> tuple[Feature, ...]:
+    """Those that a matrix holds: numbers and truth values, in service order."""
+    return tuple(feature for feature in features if feature.value_type in ("int", "float", "bool"))
+
+
+def ranking_json(answer: Answer, service: str, plan: str, user_id: str | None, item_ids: list[str]) -> bytes:
+    """The user's features once, and a list of values an item."""
+    of_user = [feature for feature in answer.features if feature.entities == ("user",)]
+    of_items = [feature for feature in answer.features if feature.entities != ("user",)]
+    columns = [to_python(answer.frame.values[feature.full_name], feature.value_type) for feature in of_items]
+    rows = zip(*columns, strict=True) if columns else iter([()] * len(item_ids))
+    document: dict[str, Any] = {
+        "service": service,
+        "plan": plan,
+        "as_of": answer.as_of_ms,
+        "user": {
+            "id": user_id,
+            "status": answer.statuses("user")[0] if "user" in answer.frame.found else None,
+            "last_event_at": answer.last_event_ms("user")[0] if "user" in answer.frame.found else None,
+            "features": {
+                feature.full_name: to_python(answer.frame.values[feature.full_name], feature.value_type)[0]
+                for feature in of_user
+            },
+        },
+        "features": [feature.full_name for feature in of_items],
+        "items": [
+            {"id": item_id, "status": status, "values": values}
+            for item_id, status, values in zip(item_ids, answer.statuses("item"), rows, strict=True)
+        ],
+    }
+    if answer.degraded:
+        document["degraded"] = answer.degraded
+    return orjson.dumps(document)
+
+
+def ranking_npy(answer: Answer, n_items: int) -> bytes:
+    """float32[items, features]: user features broadcast, NaN for null."""
+    features = matrix_features(answer.features)
+    matrix = np.empty((n_items, len(features)), np.float32)
+    for index, feature in enumerate(features):
+        matrix[:, index] = answer.frame.values[feature.full_name]  # type: ignore[assignment]  # matrix features are numbers
+    buffer = io.BytesIO()
+    np.save(buffer, matrix, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def ranking_arrow(answer: Answer, item_ids: list[str]) -> bytes:
+    """One record batch, a row an item: `item_id`, then every feature."""
+    repeat = pa.array(np.zeros(len(item_ids), np.int64))
+    columns = [pa.array(item_ids, pa.string())]
+    for feature in answer.features:
+        column = to_arrow(answer.frame.values[feature.full_name], feature.value_type)
+        columns.append(column.take(repeat) if feature.entities == ("user",) else column)
+    batch = pa.record_batch(columns, ["item_id", *(feature.full_name for feature in answer.features)])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    written: bytes = sink.getvalue().to_pybytes()
+    return written
+
+
+def entity_json(answer: Answer, entity: str, entity_id: str, service: str | None, plan: str) -> bytes:
+    """One entity's features by name."""
+    document: dict[str, Any] = {
+        "entity": entity,
+        "id": entity_id,
+        "status": answer.statuses(entity)[0],
+        "last_event_at": answer.last_event_ms(entity)[0],
+        "as_of": answer.as_of_ms,
+        "plan": plan,
+        "service": service,
+        "features": {
+            feature.full_name: to_python(answer.frame.values[feature.full_name], feature.value_type)[0]
+            for feature in answer.features
+        },
+    }
+    if answer.degraded:
+        document["degraded"] = answer.degraded
+    return orjson.dumps(document)
