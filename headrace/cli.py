@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -80,6 +81,62 @@ def serve(
 
 
 @app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="CSV, JSON Lines or Parquet", exists=True, dir_okay=False)],
+    topic: Annotated[str | None, typer.Option(help="The topic of all events")] = None,
+    topic_column: Annotated[str | None, typer.Option(help="The column that says which topic")] = None,
+    topics: Annotated[list[str] | None, typer.Option(metavar="VALUE=TOPIC", help="Its values' topics")] = None,
+    columns: Annotated[str, typer.Option(help="Comma-separated columns of a CSV file without a header")] = "",
+    mapping: Annotated[
+        list[str] | None, typer.Option("--map", metavar="FIELD=COLUMN", help="A contract field's column")
+    ] = None,
+    time_unit: Annotated[str, typer.Option(help="What numbers in occurred_at count: s or ms")] = "ms",
+    rebase_to_now: Annotated[bool, typer.Option(help="Shift all times so that the last is now")] = False,
+    speed: Annotated[
+        float | None, typer.Option(help="Event time that passes a second; otherwise at once", min=0.001)
+    ] = None,
+) -> None:
+    """Send events from a file to Kafka."""
+    from rich.progress import Progress
+
+    from features.plan import find_contract
+    from headrace.replay import Replay, SystemClock, run
+    from registry.apply import kafka_python
+    from registry.store import load_plan
+
+    settings = Settings()
+    contracts = {spec.topic: find_contract(spec) for spec in load_plan(settings).events}
+    todo = Replay(
+        file=file,
+        topic=topic,
+        topic_column=topic_column,
+        topics=_pairs("--topics", topics) or ({name: name for name in contracts} if topic_column else {}),
+        columns=tuple(filter(None, columns.split(","))),
+        mapping=_pairs("--map", mapping),
+        time_unit=time_unit,  # type: ignore[arg-type]  # checked by replay, whose error names the option
+        rebase_to_now=rebase_to_now,
+        speed=speed,
+        kafka_options=kafka_python(settings),
+    )
+    with Progress(console=err, disable=not err.is_terminal) as progress:
+        summary = run(todo, contracts, settings.kafka, SystemClock(), progress)
+    out.print(summary)
+
+
+@app.command()
+def demo(
+    seconds: Annotated[float | None, typer.Option(help="Stop after so long; otherwise at Ctrl-C", min=1)] = None,
+    port: Annotated[int, typer.Option(help="Port of the server; 0 for any free one", min=0, max=65535)] = 0,
+    rate: Annotated[int, typer.Option(help="Simulated events a second", min=1)] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of the simulated shoppers")] = 7,
+) -> None:
+    """Run everything here, with simulated shoppers; the address is printed first."""
+    from headrace.demo import run_demo
+
+    raise typer.Exit(run_demo(Settings(), seconds, port, rate=rate, seed=seed))
+
+
+@app.command()
 def show(
     entity: Annotated[str, typer.Argument(help="user, item, seller, …")],
     entity_id: Annotated[str, typer.Argument(metavar="ID")],
@@ -120,6 +177,18 @@ def doctor() -> None:
             highlight=False,
         )
     raise typer.Exit(0 if healthy else 1)
+
+
+def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
+    """`a=b` options as a dictionary."""
+    pairs = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            message = f"{option} {text!r}: write it as NAME=VALUE"
+            raise typer.BadParameter(message)
+        pairs[name] = value
+    return pairs
 
 
 def _redis(settings: Settings) -> Any:

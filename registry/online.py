@@ -231,8 +231,8 @@ class LazyResponse(OnlineResponse):
         """As `to_dict`, a column each."""
         return pa.Table.from_pydict(self.to_dict(include_event_timestamps))
 
-    @property  # type: ignore[override]  # an attribute in Feast, built eagerly
-    def proto(self) -> GetOnlineFeaturesResponse:
+    @property
+    def proto(self) -> GetOnlineFeaturesResponse:  # type: ignore[override]  # an attribute in Feast, built eagerly
         """Feast's protobuf."""
         answer = GetOnlineFeaturesResponse()
         for name, values in self._columns.items():

@@ -1,0 +1,185 @@
+"""The whole path with real servers: Kafka, Redis, the registry, the dataflow and the HTTP server as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from confluent_kafka import Consumer, Producer, TopicPartition
+
+from headrace.embedded import EmbeddedRedis, end, free_port, spawn
+from registry.settings import Settings
+from store.commit import read_record
+from store.connect import connect
+from store.keys import Keyspace
+from tests.support.kafka import RealKafka
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TOPICS = ("impressions", "clicks", "likes")
+DEADLINE_S = 120.0
+
+
+def wait_for(what: str, condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
+    """Returns once the condition holds; fails the test after the deadline."""
+    until = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > until:
+            message = f"waited {deadline_s} s in vain: {what}"
+            raise AssertionError(message)
+        time.sleep(0.05)
+
+
+class Stack:
+    """Everything from Kafka to HTTP, on ports and in folders of its own; all of it gone at exit."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="headrace-test-"))
+        self.redis = EmbeddedRedis()
+        self.kafka = RealKafka()
+        self._options = settings
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        try:
+            self.redis.__enter__()
+            self.kafka.__enter__()
+            shutil.copy(ROOT / "feature_store.yaml", self.folder)
+            self.settings = Settings(
+                repo=self.folder, redis_url=self.redis.url, kafka=self.kafka.bootstrap_servers, **self._options
+            )
+            self.client: Any = connect(self.redis.url, 10)
+            self.headrace("apply")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                end(process)
+        self.kafka.__exit__(kind, error, trace)
+        self.redis.__exit__(kind, error, trace)
+        if error is not None:
+            for log in sorted(self.folder.glob("*.log")):
+                print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}")
+        shutil.rmtree(self.folder)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables for child processes."""
+        return {**os.environ, **self.settings.environment(), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+
+    def headrace(self, *arguments: str) -> str:
+        """Runs a command of the command line to its end; returns what it printed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "headrace", *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def start(self, name: str, *argv: str) -> subprocess.Popen[bytes]:
+        """Starts a process; its output is in `{name}.log`."""
+        process = spawn([sys.executable, *argv], log=self.folder / f"{name}.log", env=self.environment)
+        self._processes.append(process)
+        return process
+
+    def start_worker(self, name: str) -> subprocess.Popen[bytes]:
+        """The dataflow without a supervisor: one process, as an operator would run it."""
+        return self.start(name, "-m", "bytewax.run", "streams.dataflow:flow", "-s", "1")
+
+    def start_server(self) -> str:
+        """The HTTP server; returns its address once it is ready."""
+        port = free_port()
+        self.start("server", "-m", "headrace", "serve", "--port", str(port))
+        address = f"http://127.0.0.1:{port}"
+
+        def ready() -> bool:
+            try:
+                return httpx.get(f"{address}/readyz", timeout=5).status_code == httpx.codes.OK
+            except httpx.HTTPError:
+                return False
+
+        wait_for("the server is ready", ready)
+        return address
+
+    def log(self, name: str) -> str:
+        """What a process has printed."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def produce(self, records: Iterable[tuple[str, str, Mapping[str, Any] | bytes]]) -> None:
+        """Sends (topic, key, event or raw bytes), acknowledged by the broker when it returns."""
+        failed: list[Any] = []
+        producer = Producer({"bootstrap.servers": self.kafka.bootstrap_servers, "linger.ms": 5, "acks": "all"})
+        for topic, key, value in records:
+            raw = value if isinstance(value, bytes) else json.dumps(value).encode()
+            producer.produce(
+                topic, key=key, value=raw, on_delivery=lambda error, _: failed.append(error) if error else None
+            )
+            producer.poll(0)
+        assert producer.flush(60) == 0
+        assert not failed
+
+    def ends(self, topic: str) -> list[int]:
+        """The offset after the last record of each partition."""
+        consumer = Consumer({"bootstrap.servers": self.kafka.bootstrap_servers, "group.id": "test"})
+        try:
+            numbers = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+            return [
+                consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)[1]
+                for number in sorted(numbers)
+            ]
+        finally:
+            consumer.close()
+
+    def read_topic(self, topic: str) -> list[Any]:
+        """All records of a topic."""
+        consumer = Consumer(
+            {"bootstrap.servers": self.kafka.bootstrap_servers, "group.id": "test", "auto.offset.reset": "earliest"}
+        )
+        try:
+            ends = self.ends(topic)
+            consumer.assign([TopicPartition(topic, number, 0) for number in range(len(ends))])
+            found: list[Any] = []
+            until = time.monotonic() + DEADLINE_S
+            while len(found) < sum(ends) and time.monotonic() < until:
+                found += [message for message in consumer.consume(1000, timeout=1) if message.error() is None]
+            return found
+        finally:
+            consumer.close()
+
+    def wait_until_committed(self, deadline_s: float = DEADLINE_S) -> None:
+        """Returns once every shard's record includes all that the topics hold."""
+        ends = {f"{topic}/{number}": end for topic in TOPICS for number, end in enumerate(self.ends(topic))}
+        keyspace = Keyspace("headrace", self.settings.shards)
+
+        def committed() -> bool:
+            for entity in ("user", "item", "seller"):
+                for shard in range(self.settings.shards):
+                    positions = read_record(self.client, keyspace.commit_record(entity, shard)).positions
+                    if any(
+                        end > 0 and (name not in positions or positions[name].next < end) for name, end in ends.items()
+                    ):
+                        return False
+            return True
+
+        wait_for("everything is committed", committed, deadline_s)
