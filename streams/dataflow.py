@@ -124,7 +124,9 @@ class LaneSink(FixedPartitionedSink[Part, None]):
 
     def build_part(self, step_id: str, for_part: str, resume_state: None) -> StatefulSinkPartition[Part, None]:
         client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
-        return _LanePartition(Lane(self._plan, int(for_part), self._settings.lanes, client))
+        lane = Lane(self._plan, int(for_part), self._settings.lanes, client)
+        log.info("lane_claimed", lane=for_part, plan=self._plan.fingerprint)
+        return _LanePartition(lane)
 
 
 class _LanePartition(StatefulSinkPartition[Part, None]):

@@ -108,7 +108,8 @@ class PartitionReader:
         if self._lost:
             (start, end), self._lost = self._lost, None
             return Chunk(self._partition, start, end, self._fresh)
-        messages: list[Any] = [message for message in self._consumer.consume(self._chunk_events, timeout=0) if self._usable(message)
+        messages: list[Any] = [
+            message for message in self._consumer.consume(self._chunk_events, timeout=0) if self._usable(message)
         ]
         if not messages and self._clock() - self._spoken_s < IDLE_S:
             return None
