@@ -147,7 +147,7 @@ def evaluate(
         parts = tuple(_Slice(tables[table], partial) for table, partial in slots)
         value = spec.value(window, parts, now_ms)
         if spec.by is not None:
-            value = _by_bucket(parts[0], np.asarray(value), spec.nothing)
+            value = _by_bucket(parts[0], np.asarray(value), spec.without_events)
         values[feature.full_name] = fill_default(value, feature.default)
     return values
 
@@ -228,7 +228,7 @@ class _Fresh:
     def _hash(self, name: str, field: str) -> NDArray[np.uint64]:
         if (name, field) not in self._hashes:
             column = self._events[name].fields[field]
-            texts = column if isinstance(column, pa.Array) else pc.cast(pa.array(column, from_pandas=True), pa.string())
+            texts = column if isinstance(column, pa.Array) else pc.cast(pa.array(column + 0.0, from_pandas=True), pa.string())
             self._hashes[name, field] = hash64(texts.fill_null(""))
         return self._hashes[name, field]
 
@@ -339,7 +339,7 @@ def _enforce_bound(layout: TableLayout, entries: Entries) -> tuple[Entries, Entr
     if np.bincount(rows).max() <= bound:
         return entries, none
     groups = Groups(first, len(entries))
-    times = [entries.starts] if entries.starts is not None else [entries.columns[index] for index in layout.recency]
+    times = [entries.columns[index] for index in layout.recency]
     seen = np.maximum.reduceat(np.maximum.reduce(times), first)
     assert entries.buckets is not None  # noqa: S101  # for the type checker: only tables with buckets have a bound
     latest_last = np.lexsort((entries.buckets[first], seen, rows))

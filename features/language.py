@@ -169,7 +169,9 @@ class Declared(Handle):
                 f"default={options['default']!r} is not of the feature's type",
                 f"use {'text' if options.get('kind') == 'str' else 'a number'}",
             )
-        _ = kinds
+        for name in ("prior", "strength", "default"):
+            if isinstance(options.get(name), int):
+                options[name] = float(options[name])
         return self.kind(name=self.name, event=self.event.__name__, **options)
 
     @property

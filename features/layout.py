@@ -141,9 +141,11 @@ def _with_recency(
     table: Table, partials: tuple[tuple[AnyPartial, Measure], ...]
 ) -> tuple[tuple[AnyPartial, Measure], ...]:
     """Buckets without tiles need a time, to tell which were seen latest."""
-    if table.bound is None or table.starts or any({"time", "tick"} & set(partial.physical) for partial, _ in partials):
+    if table.bound is None:
         return partials
-    return (*partials, *((Seen(), measure) for measure in dict.fromkeys(measure for _, measure in partials)))
+    timed = {measure for partial, measure in partials if {"time", "tick"} & set(partial.physical)}
+    untimed = dict.fromkeys(measure for _, measure in partials if measure not in timed)
+    return (*partials, *((Seen(), measure) for measure in untimed))
 
 
 def _retention_ms(spec: Aggregation, forget_ms: int) -> int:

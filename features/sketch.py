@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 _REGISTERS: Final = 256
 _LEVELS: Final = 48
+CELLS: Final = _REGISTERS * _LEVELS
+"""How many cells a sketch has."""
 
 
 def cells(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:

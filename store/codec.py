@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from features.kernel import Entries, Rows
 from features.layout import Family, TableLayout
 from features.partials import DTYPES
+from features.sketch import CELLS
 from features.texts import buffers, from_buffers
 
 VERSION: Final = 1
@@ -71,13 +72,16 @@ def decode(family: Family, blobs: Sequence[bytes | None]) -> Rows:
     texts_at = at + sum(
         (count * size for count, size in zip(counts, sizes, strict=True)), start=np.zeros(len(at), np.int64)
     )
-    bad = np.flatnonzero(texts_at + 2 * header["texts"] > ends)
+    text_counts = header["texts"].astype(np.int64)
+    bad = np.flatnonzero(texts_at + 2 * text_counts > ends)
     if len(bad):
         raise CorruptRowError(family, int(there[bad[0]]), "its tables are longer than its bytes")
-    texts, first_text = _decode_texts(family, data, there, texts_at, header["texts"].astype(np.int64), ends)
+    texts, first_text = _decode_texts(family, data, there, texts_at, text_counts, ends)
     tables = []
     for layout, count, size, width in zip(family.tables, counts, sizes, widths, strict=True):
-        tables.append(_decode_table(layout, data, there, at, count, width, first_text))
+        table = _decode_table(layout, data, there, at, count, width, first_text)
+        _check_ranges(family, layout, table, there, count, first_text, text_counts)
+        tables.append(table)
         at = at + count * size
     rows.last_event_ms[there] = _from_time(header["last"])
     return Rows(rows.n, rows.last_event_ms, tuple(tables), texts)
@@ -170,9 +174,8 @@ def _decode_texts(
     try:
         texts.validate(full=True)
     except pa.ArrowInvalid as error:
-        raise CorruptRowError(
-            family, int(there[0]), f"this row or one after it holds text that is not UTF-8: {error}"
-        ) from error
+        where = next(row for row, start in enumerate(first[:-1]) if not _is_utf8(texts[start : first[row + 1]]))
+        raise CorruptRowError(family, int(there[where]), f"it holds text that is not UTF-8: {error}") from error
     return texts, first[:-1]
 
 
@@ -210,6 +213,38 @@ def _decode_table(
             else:
                 column[where] = packed
     return Entries(there[entry_row], buckets, starts, columns)
+
+
+def _is_utf8(texts: pa.StringArray) -> bool:
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _check_ranges(
+    family: Family,
+    layout: TableLayout,
+    entries: Entries,
+    there: NDArray[np.intp],
+    counts: Ints,
+    first_text: Ints,
+    text_counts: Ints,
+) -> None:
+    """Every text is one of the row's own, every cell one of the sketch's: none is a neighbour's."""
+    first, end = np.repeat(first_text, counts), np.repeat(first_text + text_counts, counts)
+    wrong = np.zeros(len(entries), bool)
+    if layout.table.bucket == "text":
+        wrong |= (entries.buckets < first) | (entries.buckets >= end)
+    elif layout.table.bucket == "cell":
+        wrong |= (entries.buckets < 0) | (entries.buckets >= CELLS)
+    for kind, column in zip(layout.physical, entries.columns, strict=True):
+        if kind == "text":
+            wrong |= (column != -1) & ((column < first) | (column >= end))
+    bad = np.flatnonzero(wrong)
+    if len(bad):
+        raise CorruptRowError(family, int(entries.rows[bad[0]]), "an entry names a text or cell that there is not")
 
 
 def _encode_table(

@@ -101,6 +101,11 @@ class Aggregation(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", omi
     doc: str = ""
 
     @property
+    def without_events(self) -> float:
+        """What a bucket that is not there stands for."""
+        return self.nothing
+
+    @property
     def windows(self) -> tuple[Window, ...]:
         """Declared windows, shortest first; `all` where none is declared."""
         return tuple(sorted(Window.parse(name) for name in self.over or (ALL,)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from features.aggregations.base import Aggregation, Measure, Part, Slot
 from features.expressions import AnyCondition
 from features.partials import Tally
@@ -27,6 +29,11 @@ class Ratio(Aggregation, frozen=True, kw_only=True, tag="ratio"):
     prior: float
     strength: float
 
+    @property
+    def without_events(self) -> float:
+        """See `Aggregation.without_events`."""
+        return self.prior
+
     def slots(self) -> tuple[Slot, ...]:
         """See `Aggregation.slots`."""
         tiles = self.tiles()
@@ -35,4 +42,6 @@ class Ratio(Aggregation, frozen=True, kw_only=True, tag="ratio"):
     def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
         """See `Aggregation.value`."""
         hits, trials = (part.over(window)[0] for part in parts)
-        return (hits + self.prior * self.strength) / (trials + self.strength)
+        rate = (hits + self.prior * self.strength) / (trials + self.strength)
+        # Exactly the prior: `by` leaves such buckets out.
+        return np.where((hits == 0) & (trials == 0), self.prior, rate)
