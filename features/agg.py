@@ -214,5 +214,6 @@ def _declare(
     return Declared(kind, event, {"over": _windows(over), "by": by, "buckets": buckets if by else None, **options})
 
 
-def _windows(over: Over) -> tuple[str, ...]:
-    return (over,) if isinstance(over, str) else tuple(over)
+def _windows(over: Any) -> tuple[str, ...]:
+    # What is no text is for the view's check to refuse, which knows the feature's name.
+    return tuple(over) if isinstance(over, list | tuple) else (over,)

@@ -63,7 +63,7 @@ class Event(BaseModel):
 
     def __init_subclass__(cls, *, topic: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if re.fullmatch(r"[a-zA-Z0-9._-]{1,200}", topic) is None:
+        if re.fullmatch(r"[a-zA-Z0-9._-]{1,200}", topic) is None or topic in (".", ".."):
             msg = f'{cls.__name__}: topic={topic!r} is no Kafka topic name; declare `class {cls.__name__}(Event, topic="clicks")`'
             raise TypeError(msg)
         cls.topic = topic

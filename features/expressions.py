@@ -32,10 +32,10 @@ class Condition(msgspec.Struct, frozen=True, tag_field="op"):
     """A condition on the fields of one event; combine with `&`, `|` and `~`. A comparison with null is false."""
 
     def __and__(self, other: Condition) -> Condition:
-        return Both(self, other)  # type: ignore[arg-type]  # every Condition is one of AnyCondition
+        return Both(self, _condition(other))  # type: ignore[arg-type]  # every Condition is one of AnyCondition
 
     def __or__(self, other: Condition) -> Condition:
-        return Either(self, other)  # type: ignore[arg-type]  # as above
+        return Either(self, _condition(other))  # type: ignore[arg-type]  # as above
 
     def __invert__(self) -> Condition:
         return Not(self)  # type: ignore[arg-type]  # as above
@@ -51,6 +51,13 @@ class Condition(msgspec.Struct, frozen=True, tag_field="op"):
     def holds(self, columns: Fields) -> NDArray[np.bool_]:
         """bool[n]: for which events of the batch the condition holds."""
         raise NotImplementedError
+
+
+def _condition(other: object) -> Condition:
+    if not isinstance(other, Condition):
+        msg = f'{other!r} is no condition: write (col("price") > 10) & (col("surface") == "search")'
+        raise TypeError(msg)
+    return other
 
 
 class Compare(Condition, frozen=True, tag="compare"):
@@ -169,16 +176,16 @@ class col:  # noqa: N801  # read as a function, as in pyspark and polars
     def __ne__(self, value: object) -> Condition:  # type: ignore[override]  # builds a condition, on purpose
         return self._compare("!=", value)
 
-    def __lt__(self, value: float) -> Condition:
+    def __lt__(self, value: float | str) -> Condition:
         return self._compare("<", value)
 
-    def __le__(self, value: float) -> Condition:
+    def __le__(self, value: float | str) -> Condition:
         return self._compare("<=", value)
 
-    def __gt__(self, value: float) -> Condition:
+    def __gt__(self, value: float | str) -> Condition:
         return self._compare(">", value)
 
-    def __ge__(self, value: float) -> Condition:
+    def __ge__(self, value: float | str) -> Condition:
         return self._compare(">=", value)
 
     def one_of(self, *values: Scalar) -> Condition:
@@ -188,6 +195,9 @@ class col:  # noqa: N801  # read as a function, as in pyspark and polars
     def is_null(self) -> Condition:
         """Whether the event leaves the field out or sends null."""
         return IsNull(self._field)
+
+    def __repr__(self) -> str:
+        return f"col({self._field!r})"
 
     def _compare(self, sign: Literal["==", "!=", "<", "<=", ">", ">="], value: object) -> Condition:
         if not isinstance(value, str | float | int | bool):

@@ -228,7 +228,11 @@ class _Fresh:
     def _hash(self, name: str, field: str) -> NDArray[np.uint64]:
         if (name, field) not in self._hashes:
             column = self._events[name].fields[field]
-            texts = column if isinstance(column, pa.Array) else pc.cast(pa.array(column + 0.0, from_pandas=True), pa.string())
+            texts = (
+                column
+                if isinstance(column, pa.Array)
+                else pc.cast(pa.array(column + 0.0, from_pandas=True), pa.string())
+            )
             self._hashes[name, field] = hash64(texts.fill_null(""))
         return self._hashes[name, field]
 

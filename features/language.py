@@ -1,7 +1,6 @@
 """The language: Entity, view, cross, derived, service, and handles to what they declare.
 
-A declaration is checked when its view is made, so that a mistake is an error at import that names the view, the
-feature, the bad value and what would be right.
+A declaration is checked when its view is made, so that a mistake is an error at import.
 """
 
 from __future__ import annotations
@@ -11,41 +10,30 @@ import inspect
 import re
 import textwrap
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from numpy.typing import NDArray
 
-from features.aggregations import Distinct, Last, LastK, TopK
 from features.aggregations.base import Aggregation
-from features.events import Event, Kind
-from features.expressions import values_of
-from features.plan import (
-    At,
-    Contains,
-    Derived,
-    EntitySpec,
-    EventSpec,
-    FeatureSpec,
-    Plan,
-    ServiceSpec,
-    ViewSpec,
-    arguments,
-    contract_fingerprint,
-    digest,
-    features_of,
+from features.checks import (
+    DeclarationError,
+    check_duration,
+    check_event,
+    check_name,
+    checked_default,
+    checked_options,
+    mistake,
 )
-from features.times import Window, duration_ms, hop_ms
+from features.events import Event
+from features.plan import At, Contains, Derived, EntitySpec, FeatureSpec, ServiceSpec, ViewSpec, digest, features_of
+from features.times import duration_ms, hop_ms
 from features.types import Array, BoolArray
 
+__all__ = ["DeclarationError", "Entity", "View", "cross", "derived", "service", "view"]
+
 T = TypeVar("T")
-
-_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,63}")
-
-
-class DeclarationError(ValueError):
-    """A declaration that can't be right: says where, what, and what would be."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +51,9 @@ class Entity:
 
     def __post_init__(self) -> None:
         for what, value in (("name", self.name), ("key", self.key)):
-            _check_name(f"Entity {what}", value)
+            check_name(f"Entity {what}", value)
         if self.forget_after is not None:
-            _or_error(f"Entity {self.name!r}: forget_after", duration_ms, self.forget_after)
+            check_duration(f"Entity {self.name!r}: forget_after", duration_ms, self.forget_after)
 
     @property
     def spec(self) -> EntitySpec:
@@ -80,6 +68,10 @@ class Operand:
         """What the plan calls it."""
         raise NotImplementedError
 
+    def views(self) -> Iterator[View]:
+        """The views that it needs."""
+        raise NotImplementedError
+
     def at(self, key: Operand, doc: str = "") -> Lookup:
         """The value of this map (`by=`) feature in the bucket that the text feature `key` names."""
         return Lookup(self, key, doc)
@@ -90,18 +82,36 @@ class Operand:
 
 
 class Handle(Operand):
-    """Something declared under a name in a view; knows its place once the class is made."""
+    """Something declared under a name in a view; knows its place once the view is made."""
 
     def __init__(self) -> None:
-        self.view = ""
+        self.view: View | None = None
         self.name = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
+    @property
+    def place(self) -> str:
+        """Where it is declared, for messages."""
+        return f"{self.view.name if self.view else '?'}.{self.name or '?'}"
+
     def resolve(self) -> str | At | Contains:
         """See `Operand.resolve`."""
-        return f"{self.view}__{self.name}"
+        if self.view is None:
+            raise mistake(
+                self.place, "is a feature of no view", "declare it as an attribute of a class with @view or @cross"
+            )
+        return f"{self.view.name}__{self.name}"
+
+    def views(self) -> Iterator[View]:
+        """See `Operand.views`."""
+        if self.view is not None:
+            yield self.view
+
+    def spec(self) -> FeatureSpec:
+        """The feature as plain data."""
+        raise NotImplementedError
 
 
 class Declared(Handle):
@@ -116,63 +126,21 @@ class Declared(Handle):
 
     def __getitem__(self, window: str) -> Windowed:
         feature = Windowed(self, window)
-        if self.view:
+        if self.view is not None:
             feature.resolve()
         return feature
 
     def resolve(self) -> str | At | Contains:
         """See `Operand.resolve`."""
         if self.over:
-            raise _error(self._place, "is declared over windows", f'name one of them: {self.name}["{self.over[0]}"]')
+            raise mistake(self.place, "is declared over windows", f'name one of them: {self.name}["{self.over[0]}"]')
         return super().resolve()
 
-    @property
-    def _place(self) -> str:
-        return f"{self.view}.{self.name}"
-
-    def spec(self) -> Aggregation:
+    def spec(self) -> FeatureSpec:
         """The aggregation as plain data, checked against its contract."""
-        place, kinds = self._place, self.event.kinds()
-        options = {name: value for name, value in self.options.items() if value is not None}
-        field = options.get("field")
-        if self.kind is Last:
-            options["kind"] = _field(place, self.event, "field", field)
-        elif self.kind in (LastK, TopK):
-            _field(place, self.event, "field", field, "str")
-        elif field is not None:
-            _field(place, self.event, "field", field, *(() if self.kind is Distinct else ("int", "float", "bool")))
-        if "by" in options:
-            _field(place, self.event, "by", options["by"], "str")
-        for name, event in (("where", self.event), ("of_where", self.options.get("of"))):
-            if name in options and event is not None:
-                _check_condition(place, event, options[name])
-        if "of" in options:
-            options["of"] = options["of"].__name__
-        for window in self.over:
-            _or_error(f"{place}: over", Window.parse, window)
-        if len(set(self.over)) < len(self.over):
-            raise _error(place, f"over={list(self.over)} names a window twice", "name each once")
-        if "half_life" in options:
-            _or_error(f"{place}: half_life", duration_ms, options["half_life"])
-        for name in ("k", "buckets"):
-            if name in options and not 1 <= options[name] <= 1000:  # noqa: PLR2004  # the bound that the message gives
-                raise _error(place, f"{name}={options[name]!r} is out of range", "use 1 to 1000")
-        if "strength" in options and not (options["strength"] > 0 and 0 <= options["prior"] <= 1):
-            raise _error(
-                place,
-                f"prior={options['prior']!r}, strength={options['strength']!r}",
-                "use a prior from 0 to 1 and a strength above 0",
-            )
-        if "default" in options and isinstance(options["default"], str) != (options.get("kind") == "str"):
-            raise _error(
-                place,
-                f"default={options['default']!r} is not of the feature's type",
-                f"use {'text' if options.get('kind') == 'str' else 'a number'}",
-            )
-        for name in ("prior", "strength", "default"):
-            if isinstance(options.get(name), int):
-                options[name] = float(options[name])
-        return self.kind(name=self.name, event=self.event.__name__, **options)
+        check_event(self.place, self.event)
+        options = checked_options(self.place, self.kind, self.event, self.options)
+        return self.kind(name=self.name, event=self.event.__name__, **options)  # type: ignore[return-value]  # every kind is in the union
 
     @property
     def events(self) -> tuple[type[Event], ...]:
@@ -191,9 +159,13 @@ class Windowed(Operand):
     def resolve(self) -> str | At | Contains:
         """See `Operand.resolve`."""
         if self.window not in self.of.over:
-            declared = ", ".join(self.of.over) or "no window"
-            raise _error(f"{self.of.view}.{self.of.name}", f"has no window {self.window!r}", f"declared: {declared}")
-        return f"{self.of.view}__{self.of.name}_{self.window}"
+            declared = ", ".join(map(str, self.of.over)) or "no window"
+            raise mistake(self.of.place, f"has no window {self.window!r}", f"declared: {declared}")
+        return f"{Handle.resolve(self.of)}_{self.window}"
+
+    def views(self) -> Iterator[View]:
+        """See `Operand.views`."""
+        return self.of.views()
 
 
 class Lookup(Handle):
@@ -207,14 +179,20 @@ class Lookup(Handle):
 
     def resolve(self) -> str | At | Contains:
         """See `Operand.resolve`."""
-        return f"{self.view}__{self.name}" if self.view else self.spec()
+        return self.spec() if self.view is None else super().resolve()
+
+    def views(self) -> Iterator[View]:
+        """See `Operand.views`."""
+        yield from super().views()
+        yield from self.of.views()
+        if isinstance(self.key, Operand):
+            yield from self.key.views()
 
     def spec(self) -> At | Contains:
         """The lookup as plain data."""
-        of = self.of.resolve()
         if isinstance(self.key, Entity):
-            return Contains(str(of), self.key.name, self.name, self.doc)
-        return At(str(of), str(self.key.resolve()), self.name, self.doc)
+            return Contains(str(_resolved(self.place, self.of)), self.key.name, self.name, self.doc)
+        return At(str(_resolved(self.place, self.of)), str(_resolved(self.place, self.key)), self.name, self.doc)
 
 
 class DerivedFeature(Handle):
@@ -230,30 +208,40 @@ class DerivedFeature(Handle):
         self.doc = doc or inspect.getdoc(function) or ""
         self.fingerprint = digest(_code_of(function).encode())
 
+    def views(self) -> Iterator[View]:
+        """See `Operand.views`."""
+        yield from super().views()
+        for arg in self.args:
+            yield from arg.views()
+
     def spec(self) -> Derived:
         """The feature as plain data."""
-        place = f"{self.view}.{self.name}"
         takes = len(inspect.signature(self.function).parameters)
         if takes != len(self.args):
-            raise _error(
-                place,
-                f"the function takes {takes} arrays",
-                f"@derived names {len(self.args)} features: give one a parameter",
-            )
-        returns = typing.get_type_hints(self.function).get("return")
+            right = f"@derived names {len(self.args)} features: give one a parameter"
+            raise mistake(self.place, f"the function takes {takes} arrays", right)
+        right = "annotate it `-> Array` (numbers) or `-> BoolArray`, from headrace.types"
+        try:
+            returns = typing.get_type_hints(self.function).get("return")
+        except (NameError, TypeError) as error:
+            raise mistake(self.place, f"an annotation can't be resolved ({error})", right) from error
         if returns not in (Array, BoolArray):
-            raise _error(
-                place, f"returns {returns}", "annotate it `-> Array` (numbers) or `-> BoolArray`, from headrace.types"
-            )
+            raise mistake(self.place, f"returns {returns}", right)
         return Derived(
             name=self.name,
-            args=tuple(arg.resolve() for arg in self.args),
+            args=tuple(_resolved(self.place, arg) for arg in self.args),
             code=f"{self.function.__module__}:{self.function.__qualname__}",
             fingerprint=self.fingerprint,
             value_type="bool" if returns == BoolArray else "float",
-            default=self.default,
+            default=None if self.default is None else float(checked_default(self.place, self.default)),
             doc=self.doc,
         )
+
+
+def _resolved(place: str, operand: object) -> str | At | Contains:
+    if not isinstance(operand, Operand):
+        raise mistake(place, f"takes {operand!r}, which is no feature", 'name declared ones, such as clicks["1h"]')
+    return operand.resolve()
 
 
 class View:
@@ -262,94 +250,105 @@ class View:
     def __init__(self, declared: type, entities: tuple[Entity, ...], owner: str, tags: Mapping[str, str]) -> None:
         self.entities = entities
         self.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", declared.__name__).lower()
-        _check_name("view", self.name)
-        self.handles: dict[str, Handle] = {
-            name: value for name, value in vars(declared).items() if isinstance(value, Handle)
-        }
+        check_name("view", self.name)
+        if len(set(entities)) < len(entities):
+            raise mistake(
+                self.name,
+                f"crosses {entities[0].name} with itself",
+                "name two entities; features of one go into a @view",
+            )
+        self.handles = [value for value in vars(declared).values() if isinstance(value, Handle)]
         if not self.handles:
-            raise _error(self.name, "declares no feature", 'add one, such as clicks = agg.count(Click, over="1h")')
-        for handle in self.handles.values():
-            handle.view = self.name
-        self.events = {
-            event.__name__: event
-            for handle in self.handles.values()
-            if isinstance(handle, Declared)
-            for event in handle.events
-        }
+            raise mistake(self.name, "declares no feature", 'add one, such as clicks = agg.count(Click, over="1h")')
+        for handle in self.handles:
+            handle.view = self
         self.spec = ViewSpec(
             name=self.name,
             entities=tuple(entity.name for entity in entities),
-            features=tuple(self._spec(handle) for handle in self.handles.values()),
+            features=tuple(self._spec(handle) for handle in self.handles),
             owner=owner,
             tags=dict(tags),
             doc=inspect.cleandoc(declared.__doc__ or ""),
         )
-        self._check()
+        self._check_names()
+        if len(entities) == 1:
+            self._check_entity(entities[0])
+
+    @property
+    def events(self) -> list[type[Event]]:
+        """The contracts that it reads."""
+        return list(
+            dict.fromkeys(event for handle in self.handles if isinstance(handle, Declared) for event in handle.events)
+        )
+
+    @property
+    def needs(self) -> list[View]:
+        """The views that its features take arguments from."""
+        return [other for handle in self.handles for other in handle.views() if other is not self]
 
     def _spec(self, handle: Handle) -> FeatureSpec:
-        _check_name(f"{self.name}: feature", handle.name)
+        check_name(f"{self.name}: feature", handle.name)
         if isinstance(handle, Declared) and len(self.entities) > 1:
-            raise _error(
-                f"{self.name}.{handle.name}",
-                "is an aggregation in a cross view",
-                "declare it in a view of one entity and use it here",
+            right = "declare it in a view of one entity and use it here"
+            raise mistake(handle.place, "is an aggregation in a cross view", right)
+        if isinstance(handle, Lookup) and isinstance(handle.key, Entity) and handle.key not in self.entities:
+            names = " and ".join(entity.name for entity in self.entities)
+            raise mistake(
+                handle.place, f"contains({handle.key.name}) in a view of {names}", "name one of these entities"
             )
-        assert isinstance(handle, Declared | DerivedFeature | Lookup)  # noqa: S101  # for the type checker: these are all handles
-        return handle.spec()  # type: ignore[return-value]  # every Aggregation subclass is one of AnyAggregation
+        return handle.spec()
 
-    def _check(self) -> None:
+    def _check_names(self) -> None:
         names = [feature.name for feature in features_of(self.spec)]
-        for name in names:
-            if names.count(name) > 1:
-                raise _error(self.name, f"has two features called {name}", "rename one")
-        if len(self.entities) > 1:
-            return
-        (entity,) = self.entities
-        for event in self.events.values():
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise mistake(f"{self.name}.{twice}", "is the name of two features", "rename one")
+
+    def _check_entity(self, entity: Entity) -> None:
+        for event in self.events:
             if entity.key not in event.kinds():
-                raise _error(
-                    self.name,
-                    f"reads {event.__name__}, which has no field {entity.key!r}, the key of {entity.name}",
-                    "add the field to the contract, or use another entity",
-                )
+                wrong = f"reads {event.__name__}, which has no field {entity.key!r}, the key of {entity.name}"
+                raise mistake(self.name, wrong, "add the field to the contract, or use another entity")
+            if event.kinds()[entity.key] != "str":
+                wrong = f"reads {event.__name__}, whose {entity.key!r} is {event.kinds()[entity.key]}"
+                raise mistake(self.name, wrong, f"an id is text: declare {entity.key}: str")
+        kept_ms = duration_ms(entity.forget_after) if entity.forget_after else None
         for spec in self.spec.aggregations:
-            if entity.forget_after is None and spec.windows[-1].unbounded:
-                raise _error(
-                    f"{self.name}.{spec.name}",
-                    "has no window, so its row would never expire",
-                    f'declare Entity("{entity.name}", …, forget_after="90d")',
-                )
+            place = f"{self.name}.{spec.name}"
+            if kept_ms is None and spec.windows[-1].unbounded:
+                right = f'declare Entity("{entity.name}", …, forget_after="90d")'
+                raise mistake(place, "has no window, so its row would never expire", right)
             for window in spec.windows:
-                if (
-                    not window.unbounded
-                    and entity.forget_after is not None
-                    and duration_ms(entity.forget_after) < window.width_ms + hop_ms(window.width_ms)
-                ):
-                    raise _error(
-                        f"{self.name}.{spec.name}",
-                        f"window {window.name} is longer than {entity.name} is kept",
-                        f"raise forget_after={entity.forget_after!r}",
-                    )
+                if kept_ms is not None and not window.unbounded and kept_ms < window.width_ms + hop_ms(window.width_ms):
+                    wrong = f"window {window.name} is longer than {entity.name} is kept"
+                    raise mistake(place, wrong, f"raise forget_after={entity.forget_after!r}")
 
 
-_VIEWS: Final[dict[type, View]] = {}
+VIEWS: Final[dict[type, View]] = {}
+"""Every view made, by its class."""
 
 
 def view(entity: Entity, *, owner: str = "", tags: Mapping[str, str] | None = None) -> Callable[[type[T]], type[T]]:
     """Class decorator: the class's attributes are features of `entity`; the view's name is the class's in snake case."""
-    return _view((entity,), owner, tags)
+    return _view("@view", (entity,), owner, tags)
 
 
 def cross(
     first: Entity, second: Entity, *, owner: str = "", tags: Mapping[str, str] | None = None
 ) -> Callable[[type[T]], type[T]]:
     """Class decorator: features of a pair of entities, computed for every pair of a request at once."""
-    return _view((first, second), owner, tags)
+    return _view("@cross", (first, second), owner, tags)
 
 
-def _view(entities: tuple[Entity, ...], owner: str, tags: Mapping[str, str] | None) -> Callable[[type[T]], type[T]]:
+def _view(
+    decorator: str, entities: tuple[Entity, ...], owner: str, tags: Mapping[str, str] | None
+) -> Callable[[type[T]], type[T]]:
+    for entity in entities:
+        if not isinstance(entity, Entity):
+            raise mistake(decorator, f"{entity!r} is no Entity", f"write {decorator}(user, …) above the class")
+
     def decorate(declared: type[T]) -> type[T]:
-        _VIEWS[declared] = View(declared, entities, owner, tags or {})
+        VIEWS[declared] = View(declared, entities, owner, tags or {})
         return declared
 
     return decorate
@@ -359,6 +358,13 @@ def derived(
     *args: Operand, default: float | None = None, doc: str = ""
 ) -> Callable[[Callable[..., NDArray[Any]]], DerivedFeature]:
     """Decorator: a feature that is a numpy function of others, given as arrays of one value a row, NaN for null."""
+    for arg in args:
+        if not isinstance(arg, Operand):
+            raise mistake(
+                "@derived", f"{arg!r} is no feature", 'name declared ones: @derived(clicks["10m"], clicks["1h"])'
+            )
+    if not args:
+        raise mistake("@derived", "names no feature", 'name those that the function takes: @derived(clicks["1h"])')
     return lambda function: DerivedFeature(function, args, default, doc)
 
 
@@ -379,139 +385,50 @@ def service(
     doc: str = "",
 ) -> Service:
     """The features that one model reads, in order: whole views, or single features of them, less those in `without`."""
-    _check_name("service", name)
-    full_names: list[str] = []
-    for member in members:
-        full_names += _members(name, member)
-    left_out = {full_name for operand in without for full_name in _members(name, operand)}
-    kept = tuple(dict.fromkeys(full_name for full_name in full_names if full_name not in left_out))
-    by_name = {known.name: known for known in _VIEWS.values()}
-    views = tuple(by_name[view_name] for view_name in dict.fromkeys(full_name.split("__")[0] for full_name in kept))
-    return Service(ServiceSpec(name, kept, owner, dict(tags or {}), doc), views)
-
-
-def _members(service_name: str, member: type | Operand) -> list[str]:
-    if isinstance(member, Declared) and member.over:
-        return [str(member[window].resolve()) for window in member.over]
-    if isinstance(member, Operand):
-        return [str(member.resolve())]
-    if member not in _VIEWS:
-        raise _error(
-            f"service {service_name}",
-            f"{member!r} is no view",
-            "decorate the class with @view or @cross, or name its features",
-        )
-    return [feature.full_name for feature in features_of(_VIEWS[member].spec)]
-
-
-def compile_plan(namespaces: Iterable[Mapping[str, Any]], project: str, shards: int) -> Plan:
-    """The plan of all views and services found among the values of the namespaces (module dictionaries)."""
-    found = [value for namespace in namespaces for value in namespace.values()]
-    services = list({value.spec.name: value for value in found if isinstance(value, Service)}.values())
-    declared = [_VIEWS[value] for value in found if isinstance(value, type) and value in _VIEWS]
-    views = {known.name: known for known in (*declared, *(known for each in services for known in each.views))}
-    views |= {name: known for name, known in _arguments(views).items() if name not in views}
-    entities = {entity.name: entity for known in views.values() for entity in known.entities}
-    events = {name: event for known in views.values() for name, event in known.events.items()}
-    plan = Plan(
-        project=project,
-        shards=shards,
-        entities=tuple(entity.spec for entity in sorted(entities.values(), key=lambda entity: entity.name)),
-        events=tuple(_event_spec(events[name]) for name in sorted(events)),
-        views=tuple(sorted((known.spec for known in views.values()), key=lambda spec: (len(spec.entities), spec.name))),
-        services=tuple(sorted((each.spec for each in services), key=lambda spec: spec.name)),
-    )
-    _check_arguments(plan)
-    return plan
-
-
-def _arguments(views: Mapping[str, View]) -> dict[str, View]:
-    """Views that others take arguments from."""
-    by_name = {known.name: known for known in _VIEWS.values()}
-    needed = {
-        name.split("__")[0] for known in views.values() for spec in known.spec.features for name in arguments(spec)
-    }
-    return {name: by_name[name] for name in sorted(needed) if name in by_name}
-
-
-def _check_arguments(plan: Plan) -> None:
-    for feature in plan.features.values():
-        spec = feature.spec
-        lookups = [arg for arg in spec.args if not isinstance(arg, str)] if isinstance(spec, Derived) else [spec]
-        wanted: list[tuple[str, tuple[str, ...]]] = []
-        for lookup in lookups:
-            if isinstance(lookup, At):
-                wanted += [(lookup.of, ("map[str, float]",)), (lookup.key, ("str",))]
-            elif isinstance(lookup, Contains):
-                wanted += [(lookup.of, ("list[str]",))]
-        if isinstance(spec, Derived):
-            wanted += [(arg, ("int", "float", "bool")) for arg in spec.args if isinstance(arg, str)]
-        for name in arguments(spec):
-            if not set(plan.features[name].entities) <= set(feature.entities):
-                wrong = f"takes {name}, a feature of {' and '.join(plan.features[name].entities)}"
-                raise _error(feature.full_name, wrong, "declare it in a @cross view of those entities")
-        for name, types in wanted:
-            if plan.features[name].value_type not in types:
-                raise _error(
-                    feature.full_name,
-                    f"takes {name}, a {plan.features[name].value_type}",
-                    f"it needs {' or '.join(types)}",
+    check_name("service", name)
+    place = f"service {name}"
+    named = dict.fromkeys(full_name for member in members for full_name in _members(place, member))
+    views = dict.fromkeys(view for member in members for view in _views_of(member))
+    for operand in without:
+        for full_name in _members(place, operand):
+            if full_name not in named:
+                raise mistake(
+                    place, f"without={full_name}, which is not in it", f"it has: {', '.join(named) or 'nothing'}"
                 )
+            del named[full_name]
+    if not named:
+        raise mistake(place, "has no feature", "name views or features: service('ranking_v1', UserActivity)")
+    return Service(ServiceSpec(name, tuple(named), owner, dict(tags or {}), doc), tuple(views))
 
 
-def _event_spec(event: type[Event]) -> EventSpec:
-    return EventSpec(
-        name=event.__name__,
-        topic=event.topic,
-        fields=dict(event.kinds()),
-        code=f"{event.__module__}:{event.__qualname__}",
-        fingerprint=contract_fingerprint(event),
-        doc=inspect.cleandoc(event.__doc__ or ""),
-    )
+def _members(place: str, member: object) -> list[str]:
+    if isinstance(member, Operand):
+        if next(iter(member.views()), None) is None:
+            right = "declare it as an attribute of a class with @view or @cross"
+            raise mistake(place, "is given a feature of no view", right)
+        if isinstance(member, Declared) and member.over:
+            return [str(member[window].resolve()) for window in member.over]
+        return [str(member.resolve())]
+    if not isinstance(member, type) or member not in VIEWS:
+        right = "name a class decorated with @view or @cross, or features of one"
+        raise mistake(place, f"{member!r} is no view and no feature", right)
+    return [feature.full_name for feature in features_of(VIEWS[member].spec)]
+
+
+def _views_of(member: type | Operand) -> Iterable[View]:
+    return member.views() if isinstance(member, Operand) else [VIEWS[member]]
 
 
 def _code_of(function: Callable[..., Any]) -> str:
     """The function's code without decorators, comments and layout."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    (definition,) = tree.body
-    assert isinstance(definition, ast.FunctionDef)  # noqa: S101  # for the type checker: @derived decorates a def
+    name = getattr(function, "__qualname__", repr(function))
+    right = "decorate a plain function (def), written in a file"
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError) as error:
+        raise mistake("@derived", f"{name} has no source that can be read", right) from error
+    definition = tree.body[0] if len(tree.body) == 1 else None
+    if not isinstance(definition, ast.FunctionDef):
+        raise mistake("@derived", f"{name} is no plain function", right)
     definition.decorator_list = []
     return ast.unparse(definition)
-
-
-def _field(place: str, event: type[Event], option: str, name: object, *kinds: Kind) -> Kind:
-    known = event.kinds()
-    if name not in known:
-        raise _error(place, f"{option}={name!r} is no field of {event.__name__}", f"it has: {', '.join(known)}")
-    kind = known[str(name)]
-    if kinds and kind not in kinds:
-        raise _error(place, f"{option}={name!r} is {kind}", f"it needs a field of type {' or '.join(kinds)}")
-    return kind
-
-
-def _check_condition(place: str, event: type[Event], condition: Any) -> None:
-    if not hasattr(condition, "fields"):
-        raise _error(place, f"where={condition!r} is no condition", 'write where=col("surface") == "search"')
-    for name in condition.fields():
-        _field(place, event, "where", name)
-    for name, value in values_of(condition):
-        if (event.kinds()[name] == "str") != isinstance(value, str):
-            raise _error(place, f"where compares {name!r} with {value!r}", f"the field is {event.kinds()[name]}")
-
-
-def _check_name(what: str, name: str) -> None:
-    if _NAME.fullmatch(name) is None or "__" in name:
-        raise _error(
-            what, f"{name!r} is no name", "use small letters, digits and single underscores, a letter first, at most 64"
-        )
-
-
-def _or_error(place: str, parse: Callable[[str], Any], text: str) -> None:
-    try:
-        parse(text)
-    except ValueError as error:
-        raise DeclarationError(f"{place}: {error}") from None  # noqa: EM102  # the text is the error's own
-
-
-def _error(place: str, wrong: str, right: str) -> DeclarationError:
-    return DeclarationError(f"{place}: {wrong}; {right}")

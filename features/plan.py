@@ -175,10 +175,14 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
             ValueError: if the text is no plan, or one of another version of Headrace.
         """
         try:
-            return msgspec.json.decode(text, type=cls)
+            plan = msgspec.json.decode(text, type=cls)
         except msgspec.DecodeError as error:
             msg = f"the applied plan can't be read by this version of Headrace ({error}); run `headrace apply` with it"
             raise ValueError(msg) from error
+        if plan.version != VERSION:
+            msg = f"the applied plan has version {plan.version}, this Headrace {VERSION}: run `headrace apply` with this one, or use the one that applied it"
+            raise ValueError(msg)
+        return plan
 
 
 def digest(data: bytes) -> str:
@@ -226,7 +230,8 @@ def find_contract(spec: EventSpec) -> type[Event]:
         CodeChangedError: if it is not there or its fields have changed since `apply`.
     """
     contract = find_code(spec.code)
-    if contract is None or contract_fingerprint(contract) != spec.fingerprint:
+    is_contract = isinstance(contract, type) and issubclass(contract, Event)
+    if not is_contract or contract_fingerprint(contract) != spec.fingerprint:
         msg = f"contract {spec.name} ({spec.code}) is not the one that was applied; run `headrace plan`, then `headrace apply`"
         raise CodeChangedError(msg)
     found: type[Event] = contract
@@ -240,7 +245,7 @@ def find_function(spec: Derived) -> Callable[..., Any]:
         CodeChangedError: if it is not there or has changed since `apply`.
     """
     declared = find_code(spec.code)
-    if declared is None or declared.fingerprint != spec.fingerprint:
+    if getattr(declared, "fingerprint", None) != spec.fingerprint:
         msg = f"derived feature {spec.name} ({spec.code}) is not the one that was applied; run `headrace plan`, then `headrace apply`"
         raise CodeChangedError(msg)
     function: Callable[..., Any] = declared.function
@@ -248,8 +253,10 @@ def find_function(spec: Derived) -> Callable[..., Any]:
 
 
 def contract_fingerprint(contract: type[Event]) -> str:
-    """What a contract accepts, condensed."""
-    return digest(msgspec.json.encode([contract.topic, contract.model_json_schema()], order="sorted"))
+    """What a contract accepts, condensed: its documentation does not matter."""
+    schema = contract.model_json_schema()
+    schema.pop("description", None)
+    return digest(msgspec.json.encode([contract.topic, schema], order="sorted"))
 
 
 def find_code(path: str) -> Any:

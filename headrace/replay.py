@@ -157,18 +157,17 @@ def run(options: Replay, contracts: Mapping[str, type[Event]], kafka: str, clock
         contracts: the contract of each topic.
         kafka: bootstrap servers.
         clock: for rebasing and `speed`.
-        progress: shows how far it is; made with `disable=True` it is silent.
+        progress: shows how far it is while it is live.
 
     Raises:
         ReplayError: names the option, the file, the row or the column that is wrong, and what would be right.
     """
     summary = Summary(options.file)
     started_ms = clock.now_ms()
-    with progress:
-        rows, shift_ms = _first_pass(options, contracts, started_ms, progress)
-        task = progress.add_task(f"sending {options.file.name}", total=rows)
-        events = _events(options, contracts, shift_ms, started_ms, summary, lambda: progress.advance(task))
-        _send(events, options, kafka, clock, summary)
+    rows, shift_ms = _first_pass(options, contracts, started_ms, progress)
+    task = progress.add_task(f"sending {options.file.name}", total=rows)
+    events = _events(options, contracts, shift_ms, started_ms, summary, lambda: progress.advance(task))
+    _send(events, options, kafka, clock, summary)
     summary.seconds = (clock.now_ms() - started_ms) / 1000
     return summary
 
@@ -304,6 +303,9 @@ def _check_topics(options: Replay, contracts: Mapping[str, type[Event]]) -> None
         raise ReplayError(msg)
     if options.topic_column is not None and not options.topics:
         msg = f"--topic-column {options.topic_column} needs its values' topics: --topics pv=clicks --topics fav=likes"
+        raise ReplayError(msg)
+    if options.time_unit not in ("s", "ms"):
+        msg = f"--time-unit {options.time_unit}: a number in occurred_at counts s or ms"
         raise ReplayError(msg)
     if options.speed is not None and not 0 < options.speed < float("inf"):
         msg = f"--speed {options.speed} must be more than 0: 10 sends ten seconds of events a second"

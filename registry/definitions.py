@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from features.language import compile_plan
+from features.compile import compile_plan
 from features.plan import Plan
 
 

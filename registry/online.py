@@ -55,7 +55,8 @@ class HeadraceOnlineStoreConfig(FeastConfigBaseModel):
 class HeadraceOnlineStore(OnlineStore):
     """Reads what the stream commits. It takes no writes: rows are the stream's alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         self._client: redis.Redis | None = None
         self._readers: dict[tuple[str, tuple[str, ...]], Reader] = {}
 
@@ -73,7 +74,7 @@ class HeadraceOnlineStore(OnlineStore):
         plan = _plan(registry, project)
         full_names = _full_names(plan, features)
         reader = self._reader(plan, full_names)
-        return reader.read(self._redis(config).mget, _columns(entity_rows), _now_ms(), full=full_feature_names)
+        return reader.read(self._redis(config).mget, _columns(entity_rows), self._now_ms(), full=full_feature_names)
 
     async def get_online_features_async(self, *args: Any, **kwargs: Any) -> OnlineResponse:
         """As `get_online_features`, in a thread."""
@@ -98,7 +99,7 @@ class HeadraceOnlineStore(OnlineStore):
             return []
         plan = _plan(_registry_at(str(config.repo_path)), config.project)
         reader = self._reader(plan, [f"{table.name}__{name}" for name in names])
-        return reader.read(self._redis(config).mget, rows, _now_ms(), full=False).by_row()
+        return reader.read(self._redis(config).mget, rows, self._now_ms(), full=False).by_row()
 
     def online_write_batch(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a finished value can't age, so rows are written by the stream only."""
@@ -110,6 +111,9 @@ class HeadraceOnlineStore(OnlineStore):
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is deleted: rows expire by themselves."""
+
+    def _now_ms(self) -> int:
+        return _AS_OF_MS.get() or int(self._clock() * 1000)
 
     def _redis(self, config: RepoConfig) -> redis.Redis:
         if self._client is None:
@@ -370,7 +374,3 @@ def _registry_at(repo: str) -> BaseRegistry:
     from feast import FeatureStore
 
     return FeatureStore(repo_path=repo).registry
-
-
-def _now_ms() -> int:
-    return _AS_OF_MS.get() or time.time_ns() // 1_000_000

@@ -235,10 +235,11 @@ def _check_ranges(
     """Every text is one of the row's own, every cell one of the sketch's: none is a neighbour's."""
     first, end = np.repeat(first_text, counts), np.repeat(first_text + text_counts, counts)
     wrong = np.zeros(len(entries), bool)
+    buckets = np.asarray(entries.buckets)
     if layout.table.bucket == "text":
-        wrong |= (entries.buckets < first) | (entries.buckets >= end)
+        wrong |= (buckets < first) | (buckets >= end)
     elif layout.table.bucket == "cell":
-        wrong |= (entries.buckets < 0) | (entries.buckets >= CELLS)
+        wrong |= (buckets < 0) | (buckets >= CELLS)
     for kind, column in zip(layout.physical, entries.columns, strict=True):
         if kind == "text":
             wrong |= (column != -1) & ((column < first) | (column >= end))

@@ -10,7 +10,7 @@ State is in Redis alone: there is no recovery store, and a worker that stops for
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 
 import bytewax.operators as op
@@ -70,8 +70,9 @@ class ChunkSource(FixedPartitionedSource[Chunk, None]):
 
 
 class _ChunkPartition(StatefulSourcePartition[Chunk, None]):
-    def __init__(self, reader: PartitionReader) -> None:
+    def __init__(self, reader: PartitionReader, clock: Callable[..., datetime] = datetime.now) -> None:
         self._reader = reader
+        self._clock = clock
         self._idle = False
 
     def next_batch(self) -> Iterable[Chunk]:
@@ -80,7 +81,7 @@ class _ChunkPartition(StatefulSourcePartition[Chunk, None]):
         return [] if chunk is None else [chunk]
 
     def next_awake(self) -> datetime | None:
-        return datetime.now(UTC) + _POLL if self._idle else None
+        return self._clock(UTC) + _POLL if self._idle else None
 
     def snapshot(self) -> None:
         return None

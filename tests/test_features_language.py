@@ -20,7 +20,7 @@ import pytest
 from features import catalog, language
 from features import plan as plans
 from features.aggregations import Aggregation
-from features.language import compile_plan
+from features.compile import compile_plan
 from features.plan import CodeChangedError, Plan
 from headrace import DeclarationError, Entity, Event, agg, col, cross, derived, service, view
 from headrace.types import Array, BoolArray
@@ -79,10 +79,10 @@ ranking_v1 = service("ranking_v1", UserActivity, ItemActivity, UserItem)
 @pytest.fixture(autouse=True)
 def _own_views() -> Iterator[None]:
     """Views declared by a test are forgotten after it."""
-    before = dict(language._VIEWS)
+    before = dict(language.VIEWS)
     yield
-    language._VIEWS.clear()
-    language._VIEWS.update(before)
+    language.VIEWS.clear()
+    language.VIEWS.update(before)
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_text_can_be_compared_by_order_too(tmp_path: Path) -> None:
 )
 def test_a_view_is_named_after_its_class(class_name: str, view_name: str) -> None:
     declare({"clicks": agg.count(Click, over="1h")}, name=class_name)
-    assert next(iter(reversed(language._VIEWS.values()))).name == view_name
+    assert next(iter(reversed(language.VIEWS.values()))).name == view_name
 
 
 def test_windows_are_served_shortest_first_under_the_names_declared() -> None:
@@ -244,8 +244,7 @@ def test_whole_numbers_in_options_survive_the_plan(options: dict[str, Any]) -> N
 def test_the_fingerprint_does_not_depend_on_the_hash_seed() -> None:
     """Sets and dictionaries may be walked in another order in every process."""
     program = (
-        "from features import catalog, language;"
-        "print(language.compile_plan([vars(catalog)], 'headrace', 64).fingerprint)"
+        "from features import catalog, compile;print(compile.compile_plan([vars(catalog)], 'headrace', 64).fingerprint)"
     )
     seen = set()
     for seed in ("0", "1", "2"):

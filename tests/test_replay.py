@@ -217,6 +217,7 @@ def test_an_empty_file_sends_nothing(tmp_path: Path, broker: EmbeddedBroker) -> 
         ("a.csv", {"topic": "clicks", "topic_column": "kind"}, "say where the events go"),
         ("a.csv", {"topic_column": "kind"}, "--topic-column kind needs its values' topics: --topics pv=clicks"),
         ("a.csv", {"topic": "cliks"}, "no contract is declared for topic 'cliks'; there is: clicks, likes"),
+        ("a.csv", {"topic": "clicks", "time_unit": "min"}, "--time-unit min: a number in occurred_at counts s or ms"),
         ("a.csv", {"topic": "clicks", "speed": 0}, "--speed 0 must be more than 0"),
         ("a.csv", {"topic": "clicks", "mapping": {"user": "who"}}, "--map user=who: no contract has a field 'user'"),
         (

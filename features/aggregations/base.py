@@ -42,6 +42,8 @@ class Table:
     by: str | None = None
     bucket: Literal["text", "hash", "cell"] | None = None
     bound: int | None = None
+    only: tuple[Measure, ...] = ()
+    """With a bound, the events that its buckets are of: no other feature's can push them out."""
 
 
 @dataclass(frozen=True)
@@ -125,17 +127,18 @@ class Aggregation(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", omi
         """The type of its features."""
         return "map[str, float]" if self.by else "float"
 
-    def tiles(self) -> Table:
-        """The windowed table that the aggregation shares with others of the same windows and buckets."""
-        windows = self.windows
-        return Table(
-            row="",
-            windows=windows,
-            starts=not windows[0].unbounded,
-            by=self.by,
-            bucket="text" if self.by else None,
-            bound=self.buckets,
-        )
+    def tiles(self, by: str | None = None) -> Table:
+        """The windowed table that the aggregation shares with others of the same windows (and buckets)."""
+        windows, by = self.windows, by or self.by
+        starts = not windows[0].unbounded
+        if by is None:
+            return Table("", windows, starts)
+        return Table("", windows, starts, by, "text", self.buckets, self.counted)
+
+    @property
+    def counted(self) -> tuple[Measure, ...]:
+        """Which events it is about, whatever it takes of them."""
+        return (Measure(self.event, None, self.where),)
 
     def slots(self) -> tuple[Slot, ...]:
         """The partials that it keeps."""

@@ -21,7 +21,10 @@ class Decayed(Aggregation, frozen=True, kw_only=True, tag="decayed"):
 
     def slots(self) -> tuple[Slot, ...]:
         """See `Aggregation.slots`."""
-        by_bucket = Table("", (Window.parse(ALL),), starts=False, by=self.by, bucket="text", bound=self.buckets)
+        everything = (Window.parse(ALL),)
+        by_bucket = Table(
+            "", everything, starts=False, by=self.by, bucket="text", bound=self.buckets, only=self.counted
+        )
         return (Slot(by_bucket if self.by else LATEST, self._decay, self.measure),)
 
     def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:

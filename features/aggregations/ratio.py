@@ -34,10 +34,15 @@ class Ratio(Aggregation, frozen=True, kw_only=True, tag="ratio"):
         """See `Aggregation.without_events`."""
         return self.prior
 
+    @property
+    def counted(self) -> tuple[Measure, ...]:
+        """See `Aggregation.counted`."""
+        return (self.measure, Measure(self.of, None, self.of_where))
+
     def slots(self) -> tuple[Slot, ...]:
         """See `Aggregation.slots`."""
         tiles = self.tiles()
-        return Slot(tiles, Tally(), self.measure), Slot(tiles, Tally(), Measure(self.of, None, self.of_where))
+        return tuple(Slot(tiles, Tally(), measure) for measure in self.counted)
 
     def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
         """See `Aggregation.value`."""

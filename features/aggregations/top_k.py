@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from features.aggregations.base import Aggregation, Part, Slot, Table
+from features.aggregations.base import Aggregation, Part, Slot
 from features.partials import Tally
 from features.times import Window
 from features.values import Lists, Type, Values, offsets_of
@@ -30,9 +30,7 @@ class TopK(Aggregation, frozen=True, kw_only=True, tag="top_k"):
 
     def slots(self) -> tuple[Slot, ...]:
         """See `Aggregation.slots`."""
-        windows = self.windows
-        table = Table("", windows, starts=not windows[0].unbounded, by=self.field, bucket="text", bound=self.buckets)
-        return (Slot(table, Tally(), self.measure),)
+        return (Slot(self.tiles(by=self.field), Tally(), self.measure),)
 
     def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
         """See `Aggregation.value`."""
