@@ -42,7 +42,7 @@ def sum(
     by: str | None = None,
     buckets: int = DEFAULT_BUCKETS,
     doc: str = "",
-) -> Declared:  # noqa: A001  # the field's standard term; used as agg.sum
+) -> Declared:  # the field's standard term; used as agg.sum
     """The sum of a field. Nothing seen: 0."""
     return _declare(kinds.Sum, event, over, field=field, where=where, by=by, buckets=buckets, doc=doc)
 
@@ -72,7 +72,7 @@ def min(
     buckets: int = DEFAULT_BUCKETS,
     default: float | None = None,
     doc: str = "",
-) -> Declared:  # noqa: A001  # as sum
+) -> Declared:  # as sum
     """The smallest value of a field. Nothing seen: null."""
     return _declare(kinds.Min, event, over, field=field, where=where, by=by, buckets=buckets, default=default, doc=doc)
 
@@ -87,7 +87,7 @@ def max(
     buckets: int = DEFAULT_BUCKETS,
     default: float | None = None,
     doc: str = "",
-) -> Declared:  # noqa: A001  # as sum
+) -> Declared:  # as sum
     """The largest value of a field. Nothing seen: null."""
     return _declare(kinds.Max, event, over, field=field, where=where, by=by, buckets=buckets, default=default, doc=doc)
 

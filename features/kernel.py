@@ -4,7 +4,7 @@ A row is a few tables of entries. An entry of a windowed table is a tile: the pa
 start up to the next hop. Tiles age: when merged, one that every finer window has already left is rounded down to the
 next hop that any remaining window uses, and tiles that meet are added. The value of a window is the sum of the tiles
 with `start >= tail(window)`, and as all later tails are multiples of the hops still in use, rounding can't change it
-for any query at or after that merge's `now`. See docs/decisions/0001-ageing-tiles.md.
+for any query at or after that merge's `now`. See docs/decisions/0001-one-table-structure.md.
 """
 
 from __future__ import annotations

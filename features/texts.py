@@ -68,7 +68,7 @@ def hash64(texts: pa.StringArray) -> NDArray[np.uint64]:
         # A whole word has nothing to mask, and shifting by 64 bits is undefined.
         mask = np.where(
             left == 8, ~np.uint64(0), (np.uint64(1) << (left * np.uint64(8) % np.uint64(64))) - np.uint64(1)
-        )  # noqa: PLR2004
+        )
         digest[live] = _mix(digest[live] ^ (words[offsets[live] + position] & mask))
     return digest
 

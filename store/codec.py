@@ -348,4 +348,4 @@ def _to_time(ms: Ints) -> NDArray[Any]:
 
 def _from_time(time: NDArray[Any]) -> Ints:
     ms: Ints = time["s"].astype(np.int64) * 1000 + time["ms"]
-    return np.where(time["ms"] == 65535, -1, ms)  # noqa: PLR2004  # see _to_time
+    return np.where(time["ms"] == 65535, -1, ms)  # see _to_time

@@ -3,7 +3,7 @@
 A shard's commit record holds the writer's random token and, for every topic partition, the next offset and the offset at
 which the dedupe horizon begins. A writer may commit only while the stored record equals, byte for byte, the one that it
 last read or wrote; so two writers can't both go on, and one that Redis fell behind (a lost second, a promoted replica)
-notices before it writes. See docs/decisions/0002-compared-record.md.
+notices before it writes. See docs/decisions/0003-compared-record.md.
 """
 
 from __future__ import annotations

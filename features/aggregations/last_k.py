@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 
 from features.aggregations.base import Aggregation, Part, Slot, Table
