@@ -1,1 +1,4 @@
-"""The language, the aggregations and the kernel: pure, no I/O. Users import `headrace`, which re-exports the language."""
+"""The language, the aggregations and the kernel: pure, no I/O.
+
+Users import `headrace`, which re-exports the language.
+"""

@@ -33,7 +33,7 @@ def count(
     return _declare(kinds.Count, event, over, where=where, by=by, buckets=buckets, doc=doc)
 
 
-def sum(
+def sum(  # noqa: A001  # on purpose: it is used as agg.sum
     event: type[Event],
     field: str,
     *,
@@ -62,7 +62,7 @@ def mean(
     return _declare(kinds.Mean, event, over, field=field, where=where, by=by, buckets=buckets, default=default, doc=doc)
 
 
-def min(
+def min(  # noqa: A001  # on purpose: it is used as agg.min
     event: type[Event],
     field: str,
     *,
@@ -77,7 +77,7 @@ def min(
     return _declare(kinds.Min, event, over, field=field, where=where, by=by, buckets=buckets, default=default, doc=doc)
 
 
-def max(
+def max(  # noqa: A001  # on purpose: it is used as agg.max
     event: type[Event],
     field: str,
     *,
@@ -173,7 +173,7 @@ def top_k(
     )
 
 
-def ratio(
+def ratio(  # noqa: PLR0913  # its options are keyword-only, and each says a thing of its own
     event: type[Event],
     of: type[Event],
     *,

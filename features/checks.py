@@ -115,6 +115,7 @@ def _checked_prior(place: str, prior: object, strength: object) -> dict[str, flo
 
 
 def checked_default(place: str, default: object, *, is_text: bool = False, is_map: bool = False) -> float | str:
+    """The default, which must be of the feature's type."""
     if is_map:
         raise mistake(
             place, f"default={default!r} of a feature with by=", "leave it out: a bucket without events reads as none"

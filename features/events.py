@@ -64,7 +64,10 @@ class Event(BaseModel):
     def __init_subclass__(cls, *, topic: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if re.fullmatch(r"[a-zA-Z0-9._-]{1,200}", topic) is None or topic in (".", ".."):
-            msg = f'{cls.__name__}: topic={topic!r} is no Kafka topic name; declare `class {cls.__name__}(Event, topic="clicks")`'
+            msg = (
+                f"{cls.__name__}: topic={topic!r} is no Kafka topic name; "
+                f'declare `class {cls.__name__}(Event, topic="clicks")`'
+            )
             raise TypeError(msg)
         cls.topic = topic
 
@@ -101,6 +104,9 @@ def _kind(where: str, annotation: Any) -> Kind:
     ):
         return "str"
     if annotation not in _KINDS:
-        msg = f"{where}: type {annotation} can't be used by features; use str, int, float or bool, optional with `| None = None`"
+        msg = (
+            f"{where}: type {annotation} can't be used by features; "
+            "use str, int, float or bool, optional with `| None = None`"
+        )
         raise TypeError(msg)
     return _KINDS[annotation]

@@ -169,7 +169,7 @@ class Windowed(Operand):
 
 
 class Lookup(Handle):
-    """`map.at(text)` or `list.contains(entity)`: an argument of a derived feature, or a feature of a cross view itself."""
+    """`map.at(text)` or `list.contains(entity)`: an argument of a derived feature, or itself a cross view's feature."""
 
     def __init__(self, of: Operand, key: Operand | Entity, doc: str) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ VIEWS: Final[dict[type, View]] = {}
 
 
 def view(entity: Entity, *, owner: str = "", tags: Mapping[str, str] | None = None) -> Callable[[type[T]], type[T]]:
-    """Class decorator: the class's attributes are features of `entity`; the view's name is the class's in snake case."""
+    """Class decorator: the class's attributes are features of `entity`; the view's name is its own in snake case."""
     return _view("@view", (entity,), owner, tags)
 
 

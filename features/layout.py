@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import msgspec
 
@@ -31,7 +32,7 @@ class TableLayout:
         ends = [0]
         for partial, _ in self.partials:
             ends.append(ends[-1] + len(partial.physical))
-        return tuple(slice(start, end) for start, end in zip(ends, ends[1:], strict=False))
+        return tuple(slice(start, end) for start, end in pairwise(ends))
 
     @cached_property
     def physical(self) -> tuple[Physical, ...]:

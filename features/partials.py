@@ -127,7 +127,7 @@ class Greatest:
 
 @dataclass(frozen=True)
 class Moments:
-    """(n, mean, M2): combined pairwise as Chan, Golub and LeVeque (1979) do, which keeps small spreads of large values."""
+    """(n, mean, M2): combined pairwise as Chan, Golub and LeVeque (1979) do: it keeps small spreads of large values."""
 
     physical: ClassVar[tuple[Physical, ...]] = ("count", "float", "float")
     empty: ClassVar[tuple[float, ...]] = (0, 0.0, 0.0)

@@ -180,7 +180,10 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
             msg = f"the applied plan can't be read by this version of Headrace ({error}); run `headrace apply` with it"
             raise ValueError(msg) from error
         if plan.version != VERSION:
-            msg = f"the applied plan has version {plan.version}, this Headrace {VERSION}: run `headrace apply` with this one, or use the one that applied it"
+            msg = (
+                f"the applied plan has version {plan.version}, this Headrace {VERSION}: "
+                "run `headrace apply` with this one, or use the one that applied it"
+            )
             raise ValueError(msg)
         return plan
 
@@ -232,7 +235,10 @@ def find_contract(spec: EventSpec) -> type[Event]:
     contract = find_code(spec.code)
     is_contract = isinstance(contract, type) and issubclass(contract, Event)
     if not is_contract or contract_fingerprint(contract) != spec.fingerprint:
-        msg = f"contract {spec.name} ({spec.code}) is not the one that was applied; run `headrace plan`, then `headrace apply`"
+        msg = (
+            f"contract {spec.name} ({spec.code}) is not the one that was applied; "
+            "run `headrace plan`, then `headrace apply`"
+        )
         raise CodeChangedError(msg)
     found: type[Event] = contract
     return found
@@ -246,7 +252,10 @@ def find_function(spec: Derived) -> Callable[..., Any]:
     """
     declared = find_code(spec.code)
     if getattr(declared, "fingerprint", None) != spec.fingerprint:
-        msg = f"derived feature {spec.name} ({spec.code}) is not the one that was applied; run `headrace plan`, then `headrace apply`"
+        msg = (
+            f"derived feature {spec.name} ({spec.code}) is not the one that was applied; "
+            "run `headrace plan`, then `headrace apply`"
+        )
         raise CodeChangedError(msg)
     function: Callable[..., Any] = declared.function
     return function

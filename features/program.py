@@ -60,10 +60,10 @@ class Program:
             _collect(plan, feature, needed)
         slots = slots_of(plan)
         families: dict[str, tuple[Family, list[tuple[Feature, list[tuple[int, int]]]]]] = {}
-        for name in needed:
+        for name, feature in needed.items():
             if name in slots:
                 family, where = slots[name]
-                families.setdefault(family.name, (family, []))[1].append((needed[name], where))
+                families.setdefault(family.name, (family, []))[1].append((feature, where))
         self._stored = tuple(families.values())
         self._computed = tuple(feature for name, feature in needed.items() if name not in slots)
         self._entities = {name: feature.entities for name, feature in needed.items()}

@@ -31,7 +31,7 @@ def cells(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def estimate(rows: NDArray[np.intp], found: NDArray[np.int64], n_rows: int) -> NDArray[np.float64]:
-    """float64[n_rows]: how many distinct values made the cells in `found` (int64[m]), each of the row in `rows` (intp[m]).
+    """float64[n_rows]: how many distinct values made the cells in `found` (int64[m]), each of its row in `rows`.
 
     A cell listed twice in a row counts once.
     """

@@ -81,7 +81,7 @@ def serve(
 
 
 @app.command()
-def replay(
+def replay(  # noqa: PLR0913, PLR0917  # each is an option of the command
     file: Annotated[Path, typer.Argument(help="CSV, JSON Lines or Parquet", exists=True, dir_okay=False)],
     topic: Annotated[str | None, typer.Option(help="The topic of all events")] = None,
     topic_column: Annotated[str | None, typer.Option(help="The column that says which topic")] = None,

@@ -46,8 +46,8 @@ def plan_changes(settings: Settings) -> tuple[Plan, list[str]]:
     before = applied_plan(FeatureStore(repo_path=str(settings.repo)))
     if before is not None and before.shards != declared.shards:
         msg = (
-            f"HEADRACE_SHARDS={declared.shards}, but this project was applied with {before.shards} and its rows are kept so; "
-            f"set it to {before.shards}, or start a new project"
+            f"HEADRACE_SHARDS={declared.shards}, but this project was applied with {before.shards} and its rows are "
+            f"kept so; set it to {before.shards}, or start a new project"
         )
         raise ApplyError(msg)
     return declared, changes(before, declared)

@@ -31,17 +31,17 @@ _TYPES: Final[dict[Type, Any]] = {
 
 
 def compile_to_feast(plan: Plan, kafka: str) -> dict[str, Any]:
-    """Feast's objects by a name each: what `feast apply` finds in registry/feast_repo.py and `headrace apply` applies."""
+    """Feast's objects, each by a name: what `feast apply` finds in registry/feast_repo.py, `headrace apply` applies."""
     project = Project(name=plan.project, description="A Headrace feature store", tags={PLAN_TAG: plan.encode()})
     entities = {spec.name: _entity(spec) for spec in plan.entities}
-    sources = {spec.name: _source(plan, spec, kafka) for spec in plan.events}
+    sources = {spec.name: _source(spec, kafka) for spec in plan.events}
     views: dict[str, Any] = {}
     for spec in plan.views:
         if len(spec.entities) == 1:
             views[spec.name] = _stream_view(plan, spec, entities, sources)
     for spec in plan.views:
         if len(spec.entities) > 1:
-            views[spec.name] = _cross_view(plan, spec, views)
+            views[spec.name] = _cross_view(spec, views)
     services = {spec.name: _service(plan, spec.name, views) for spec in plan.services}
     groups: dict[str, dict[str, Any]] = {"entity": entities, "source": sources, "view": views, "service": services}
     return {
@@ -54,7 +54,7 @@ def _entity(spec: EntitySpec) -> feast.Entity:
     return feast.Entity(name=spec.name, join_keys=[spec.key], value_type=ValueType.STRING, description=spec.doc)
 
 
-def _source(plan: Plan, spec: EventSpec, kafka: str) -> feast.KafkaSource:
+def _source(spec: EventSpec, kafka: str) -> feast.KafkaSource:
     archive = feast.FileSource(
         name=f"{spec.topic}_archive", path=f"data/archive/{spec.topic}", timestamp_field="occurred_at"
     )
@@ -111,11 +111,11 @@ def {name}(inputs):
 '''
 
 
-def _cross_view(plan: Plan, spec: ViewSpec, views: dict[str, Any]) -> CrossFeatureView:
+def _cross_view(spec: ViewSpec, views: dict[str, Any]) -> CrossFeatureView:
     made = list(features_of(spec))
     source = _CROSS_SOURCE.format(name=spec.name, features=", ".join(feature.name for feature in made)).lstrip()
-    # Made from its source, in a module of no name, so that clients without Headrace can read the registry: Feast packs a
-    # function of a real module by reference.
+    # Made from its source, in a module of no name, so that clients without Headrace can read the registry: Feast packs
+    # a function of a real module by reference.
     namespace: dict[str, Any] = {"__name__": "__main__"}
     exec(source, namespace)  # noqa: S102  # our own text, from names that are identifiers
     needed = dict.fromkeys(name.split("__")[0] for feature in made for name in arguments(feature.spec))

@@ -24,7 +24,10 @@ def compile_definitions(definitions: str, project: str, shards: int) -> Plan:
     except ModuleNotFoundError as error:
         if error.name is None or not definitions.startswith(error.name):
             raise
-        msg = f"HEADRACE_DEFINITIONS={definitions!r} can't be imported: install the package, or add its folder to PYTHONPATH"
+        msg = (
+            f"HEADRACE_DEFINITIONS={definitions!r} can't be imported: "
+            "install the package, or add its folder to PYTHONPATH"
+        )
         raise DefinitionsError(msg) from error
     plan = compile_plan([vars(module)], project, shards)
     if not plan.services:

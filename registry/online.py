@@ -103,7 +103,10 @@ class HeadraceOnlineStore(OnlineStore):
 
     def online_write_batch(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a finished value can't age, so rows are written by the stream only."""
-        msg = "Headrace's rows are written by its stream only: send events to Kafka (`headrace replay FILE`), not values to Feast"
+        msg = (
+            "Headrace's rows are written by its stream only: "
+            "send events to Kafka (`headrace replay FILE`), not values to Feast"
+        )
         raise NotImplementedError(msg)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -291,7 +294,7 @@ class LazyResponse(OnlineResponse):
         ]
 
 
-def _to_proto(value: Any) -> Value:
+def _to_proto(value: Any) -> Value:  # noqa: PLR0911  # a list of cases, one a type
     match value:
         case None:
             return Value()

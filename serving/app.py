@@ -137,6 +137,7 @@ def create_app(settings: Settings, plan: Plan, clock: Callable[[], float] = time
         return response
 
     _add_problems(app)
+    _add_ranking(app)
     _add_reads(app)
     _add_operations(app, metrics)
     return app
@@ -147,11 +148,11 @@ _BUCKETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5
 
 def _add_problems(app: FastAPI) -> None:
     @app.exception_handler(Problem)
-    async def problem(request: Request, error: Problem) -> Response:
+    async def problem(_request: Request, error: Problem) -> Response:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def refused(request: Request, error: RequestValidationError) -> Response:
+    async def refused(_request: Request, error: RequestValidationError) -> Response:
         errors = [
             {"field": ".".join(str(part) for part in each["loc"][1:]) or "body", "detail": each["msg"]}
             for each in error.errors()
@@ -173,11 +174,11 @@ def _add_problems(app: FastAPI) -> None:
         ).response()
 
     @app.exception_handler(DerivedFeatureError)
-    async def derived(request: Request, error: DerivedFeatureError) -> Response:
+    async def derived(_request: Request, error: DerivedFeatureError) -> Response:
         return Problem(500, "Derived feature failed", str(error)).response()
 
 
-def _add_reads(app: FastAPI) -> None:
+def _add_ranking(app: FastAPI) -> None:
     @app.post("/v1/features")
     async def features(body: FeaturesRequest, request: Request) -> Response:
         """The features of one user and candidate items, as JSON, Arrow or npy by `Accept`."""
@@ -221,6 +222,8 @@ def _add_reads(app: FastAPI) -> None:
         content = wire.ranking_json(answer, body.service, context.plan.fingerprint, body.user_id, item_ids)
         return Response(content, headers=headers, media_type=wire.JSON)
 
+
+def _add_reads(app: FastAPI) -> None:
     @app.get("/v1/entities/{entity}/{entity_id:path}")
     async def entity(
         entity: str,

@@ -1,5 +1,7 @@
 """A typed client that hands a ranking service a numpy matrix.
 
+For example:
+
     with Client("http://127.0.0.1:8000") as client:
         ranking = client.features("ranking_v1", user_id="u1", item_ids=["i1", "i2"])
         scores = model.predict(ranking.matrix)
@@ -48,15 +50,24 @@ class _Calls:
         self._names: dict[tuple[str, str], tuple[str, ...]] = {}
 
     @staticmethod
-    def _ranking_request(service: str, user_id: str | None, item_ids: Sequence[str], as_of: int | None) -> dict[str, Any]:
-        body = {"service": service, "user_id": user_id, "item_ids": list(item_ids), **({"as_of": as_of} if as_of is not None else {})}
+    def _ranking_request(
+        service: str, user_id: str | None, item_ids: Sequence[str], as_of: int | None
+    ) -> dict[str, Any]:
+        body = {
+            "service": service,
+            "user_id": user_id,
+            "item_ids": list(item_ids),
+            **({"as_of": as_of} if as_of is not None else {}),
+        }
         return {"method": "POST", "url": "/v1/features", "json": body, "headers": {"Accept": "application/x-npy"}}
 
     @staticmethod
     def _checked(response: httpx.Response) -> httpx.Response:
         if response.status_code != httpx.codes.OK:
             is_problem = response.headers.get("content-type", "").startswith("application/problem+json")
-            raise HeadraceError(response.status_code, response.json() if is_problem else {"title": response.reason_phrase})
+            raise HeadraceError(
+                response.status_code, response.json() if is_problem else {"title": response.reason_phrase}
+            )
         return response
 
     def _known_names(self, service: str, response: httpx.Response) -> tuple[str, ...] | None:
@@ -106,7 +117,9 @@ class Client(_Calls):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -117,16 +130,22 @@ class AsyncClient(_Calls):
         super().__init__()
         self._http = httpx.AsyncClient(base_url=base_url, timeout=timeout_s)
 
-    async def features(self, service: str, user_id: str | None, item_ids: Sequence[str], as_of: int | None = None) -> Ranking:
+    async def features(
+        self, service: str, user_id: str | None, item_ids: Sequence[str], as_of: int | None = None
+    ) -> Ranking:
         """As `Client.features`."""
         response = self._checked(await self._http.request(**self._ranking_request(service, user_id, item_ids, as_of)))
-        names = self._known_names(service, response) or self._learn(service, await self._http.get(f"/v1/services/{service}"))
+        names = self._known_names(service, response) or self._learn(
+            service, await self._http.get(f"/v1/services/{service}")
+        )
         return Ranking(_matrix(response), names, response.headers["x-plan"])
 
     async def entity(self, entity: str, entity_id: str, service: str | None = None) -> dict[str, Any]:
         """As `Client.entity`."""
         params = {"service": service} if service else {}
-        document: dict[str, Any] = self._checked(await self._http.get(_entity_path(entity, entity_id), params=params)).json()
+        document: dict[str, Any] = self._checked(
+            await self._http.get(_entity_path(entity, entity_id), params=params)
+        ).json()
         return document
 
     async def aclose(self) -> None:
@@ -136,7 +155,9 @@ class AsyncClient(_Calls):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self.aclose()
 
 

@@ -80,7 +80,7 @@ def decode(family: Family, blobs: Sequence[bytes | None]) -> Rows:
     tables = []
     for layout, count, size, width in zip(family.tables, counts, sizes, widths, strict=True):
         table = _decode_table(layout, data, there, at, count, width, first_text)
-        _check_ranges(family, layout, table, there, count, first_text, text_counts)
+        _check_ranges(family, layout, table, count, first_text, text_counts)
         tables.append(table)
         at = at + count * size
     rows.last_event_ms[there] = _from_time(header["last"])
@@ -227,7 +227,6 @@ def _check_ranges(
     family: Family,
     layout: TableLayout,
     entries: Entries,
-    there: NDArray[np.intp],
     counts: Ints,
     first_text: Ints,
     text_counts: Ints,
@@ -277,7 +276,7 @@ def _width(layout: TableLayout, entries: Entries, n_rows: int) -> NDArray[np.int
 
 
 def _local_texts(family: Family, rows: Rows) -> tuple[pa.StringArray, Ints, list[Entries]]:
-    """The texts that each row uses, where each row's begin, and the tables with their texts numbered from 1 in the row."""
+    """The texts that each row uses, where each row's begin, and the tables, their texts numbered from 1 in a row."""
     used: list[tuple[Any, Any]] = []
     for layout, entries in zip(family.tables, rows.tables, strict=True):
         if layout.table.bucket == "text":

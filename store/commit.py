@@ -1,9 +1,9 @@
 """The commit: a shard's changed rows and the Kafka offsets they include, written as one.
 
-A shard's commit record holds the writer's random token and, for every topic partition, the next offset and the offset at
-which the dedupe horizon begins. A writer may commit only while the stored record equals, byte for byte, the one that it
-last read or wrote; so two writers can't both go on, and one that Redis fell behind (a lost second, a promoted replica)
-notices before it writes. See docs/decisions/0003-compared-record.md.
+A shard's commit record holds the writer's random token and, for every topic partition, the next offset and the offset
+at which the dedupe horizon begins. A writer may commit only while the stored record equals, byte for byte, the one
+that it last read or wrote; so two writers can't both go on, and one that Redis fell behind (a lost second, a promoted
+replica) notices before it writes. See docs/decisions/0003-compared-record.md.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class NotAppliedError(RuntimeError):
 
 
 class Position(msgspec.Struct, frozen=True, array_like=True):
-    """What of a topic partition a shard's rows include: all before `next`; duplicates are told apart from `horizon` on."""
+    """What of a topic partition a shard's rows include: all before `next`; duplicates are told from `horizon` on."""
 
     next: int
     horizon: int
@@ -217,7 +217,10 @@ def read_record(client: redis.Redis, key: bytes) -> CommitRecord:
     """
     stored: Any = client.get(key)
     if stored is None:
-        msg = f"Redis has no commit record {key.decode()}: run `headrace apply` first (if it ran before, Redis has lost its data)"
+        msg = (
+            f"Redis has no commit record {key.decode()}: "
+            "run `headrace apply` first (if it ran before, Redis has lost its data)"
+        )
         raise NotAppliedError(msg)
     return msgspec.json.decode(stored, type=CommitRecord)
 

@@ -3,8 +3,9 @@
     {headrace:user:7}:commit              the commit record of shard 7 of the users
     {headrace:user:7}:user_activity:u42   the row of user u42 in the family user_activity
 
-All keys of a shard share the hash tag in braces, so that one commit stays on one node of a Redis Cluster. The tag is the
-key's first pair of braces and an id stands last, so that no id, whatever it holds, can reach into another key's place.
+All keys of a shard share the hash tag in braces, so that one commit stays on one node of a Redis Cluster. The tag is
+the key's first pair of braces and an id stands last: so no id, whatever it holds, can reach into another
+key's place.
 """
 
 from __future__ import annotations

@@ -138,13 +138,16 @@ class ContractDecoder:
         accepted = self._columns(found, index)
         early = accepted.times_ms > record_ms[accepted.index] + DAY_MS
         if early.any():
-            for at in np.flatnonzero(early).tolist():
-                refused.append(
+            refused.extend(
+                (
+                    index[at],
                     (
-                        index[at],
-                        f"occurred_at: {accepted.times_ms[at]} is more than a day ahead of the record; check the producer's clock",
-                    )
+                        f"occurred_at: {accepted.times_ms[at]} is more than a day ahead of the record; "
+                        "check the producer's clock"
+                    ),
                 )
+                for at in np.flatnonzero(early).tolist()
+            )
             kept = np.flatnonzero(~early).tolist()
             accepted = self._columns([found[at] for at in kept], [index[at] for at in kept])
         return accepted, refused
@@ -167,7 +170,7 @@ class ContractDecoder:
             return self._contract.model_validate_json(value)
         except ValidationError as error:
             raise ValueError(_reason(error)) from None
-        except Exception as error:  # noqa: BLE001  # a validator of the user's own may raise anything: the stream goes on
+        except Exception as error:  # a validator of the user's own may raise anything: the stream goes on
             msg = f"the contract failed: {type(error).__name__}: {error}"
             raise ValueError(msg) from error
 
@@ -197,7 +200,7 @@ def _reason(error: ValidationError) -> str:
 
 
 def _compile(contract: type[Event]) -> Callable[[bytes], Any] | None:
-    """A msgspec decoder that accepts a subset of what the contract does, or None if the contract has code of its own."""
+    """A msgspec decoder that accepts a subset of what the contract does; None if the contract has code of its own."""
     own = contract.__pydantic_decorators__
     if own.model_validators or own.root_validators or own.validators or set(own.field_validators) != {"_no_nul"}:
         return None
@@ -220,7 +223,7 @@ def _compile(contract: type[Event]) -> Callable[[bytes], Any] | None:
 
 
 def _fast_type(name: str, info: FieldInfo) -> Any:
-    """msgspec's type for a pydantic field, or None where it has no equal."""
+    """Msgspec's type for a pydantic field, or None where it has no equal."""
     if name == "occurred_at":
         return Annotated[int, msgspec.Meta(ge=OLDEST_MS, le=NEWEST_MS)]
     optional = get_origin(info.annotation) in (Union, UnionType)

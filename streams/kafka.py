@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import redis
@@ -14,14 +14,15 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from features.plan import Plan
 from registry.apply import DEAD_LETTER_SUFFIX
 from registry.settings import Settings
-from store.commit import read_record
+from store.commit import Position, read_record
 from store.keys import Keyspace
 from streams.chunk import Chunk, DeadLetter, Partition
 
 IDLE_S = 1.0
 """A partition without records says so this often, so that its shards' offsets move on."""
 _KAFKA_TIMEOUT_S = 15.0
-_PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)  # noqa: SLF001  # confluent_kafka's public constants have these names
+# confluent_kafka's public constants have these names.
+_PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
 
 log = structlog.get_logger()
 
@@ -53,6 +54,35 @@ def partitions_of(settings: Settings, topics: Iterable[str]) -> list[Partition]:
         consumer.close()
 
 
+class Start(NamedTuple):
+    """Where to start in a partition: read from `at`, count from `fresh` on; `lost` offsets are gone from the broker."""
+
+    at: int
+    fresh: int
+    lost: tuple[int, int] | None
+
+
+def start_of(partition: Partition, positions: Sequence[Position | None], low: int, high: int) -> Start:
+    """Where to start, by the positions of all shards (None: it has read nothing of it) and what the broker has.
+
+    Raises:
+        LogLostError: if the partition ends before an offset that was committed.
+    """
+    known = [position for position in positions if position is not None]
+    ahead = max((position.next for position in known), default=low)
+    if ahead > high:
+        msg = (
+            f"{partition} ends at offset {high}, but offsets up to {ahead} were committed from it: "
+            "the broker came back with less, or the topic was made anew under its old name"
+        )
+        raise LogLostError(msg)
+    behind = min((position.next for position in known), default=low)
+    # A shard that has read nothing needs all there is, however far the others are.
+    fresh = low if len(known) < len(positions) else max(behind, low)
+    horizon = min((position.horizon for position in known), default=low)
+    return Start(min(max(horizon, low), fresh), fresh, (behind, low) if behind < low else None)
+
+
 class PartitionReader:
     """Reads one partition from where its shards are, in chunks.
 
@@ -80,28 +110,12 @@ class PartitionReader:
         self._consumer = _consumer(settings)
         low, high = self._consumer.get_watermark_offsets(TopicPartition(*partition), timeout=_KAFKA_TIMEOUT_S)
         positions = [record.position(*partition) for record in _records(plan, client)]
-        known = [position for position in positions if position is not None]
-        committed = min((position.next for position in known), default=low)
-        if committed > high:
-            msg = (
-                f"{partition} ends at offset {high}, but offsets up to {committed} were committed from it: "
-                "the broker came back with less, or the topic was made anew under its old name"
-            )
-            raise LogLostError(msg)
-        self._lost = (committed, low) if committed < low else None
-        self._fresh = max(committed, low)
-        self._at = max(min((position.horizon for position in known), default=low), low)
-        if self._lost:
-            log.error(
-                "records_lost",
-                topic=partition.topic,
-                partition=partition.number,
-                first=committed,
-                last=low - 1,
-                reason="retention",
-            )
-        self._consumer.assign([TopicPartition(*partition, min(self._at, self._fresh))])
-        self._at = min(self._at, self._fresh)
+        start = start_of(partition, positions, low, high)
+        self._lost, self._fresh, self._at = start.lost, start.fresh, start.at
+        if start.lost:
+            first, last = start.lost[0], start.lost[1] - 1
+            log.error("records_lost", partition=str(partition), first=first, last=last, reason="retention")
+        self._consumer.assign([TopicPartition(*partition, start.at)])
 
     def next_chunk(self) -> Chunk | None:
         """The next records, an empty range once a second when there are none, otherwise None. Never blocks."""
@@ -177,9 +191,10 @@ class DeadLetters:
         while True:
             try:
                 self._producer.produce(topic, key=key, value=value, headers=headers, on_delivery=self._delivered)
-                return
             except BufferError:
                 self._producer.poll(0.1)
+            else:
+                return
 
     def _delivered(self, error: Any, message: Any) -> None:
         if error is not None:

@@ -1,4 +1,4 @@
-"""A lane: a fixed group of shards whose rows one worker merges and commits. Knows Redis, but nothing of Bytewax or Kafka."""
+"""A lane: a fixed group of shards whose rows one worker merges and commits. Knows Redis, not Bytewax or Kafka."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ class Lane:
         known = self._received.get(part.partition)
         if known is None:
             positions = [shard.record.position(*part.partition) for shard in self._shards.values()]
-            next_offsets = [position.next for position in positions if position is not None]
-            at = min(next_offsets) if next_offsets else part.start
+            # A shard that has read nothing takes whatever comes first.
+            at = min(part.start if position is None else position.next for position in positions)
         else:
             at = known.next
         if part.start > at:

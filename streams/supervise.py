@@ -34,7 +34,7 @@ def supervise(settings: Settings, processes: int, sleep: Callable[[float], None]
     """
     stopping: list[int] = []
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, _frame: FrameType | None) -> None:
         stopping.append(number)
 
     signal.signal(signal.SIGTERM, stop)

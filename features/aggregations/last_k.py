@@ -17,7 +17,8 @@ class LastK(Aggregation, frozen=True, kw_only=True, tag="last_k"):
 
     >>> from features.aggregations.worked import worked
     >>> recent = LastK(name="recent", event="Click", field="item_id", k=2)
-    >>> clicks = {"00:00": {"item_id": "a"}, "00:01": {"item_id": "b"}, "00:02": {"item_id": "a"}, "00:03": {"item_id": "c"}}
+    >>> ids = {"00:00": "a", "00:01": "b", "00:02": "a", "00:03": "c"}
+    >>> clicks = {time: {"item_id": item_id} for time, item_id in ids.items()}
     >>> worked(recent, clicks, at="00:45")
     ['c', 'a']
     """
