@@ -15,6 +15,7 @@ from features.kernel import Rows, evaluate, fill_default
 from features.layout import Family, slots_of
 from features.plan import At, Contains, Derived, Feature, Plan, arguments, find_function
 from features.texts import unify
+from features.times import TICK_MS
 from features.values import Floats, Lists, Maps, Texts, Values
 
 Index = NDArray[np.intp]
@@ -99,6 +100,29 @@ class Program:
             for feature in self._computed:
                 values[feature.full_name] = self._compute(feature, values, asked)
         return Frame(found, last_event_ms, values)
+
+    def explain(self, rows: Mapping[str, Rows], entity: str, row: int, now_ms: int) -> dict[str, dict[str, Any]]:
+        """How each stored feature of one row comes about: window bounds, entries, last event, version of the row."""
+        found: dict[str, dict[str, Any]] = {}
+        for family, features in self._stored:
+            if family.entity != entity:
+                continue
+            state = rows[family.name]
+            last_ms = int(state.last_event_ms[row])
+            for feature, slots in features:
+                assert feature.window is not None  # noqa: S101  # for the type checker: every aggregation has one
+                entries, tail = state.tables[slots[0][0]], feature.window.tail_ticks(now_ms)
+                inside = entries.rows == row
+                if entries.starts is not None:
+                    inside &= (entries.starts >= tail) & (entries.starts <= now_ms // TICK_MS)
+                found[feature.full_name] = {
+                    "from": None if feature.window.unbounded else tail * TICK_MS,
+                    "to": now_ms,
+                    "entries": int(inside.sum()),
+                    "last_event_at": last_ms if last_ms >= 0 else None,
+                    "row": f"{family.name}:{family.tag:04x}",
+                }
+        return found
 
     def _compute(self, feature: Feature, values: Mapping[str, Values], asked: Asked) -> Values:
         spec, target = feature.spec, feature.entities

@@ -34,6 +34,7 @@ from store.keys import Keyspace
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=TEXT_LENGTH_MAX, pattern=r"^[^\x00]*$")]
 _NAMES_HEADER_BYTES_MAX = 4096
+_EXPLAINED_ITEMS_MAX = 5
 
 
 class Item(BaseModel):
@@ -59,6 +60,7 @@ class FeaturesRequest(BaseModel):
     context: dict[str, Any] = {}
     as_of: int | None = Field(None, description="Query time, ms, within the last 10 s")
     on_error: Literal["fail", "defaults"] = "fail"
+    explain: bool = Field(default=False, description="Say how each feature comes about: JSON, at most 5 items")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> FeaturesRequest:
@@ -197,6 +199,8 @@ def _add_ranking(app: FastAPI) -> None:
             raise invalid(
                 "item_ids", f"{len(item_ids)} items are more than the {context.items_max} of one request; split it"
             )
+        if body.explain and (accepted != wire.JSON or len(item_ids) > _EXPLAINED_ITEMS_MAX):
+            raise invalid("explain", f"is for {wire.JSON} and at most {_EXPLAINED_ITEMS_MAX} items")
         overrides = {}
         if body.items:
             overrides["item"] = {
@@ -219,7 +223,9 @@ def _add_ranking(app: FastAPI) -> None:
             return Response(wire.ranking_npy(answer, len(item_ids)), headers=headers, media_type=wire.NPY)
         if accepted == wire.ARROW:
             return Response(wire.ranking_arrow(answer, item_ids), headers=headers, media_type=wire.ARROW)
-        content = wire.ranking_json(answer, body.service, context.plan.fingerprint, body.user_id, item_ids)
+        content = wire.ranking_json(
+            answer, body.service, context.plan.fingerprint, body.user_id, item_ids, explain=body.explain
+        )
         return Response(content, headers=headers, media_type=wire.JSON)
 
 

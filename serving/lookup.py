@@ -26,10 +26,20 @@ Status = Literal["PRESENT", "NOT_FOUND", "UNAVAILABLE"]
 class Answer:
     """Values of some features for the entities that were asked for; `degraded` counts rows that could not be read."""
 
-    features: tuple[Feature, ...]
+    program: Program
+    rows: dict[str, Rows]
     frame: Frame
     as_of_ms: int
     degraded: int
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """What was asked for, in order."""
+        return self.program.features
+
+    def explain(self, entity: str, row: int) -> dict[str, Any]:
+        """How the features of one row come about."""
+        return self.program.explain(self.rows, entity, row, self.as_of_ms)
 
     def statuses(self, entity: str) -> list[Status]:
         """Whether each row of an entity was found."""
@@ -110,7 +120,7 @@ class Lookup:
             rows = {family.name: Rows.empty(family, len(encoded[family.entity])) for family in program.families}
             degraded = sum(len(each) for each in encoded.values())
         frame = program.evaluate(rows, asked, now_ms)
-        return Answer(program.features, frame, now_ms, degraded)
+        return Answer(program, rows, frame, now_ms, degraded)
 
 
 def pairs_of(n_items: int) -> dict[str, Any]:

@@ -24,8 +24,10 @@ def matrix_features(features: tuple[Feature, ...]) -> tuple[Feature, ...]:
     return tuple(feature for feature in features if feature.value_type in ("int", "float", "bool"))
 
 
-def ranking_json(answer: Answer, service: str, plan: str, user_id: str | None, item_ids: list[str]) -> bytes:
-    """The user's features once, and a list of values an item."""
+def ranking_json(
+    answer: Answer, service: str, plan: str, user_id: str | None, item_ids: list[str], *, explain: bool
+) -> bytes:
+    """The user's features once, and a list of values an item; if asked, how each feature comes about."""
     of_user = [feature for feature in answer.features if feature.entities == ("user",)]
     of_items = [feature for feature in answer.features if feature.entities != ("user",)]
     columns = [to_python(answer.frame.values[feature.full_name], feature.value_type) for feature in of_items]
@@ -51,6 +53,10 @@ def ranking_json(answer: Answer, service: str, plan: str, user_id: str | None, i
     }
     if answer.degraded:
         document["degraded"] = answer.degraded
+    if explain:
+        document["user"]["explain"] = answer.explain("user", 0)
+        for index, item in enumerate(document["items"]):
+            item["explain"] = answer.explain("item", index)
     return orjson.dumps(document)
 
 
