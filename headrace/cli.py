@@ -100,9 +100,10 @@ def replay(  # noqa: PLR0913, PLR0917  # each is an option of the command
     from rich.progress import Progress
 
     from features.plan import find_contract
-    from headrace.replay import Replay, SystemClock, run
     from registry.apply import kafka_python
     from registry.store import load_plan
+
+    from headrace.replay import Replay, SystemClock, run  # isort: skip  # after Feast, whose import resets warning filters
 
     settings = Settings()
     contracts = {spec.topic: find_contract(spec) for spec in load_plan(settings).events}

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -24,14 +25,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
 import numpy as np
-from confluent_kafka import Consumer, Producer, TopicPartition
+import yaml  # type: ignore[import-untyped]  # its stubs are not among our dependencies
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from pydantic import SecretStr
 from rich.console import Console, Group
 from rich.live import Live
@@ -42,7 +44,7 @@ from rich.text import Text
 from features.plan import Plan
 from headrace.embedded import EmbeddedBroker, EmbeddedRedis, ServerError, end, free_port, spawn
 from headrace.simulator import Marketplace
-from registry.apply import DEAD_LETTER_SUFFIX
+from registry.definitions import compile_definitions
 from registry.settings import Settings
 from store.commit import read_record
 from store.connect import connect
@@ -53,13 +55,15 @@ CATCH_UP_TIMEOUT_S: Final = 10.0
 CALL_TIMEOUT_S: Final = 5.0
 TICK_S: Final = 0.02
 REFRESH_S: Final = 0.5
-RANKING_PAUSE_S: Final = 0.05
+RANKING_EVERY_S: Final = 0.05
 CANDIDATES: Final = 100
 PROBE_PAUSE_S: Final = 0.25
 POLL_S: Final = 0.002
 MALFORMED_EVERY: Final = 2_000
 LOG_LINES_SHOWN: Final = 20
 HOTTEST_SHOWN: Final = 8
+DEAD_LETTER_SUFFIX: Final = ".dead-letter"
+"""As registry.apply has it, which would load Feast."""
 RECENT: Final = 300
 """Measurements that the live table looks back on."""
 
@@ -170,7 +174,7 @@ class Figures:
             )
         user = Text("A shopper", style="bold")
         if self.user:
-            likes = ", ".join(self.user_features["user_taste__top_categories"])
+            likes = ", ".join(self.user_features["user_taste__top_categories_7d"])
             clicks = self.user_features["user_activity__clicks_10m"]
             user.append(f"  {self.user} opened {clicks} items in ten minutes, most of {likes}", style="not bold")
         title = f"Headrace · {self.url} · seed {self.seed}"
@@ -214,9 +218,9 @@ def run_demo(
             _Demo(settings, figures, stack, stop, console).run(seconds, rate)
         except _Stopped:
             _say(console, "stopped")
-        except (DemoError, ServerError) as error:
+        except (DemoError, ServerError, KafkaException) as error:
             stack.close()
-            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            _complain(str(error))
             return 1
         # Before the last line, so that it is the last whatever a process has to say at its end.
         stack.close()
@@ -224,7 +228,12 @@ def run_demo(
             _save(figures, picture)
         if not stop.is_set():
             _say(console, json.dumps(figures.summary()))
-        return 0 if figures.committed >= figures.acknowledged or stop.is_set() else 1
+        if figures.committed >= figures.acknowledged or stop.is_set():
+            return 0
+        _complain(
+            f"only {figures.committed:,} of {figures.acknowledged:,} committed after {CATCH_UP_TIMEOUT_S:g} s more"
+        )
+        return 1
 
 
 class _Demo:
@@ -247,6 +256,7 @@ class _Demo:
                 "kafka": broker.bootstrap_servers,
                 "kafka_options": {},
                 "topics": "auto",
+                "lanes": 1,  # There is one worker.
                 "redis_url": SecretStr(redis.url),
                 "host": "127.0.0.1",
                 "port": int(figures.url.rpartition(":")[2]),
@@ -271,7 +281,7 @@ class _Demo:
         self._start("stream")
         self._start("serve", "--port", str(self._settings.port))
         self._wait("the server", self._is_ready)
-        plan = self._applied()
+        plan = self._declared()
         marketplace = Marketplace(figures.seed)
         recent_users: deque[str] = deque(maxlen=RECENT)
         producing = self._submit(self._produce, marketplace, rate, recent_users)
@@ -279,31 +289,33 @@ class _Demo:
         probing = self._submit(self._probe, marketplace)
         self._submit(self._rank, marketplace, recent_users)
         self._submit(self._count_dead_letters, plan)
-        self._show(plan, time.monotonic() + seconds if seconds else float("inf"))
-        self._shopping = False
-        self._wait("the producers", lambda: producing.done() and probing.done())
-        self._within(CATCH_UP_TIMEOUT_S, lambda: self._look_at_commits(plan) >= figures.acknowledged)
-        self._done.set()
-        self._wait("the requests", lambda: all(task.done() for task in self._tasks))
-        self._check()
+        live = Live(figures, console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        with live or nullcontext():
+            self._show(plan, live, time.monotonic() + seconds if seconds else float("inf"))
+            self._shopping = False
+            self._wait("the producers", lambda: producing.done() and probing.done())
+            self._within(CATCH_UP_TIMEOUT_S, lambda: self._look_at_commits(plan) >= figures.acknowledged)
+            self._done.set()
+            self._wait("the requests", lambda: all(task.done() for task in self._tasks))
+            self._check()
+            if live is not None:
+                live.refresh()
 
-    def _show(self, plan: Plan, until_s: float) -> None:
+    def _show(self, plan: Plan, live: Live | None, until_s: float) -> None:
         """A live table, or a line a second, until the time is up."""
         figures = self._figures
-        live = Live(figures, console=self._console, auto_refresh=False) if self._console.is_terminal else None
-        with live or ExitStack():
-            looks = 0
-            while (now_s := time.monotonic()) < until_s:
-                self._check()
-                self._look_at_commits(plan)
-                figures.look(now_s)
-                looks += 1
-                if live is not None:
-                    live.refresh()
-                elif looks % round(1 / REFRESH_S) == 0:
-                    _say(self._console, figures.line())
-                if self._stop.wait(min(REFRESH_S, max(0.0, until_s - now_s))):
-                    raise _Stopped
+        looks = 0
+        while (now_s := time.monotonic()) < until_s:
+            self._check()
+            self._look_at_commits(plan)
+            figures.look(now_s)
+            looks += 1
+            if live is not None:
+                live.refresh()
+            elif looks % round(1 / REFRESH_S) == 0:
+                _say(self._console, figures.line())
+            if self._stop.wait(min(REFRESH_S, max(0.0, until_s - now_s))):
+                raise _Stopped
 
     def _copy_repo(self, repo: Path) -> None:
         """A project of its own, beside the user's: the registry's path in the file is relative to its folder."""
@@ -318,7 +330,8 @@ class _Demo:
         self._children[command] = spawn(
             [sys.executable, "-m", "headrace", command, *arguments],
             log=self._log(command),
-            env=os.environ | self._settings.environment(),
+            # Feast leaves a folder in TMPDIR.
+            env=os.environ | self._settings.environment() | {"TMPDIR": str(self._folder)},
         )
 
     def _log(self, command: str) -> Path:
@@ -375,10 +388,10 @@ class _Demo:
         except httpx.HTTPError:
             return False
 
-    def _applied(self) -> Plan:
-        from registry.store import load_plan  # Loads Feast.
-
-        return load_plan(self._settings)
+    def _declared(self) -> Plan:
+        """What was applied; compiled again, as the registry would have to load Feast, for seconds."""
+        project = yaml.safe_load((self._folder / "feature_store.yaml").read_text())["project"]
+        return compile_definitions(self._settings.definitions, project, self._settings.shards)
 
     def _look_at_commits(self, plan: Plan) -> int:
         """How many records all shards have committed: of each partition, what the last of them has."""
@@ -471,7 +484,9 @@ class _Demo:
         figures = self._figures
         dice = random.Random(figures.seed)
         with httpx.Client(base_url=figures.url, timeout=CALL_TIMEOUT_S) as client:
-            while not self._done.wait(RANKING_PAUSE_S):
+            due_s = time.monotonic()
+            while not self._done.wait(max(0.0, due_s - time.monotonic())):
+                due_s = max(due_s + RANKING_EVERY_S, time.monotonic())
                 user_id = recent_users[-1]
                 item_ids = dice.sample(marketplace.item_ids, CANDIDATES)
                 body = {"service": "ranking_v1", "user_id": user_id, "item_ids": item_ids}
@@ -484,14 +499,15 @@ class _Demo:
                 figures.request_ms.append((time.monotonic() - started_s) * 1000)
                 figures.requests += 1
                 answer = response.json()
-                figures.items |= {
+                # Replaced, not changed: another thread may be reading it.
+                figures.items = figures.items | {
                     item["id"]: dict(zip(answer["features"], item["values"], strict=True)) for item in answer["items"]
                 }
                 # The same shopper for some seconds: who reads needs them.
                 if figures.requests % 80 == 1 or not figures.user:
                     features = answer["user"]["features"]
-                    if len(features["user_taste__top_categories"]) > 1:
-                        figures.user, figures.user_features = user_id, features
+                    if len(features["user_taste__top_categories_7d"]) > 1:
+                        figures.user_features, figures.user = features, user_id
 
     def _count_dead_letters(self, plan: Plan) -> None:
         consumer = Consumer(self._settings.librdkafka(**{"group.id": "headrace-demo", "log_level": 4}))
@@ -505,8 +521,9 @@ class _Demo:
                     for name in (spec.topic + DEAD_LETTER_SUFFIX for spec in plan.events)
                     for number in (topics[name].partitions if name in topics else ())
                 ]
-                ends = [consumer.get_watermark_offsets(each, timeout=CALL_TIMEOUT_S) for each in partitions]
-                self._figures.dead_letters = sum(end[1] for end in ends if end is not None)
+                self._figures.dead_letters = sum(
+                    consumer.get_watermark_offsets(each, timeout=CALL_TIMEOUT_S)[1] for each in partitions
+                )
         finally:
             consumer.close()
 
@@ -539,13 +556,19 @@ def _say(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
+def _complain(text: str) -> None:
+    Console(stderr=True).print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
 def _ms(values_ms: Sequence[float] | deque[float]) -> str:
     median, worst = percentiles(list(values_ms))
     return "-" if median is None else f"p50 {median:.0f} p99 {worst:.0f} ms"
 
 
 def _save(figures: Figures, picture: Path) -> None:
+    """The table as SVG, without the fonts that rich's would load from the net."""
     console = Console(record=True, width=100, file=io.StringIO())
     console.print(figures)
+    svg = re.sub(r"@font-face\s*\{[^}]*\}\s*", "", console.export_svg(title="make demo"))
     picture.parent.mkdir(parents=True, exist_ok=True)
-    console.save_svg(str(picture), title="make demo")
+    picture.write_text(svg)

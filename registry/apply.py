@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
 from confluent_kafka.admin import AdminClient
 from feast import FeatureStore
-from kafka.admin import KafkaAdminClient, NewTopic
-from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from features.plan import Plan
 from registry.definitions import compile_definitions
@@ -17,6 +15,9 @@ from registry.settings import Settings
 from registry.store import applied_plan, changes, project_of, register
 from store.commit import initialise
 from store.keys import Keyspace
+
+if TYPE_CHECKING:
+    from kafka.admin import KafkaAdminClient, NewTopic
 
 DEAD_LETTER_SUFFIX = ".dead-letter"
 _KAFKA_TIMEOUT_MS = 15_000
@@ -70,6 +71,9 @@ def create_topics(settings: Settings, plan: Plan) -> list[str]:
     Raises:
         ApplyError: if the broker can't be reached or refuses.
     """
+    from kafka.admin import KafkaAdminClient
+    from kafka.errors import KafkaError
+
     topics = [spec.topic for spec in plan.events]
     wanted = [
         *(_topic(settings, name, {"message.timestamp.type": "LogAppendTime"}) for name in topics),
@@ -111,12 +115,16 @@ def kafka_python(settings: Settings) -> dict[str, Any]:
 
 
 def _topic(settings: Settings, name: str, configs: dict[str, str]) -> NewTopic:
+    from kafka.admin import NewTopic
+
     return NewTopic(
         name=name, num_partitions=settings.partitions, replication_factor=settings.replication, topic_configs=configs
     )
 
 
 def _create(admin: KafkaAdminClient, missing: list[NewTopic]) -> list[str]:
+    from kafka.errors import TopicAlreadyExistsError
+
     created = []
     for topic in missing:
         try:

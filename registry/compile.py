@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from datetime import timedelta
 from typing import Any, Final
 
@@ -17,6 +18,16 @@ from feast.value_type import ValueType
 from features.plan import EntitySpec, EventSpec, Feature, Plan, ViewSpec, arguments, features_of
 from features.times import duration_ms
 from features.values import Type
+
+# What users of Feast and kafka-python can do nothing about stays out of our commands' output. Only here, once Feast is
+# imported, as it puts filters of its own in front.
+for _message in (
+    "Stream feature views are exp",
+    "On demand feature view is an exp",
+    "read_text is dep",
+    "open_text is dep",
+):
+    warnings.filterwarnings("ignore", message=_message)
 
 PLAN_TAG: Final = "headrace.plan"
 
