@@ -223,7 +223,7 @@ def _compile(contract: type[Event]) -> Callable[[bytes], Any] | None:
 
 
 def _fast_type(name: str, info: FieldInfo) -> Any:
-    """Msgspec's type for a pydantic field, or None where it has no equal."""
+    """The msgspec type for a pydantic field, or None where it has no equal."""
     if name == "occurred_at":
         return Annotated[int, msgspec.Meta(ge=OLDEST_MS, le=NEWEST_MS)]
     optional = get_origin(info.annotation) in (Union, UnionType)
