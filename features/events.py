@@ -15,6 +15,7 @@ OLDEST_MS: Final = 946_684_800_000
 NEWEST_MS: Final = 4_102_444_800_000
 """2100-01-01. A time more than a day ahead of the record's is refused too, where the record is known."""
 TEXT_LENGTH_MAX: Final = 256
+WHOLE_MAX: Final = 1 << 53
 
 _RFC_3339: Final = re.compile(
     r"\d{4}-\d\d-\d\d[Tt ](?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:[0-5]\d)", re.ASCII
@@ -48,8 +49,8 @@ class Event(BaseModel):
     """One immutable fact from a Kafka topic. Subclass it with the topic and the fields that features use.
 
     Fields are `str`, `int`, `float` or `bool`, optional ones with `| None = None`. Validation is strict: no text for a
-    number, finite numbers only, no empty text (send null instead), at most 256 characters, no NUL. Unknown fields are
-    ignored, so that producers can add them first.
+    number, finite numbers only (whole ones up to 2^53), no empty text (send null instead), at most 256 characters, no
+    NUL. Unknown fields are ignored, so that producers can add them first.
     """
 
     model_config = ConfigDict(
@@ -77,7 +78,10 @@ class Event(BaseModel):
 
     @field_validator("*", mode="after")
     @classmethod
-    def _no_nul(cls, value: object) -> object:
+    def _storable(cls, value: object) -> object:
+        if isinstance(value, int) and abs(value) > WHOLE_MAX:
+            msg = "whole numbers beyond 2^53 can't be kept exactly"
+            raise ValueError(msg)
         if isinstance(value, str) and "\0" in value:
             msg = "text holds a NUL character; remove it"
             raise ValueError(msg)

@@ -79,7 +79,7 @@ class Program:
             if isinstance(feature.spec, Last) and not feature.spec.over
         }
         self.families = tuple(family for family, _ in self._stored)
-        self.entities = tuple(dict.fromkeys(family.entity for family in self.families))
+        self.entities = tuple(dict.fromkeys(entity for feature in needed.values() for entity in feature.entities))
 
     def evaluate(self, rows: Mapping[str, Rows], asked: Asked, now_ms: int) -> Frame:
         """All features at `now_ms`, from the rows of every family by name."""

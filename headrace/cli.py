@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
 from redis.exceptions import RedisError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from registry.logs import set_up_logs
 from registry.settings import Settings
@@ -22,8 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Headrace: a real-time feature store. Settings are HEADRACE_* variables: see README.md.",
 )
-out = Console()
-err = Console(stderr=True)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
 
 
 @app.command()
@@ -155,13 +158,16 @@ def show(
         raise typer.BadParameter(message)
     wanted = applied.service(service).features if service else tuple(applied.features)
     names = [name for name in wanted if applied.features[name].entities == (entity,)]
+    if not names:
+        message = f"{service} has no feature of {entity} alone; leave out --service for all"
+        raise typer.BadParameter(message)
     response = Reader(applied, names).read(
         _redis(settings).mget, {known[entity].key: [entity_id]}, time.time_ns() // 1_000_000, full=True
     )
     values = response.to_dict()
-    table = Table("feature", "value", "what it is", title=f"{entity} {entity_id}: {response.statuses()[0][0]}")
+    table = Table("feature", "value", "what it is", title=Text(f"{entity} {entity_id}: {response.statuses()[0][0]}"))
     for name in names:
-        table.add_row(name, str(values[name][0]), applied.features[name].doc)
+        table.add_row(name, Text(str(values[name][0])), Text(applied.features[name].doc))
     out.print(table)
 
 
@@ -178,6 +184,21 @@ def doctor() -> None:
             highlight=False,
         )
     raise typer.Exit(0 if healthy else 1)
+
+
+def _settings() -> Settings:
+    """The settings, or an error that names the variable."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        variable = f"HEADRACE_{str(first['loc'][0]).upper()}"
+        shown = "" if variable == "HEADRACE_REDIS_URL" else f"={os.environ.get(variable, '')!r}"
+        message = f"{variable}{shown}: {first['msg']}; see the settings in README.md"
+        raise ValueError(message) from None
+    except SettingsError as error:
+        message = f"{error}; a value of several parts is JSON: see the settings in README.md"
+        raise ValueError(message) from None
 
 
 def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
@@ -206,7 +227,7 @@ def _show_changes(changed: list[str]) -> None:
 def main() -> None:
     """Runs the command line; what a user can mend is one line, not a stack trace."""
     try:
-        set_up_logs(as_json=Settings().log_json)
+        set_up_logs(as_json=_settings().log_json)
         app()
     except (ValueError, LookupError, OSError, RuntimeError, RedisError) as error:
         if "HEADRACE_TRACE" in os.environ:

@@ -45,7 +45,7 @@ from features.plan import Plan
 from headrace.embedded import EmbeddedBroker, EmbeddedRedis, ServerError, end, free_port, spawn
 from headrace.simulator import Marketplace
 from registry.definitions import compile_definitions
-from registry.settings import Settings
+from registry.settings import DEAD_LETTER_SUFFIX, Settings
 from store.commit import read_record
 from store.connect import connect
 from store.keys import Keyspace
@@ -62,7 +62,6 @@ POLL_S: Final = 0.002
 MALFORMED_EVERY: Final = 2_000
 LOG_LINES_SHOWN: Final = 20
 HOTTEST_SHOWN: Final = 8
-DEAD_LETTER_SUFFIX: Final = ".dead-letter"
 """As registry.apply has it, which would load Feast."""
 RECENT: Final = 300
 """Measurements that the live table looks back on."""

@@ -9,8 +9,8 @@ import redis
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
-from features.plan import Plan
-from registry.apply import plan_changes
+from features.plan import CodeChangedError, Plan
+from registry.apply import ApplyError, plan_changes
 from registry.settings import Settings
 from registry.store import NotAppliedPlanError, load_plan
 from store.commit import NotAppliedError, read_record
@@ -38,15 +38,15 @@ def examine(settings: Settings) -> Iterator[Check]:
             good=not changed,
             found=f"{len(changed)} changes not applied: run `headrace plan`" if changed else "as applied",
         )
-    except (NotAppliedPlanError, FileNotFoundError, ValueError) as error:
+    except (NotAppliedPlanError, ApplyError, CodeChangedError, OSError, ValueError) as error:
         yield Check("registry", good=False, found=str(error))
     yield from _redis(settings, plan)
     yield from _kafka(settings, plan)
 
 
 def _redis(settings: Settings, plan: Plan | None) -> Iterator[Check]:
-    client: Any = connect(settings.redis_url.get_secret_value(), settings.redis_timeout_s)
     try:
+        client: Any = connect(settings.redis_url.get_secret_value(), settings.redis_timeout_s)
         info = client.info()
         yield Check("redis", good=True, found=f"version {info['redis_version']}, {info['used_memory_human']} used")
         policy = info.get("maxmemory_policy", "noeviction")
@@ -59,7 +59,9 @@ def _redis(settings: Settings, plan: Plan | None) -> Iterator[Check]:
                 for shard in range(plan.shards):
                     read_record(client, keyspace.commit_record(entity, shard))
             yield Check("commit records", good=True, found=f"{len(entities) * plan.shards} shards")
-    except (redis.RedisError, OSError, NotAppliedError) as error:
+    except NotAppliedError as error:
+        yield Check("commit records", good=False, found=str(error))
+    except (redis.RedisError, OSError, ValueError) as error:
         yield Check("redis", good=False, found=f"{type(error).__name__}: {error}; is HEADRACE_REDIS_URL right?")
 
 

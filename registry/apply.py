@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import redis
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from feast import FeatureStore
 
 from features.plan import Plan
 from registry.definitions import compile_definitions
-from registry.settings import Settings
+from registry.settings import DEAD_LETTER_SUFFIX, Settings
 from registry.store import applied_plan, changes, project_of, register
 from store.commit import initialise
 from store.keys import Keyspace
@@ -19,7 +20,6 @@ from store.keys import Keyspace
 if TYPE_CHECKING:
     from kafka.admin import KafkaAdminClient, NewTopic
 
-DEAD_LETTER_SUFFIX = ".dead-letter"
 _KAFKA_TIMEOUT_MS = 15_000
 
 
@@ -81,8 +81,11 @@ def create_topics(settings: Settings, plan: Plan) -> list[str]:
     ]
     if settings.topics == "auto":
         client = AdminClient(settings.librdkafka())
-        for topic in wanted:
-            client.list_topics(topic.name, timeout=_KAFKA_TIMEOUT_MS / 1000)
+        try:
+            for topic in wanted:
+                client.list_topics(topic.name, timeout=_KAFKA_TIMEOUT_MS / 1000)
+        except KafkaException as error:
+            raise _unreachable(settings, error) from error
         return []
     try:
         admin = KafkaAdminClient(
@@ -95,8 +98,13 @@ def create_topics(settings: Settings, plan: Plan) -> list[str]:
         finally:
             admin.close()
     except KafkaError as error:
-        msg = f"Kafka at {settings.kafka}: {type(error).__name__}: {error}; is it up, and is HEADRACE_KAFKA right?"
-        raise ApplyError(msg) from error
+        raise _unreachable(settings, error) from error
+
+
+def _unreachable(settings: Settings, error: Exception) -> ApplyError:
+    return ApplyError(
+        f"Kafka at {settings.kafka}: {type(error).__name__}: {error}; is it up, and is HEADRACE_KAFKA right?"
+    )
 
 
 def kafka_python(settings: Settings) -> dict[str, Any]:

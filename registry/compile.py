@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from datetime import timedelta
@@ -28,6 +29,11 @@ for _message in (
     "open_text is dep",
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+# Nor are metrics of child processes to go to Feast's files: see registry/__init__.py.
+for _variable in ("PROMETHEUS_MULTIPROCESS_DIR", "PROMETHEUS_MULTIPROC_DIR"):
+    if "feast_metrics_" in os.environ.get(_variable, ""):
+        del os.environ[_variable]
 
 PLAN_TAG: Final = "headrace.plan"
 

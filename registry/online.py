@@ -25,7 +25,7 @@ from feast.repo_config import FeastConfigBaseModel
 
 from features.plan import Plan
 from features.program import Asked, Frame, Program
-from features.values import to_python
+from features.values import to_arrow, to_python
 from registry.compile import PLAN_TAG
 from registry.settings import Settings
 from store.connect import connect
@@ -90,7 +90,8 @@ class HeadraceOnlineStore(OnlineStore):
         requested_features: list[str] | None = None,
     ) -> list[tuple[datetime | None, dict[str, Value] | None]]:
         """One view's features, as Feast's own paths ask for them."""
-        names = requested_features or [field.name for field in table.features]
+        keys = set(table.join_keys)
+        names = requested_features or [field.name for field in table.features if field.name not in keys]
         rows: dict[str, list[Any]] = {key: [] for key in entity_keys[0].join_keys} if entity_keys else {}
         for entity_key in entity_keys:
             for key, value in zip(entity_key.join_keys, entity_key.entity_values, strict=True):
@@ -227,7 +228,7 @@ class LazyResponse(OnlineResponse):
         for name, full_name in zip(self._names, self._full_names, strict=True):
             answer[name] = self._values(full_name)
             if include_event_timestamps:
-                answer[name + TIMESTAMP_POSTFIX] = (self._event_ms(full_name) // 1000).tolist()
+                answer[name + TIMESTAMP_POSTFIX] = (np.maximum(self._event_ms(full_name), 0) // 1000).tolist()
         return answer
 
     def to_df(self, include_event_timestamps: bool = False) -> pd.DataFrame:
@@ -235,8 +236,16 @@ class LazyResponse(OnlineResponse):
         return pd.DataFrame(self.to_dict(include_event_timestamps))
 
     def to_arrow(self, include_event_timestamps: bool = False) -> pa.Table:
-        """As `to_dict`, a column each."""
-        return pa.Table.from_pydict(self.to_dict(include_event_timestamps))
+        """As `to_dict`, a column each, of the feature's own type."""
+        columns: dict[str, Any] = {name: pa.array(values) for name, values in self._columns.items()}
+        for name, full_name in zip(self._names, self._full_names, strict=True):
+            feature = self._plan.features[full_name]
+            column = to_arrow(self._frame.values[full_name], feature.value_type)
+            of_entity = len(feature.entities) == 1
+            columns[name] = column.take(pa.array(self._rows_of[feature.entities[0]])) if of_entity else column
+            if include_event_timestamps:
+                columns[name + TIMESTAMP_POSTFIX] = pa.array(np.maximum(self._event_ms(full_name), 0) // 1000)
+        return pa.table(columns)
 
     @property
     def proto(self) -> GetOnlineFeaturesResponse:  # type: ignore[override]  # an attribute in Feast, built eagerly
@@ -336,11 +345,14 @@ def _full_names(plan: Plan, features: list[str] | FeatureService) -> list[str]:
     Raises:
         KeyError: if a feature isn't in the plan.
     """
+    # Feast's registry lists a view's join key among its features.
+    keys = {spec.key for spec in plan.entities}
     if isinstance(features, FeatureService):
         wanted = {
             f"{projection.name}__{field.name}"
             for projection in features.feature_view_projections
             for field in projection.features
+            if field.name not in keys
         }
         names = [
             name

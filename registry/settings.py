@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEAD_LETTER_SUFFIX: Final = ".dead-letter"
+"""What a contract refuses goes to the topic's name with this."""
 
 
 class Settings(BaseSettings):
@@ -25,7 +28,7 @@ class Settings(BaseSettings):
     redis_timeout_s: float = Field(5.0, gt=0, description="Deadline of one Redis call, seconds")
     shards: int = Field(16, ge=1, le=4096, description="Shards of each entity; fixed by the first apply")
     lanes: int = Field(
-        2, ge=1, le=1024, description="Groups of shards that merge and commit apart; at least one a worker"
+        1, ge=1, le=1024, description="Groups of shards that merge and commit apart; at least one a worker"
     )
     topics: Literal["create", "auto"] = Field(
         "create", description="Whether apply creates topics, or the broker makes them when first used (the demo's does)"
@@ -39,6 +42,14 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(1.0, gt=0, description="Deadline of one HTTP request's read, seconds")
     items_max: int = Field(1000, ge=1, description="Most candidate items of one request")
     log_json: bool = Field(default=False, description="Log lines as JSON, for machines")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis_url(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            msg = "an address of Redis starts with redis://, rediss:// or unix://"
+            raise ValueError(msg)
+        return value
 
     def environment(self) -> dict[str, str]:
         """The settings as variables, for a child process."""

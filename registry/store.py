@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import msgspec
 import structlog
 import yaml  # type: ignore[import-untyped]  # its stubs are not among our dependencies
-from feast import FeatureStore
+from feast import FeatureStore, OnDemandFeatureView
 from feast.errors import FeastObjectNotFoundException
 
 from features.plan import Plan
@@ -29,12 +30,21 @@ def project_of(repo: Path) -> str:
 
     Raises:
         FileNotFoundError: if the folder has none.
+        ValueError: if it names no project.
     """
     path = repo / "feature_store.yaml"
     if not path.exists():
         msg = f"no feature_store.yaml in {repo.resolve()}: run in the project's folder, or set HEADRACE_REPO to it"
         raise FileNotFoundError(msg)
-    project: str = yaml.safe_load(path.read_text())["project"]
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        msg = f"{path} is no YAML: {' '.join(str(error).split())}"
+        raise ValueError(msg) from error
+    project = settings.get("project") if isinstance(settings, dict) else None
+    if not isinstance(project, str) or re.fullmatch(r"[a-z][a-z0-9_]{0,63}", project) is None:
+        msg = f"{path}: project is {project!r}; give it a name of small letters, digits and underscores"
+        raise ValueError(msg)
     return project
 
 
@@ -54,6 +64,7 @@ def load_plan(settings: Settings) -> Plan:
     Raises:
         NotAppliedPlanError: if nothing was applied.
     """
+    project_of(settings.repo)
     plan = applied_plan(FeatureStore(repo_path=str(settings.repo)))
     if plan is None:
         msg = f"nothing is applied in {settings.repo.resolve()}: run `headrace apply` first"
@@ -67,7 +78,7 @@ def load_plan(settings: Settings) -> Plan:
 def register(store: FeatureStore, plan: Plan, kafka: str) -> None:
     """Makes Feast's registry hold the plan and its objects, and nothing else of this project."""
     made = list(compile_to_feast(plan, kafka).values())
-    names = {(type(each).__name__, each.name) for each in made}
+    names = {(_kind(each), each.name) for each in made}
     registry, project = store.registry, store.project
     there: list[Any] = [
         *registry.list_feature_services(project),
@@ -76,9 +87,14 @@ def register(store: FeatureStore, plan: Plan, kafka: str) -> None:
         *registry.list_data_sources(project),
         *registry.list_entities(project),
     ]
-    gone = [each for each in there if each.name != "__dummy" and (type(each).__name__, each.name) not in names]
+    gone = [each for each in there if each.name != "__dummy" and (_kind(each), each.name) not in names]
     archives = {f"{spec.topic}_archive" for spec in plan.events}
     store.apply(made, objects_to_delete=[each for each in gone if each.name not in archives], partial=not gone)
+
+
+def _kind(made: Any) -> str:
+    """What Feast's registry reads an object back as."""
+    return "OnDemandFeatureView" if isinstance(made, OnDemandFeatureView) else type(made).__name__
 
 
 def changes(applied: Plan | None, declared: Plan) -> list[str]:
@@ -89,6 +105,8 @@ def changes(applied: Plan | None, declared: Plan) -> list[str]:
     for name in after:
         if name in before and before[name] != after[name]:
             lines += [f"~ {name}: {difference}" for difference in _differences(before[name], after[name])]
+    if applied is not None and not lines and applied.fingerprint != declared.fingerprint:
+        lines.append("~ plan: the features of a view are in another order")
     return lines
 
 
@@ -111,10 +129,16 @@ def _named_items(plan: Plan) -> Iterator[tuple[str, Any]]:
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
     for key in dict.fromkeys((*before, *after)):
-        if before.get(key) != after.get(key):
-            yield f"{key} {_short(before.get(key))} -> {_short(after.get(key))}"
+        old, new = before.get(key), after.get(key)
+        if old != new:
+            yield f"{key} {_change(old, new)}"
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _change(old: Any, new: Any) -> str:
+    """What is new and what is gone of a list or dictionary; otherwise both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        old, new = ([f"{key}: {value}" for key, value in each.items()] for each in (old, new))
+    if isinstance(old, list) and isinstance(new, list):
+        changed = [f"+{each}" for each in new if each not in old] + [f"-{each}" for each in old if each not in new]
+        return ", ".join(changed) or "in another order"
+    return f"{old} -> {new}"

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 from features.events import TEXT_LENGTH_MAX
 from features.kernel import SLACK_MS
-from features.plan import Plan
+from features.plan import CodeChangedError, Plan
 from features.program import DerivedFeatureError
 from registry.online import Reader
 from registry.settings import Settings
@@ -31,6 +31,7 @@ from serving.lookup import Lookup, pairs_of
 from serving.problems import Problem, invalid, unavailable
 from store.connect import connect_async
 from store.keys import Keyspace
+from store.read import ForeignValueError
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=TEXT_LENGTH_MAX, pattern=r"^[^\x00]*$")]
 _NAMES_HEADER_BYTES_MAX = 4096
@@ -156,7 +157,12 @@ def _add_problems(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def refused(_request: Request, error: RequestValidationError) -> Response:
         errors = [
-            {"field": ".".join(str(part) for part in each["loc"][1:]) or "body", "detail": each["msg"]}
+            {
+                "field": "body"
+                if each["type"] == "json_invalid"
+                else ".".join(str(part) for part in each["loc"][1:]) or "body",
+                "detail": each["msg"],
+            }
             for each in error.errors()
         ]
         return Problem(
@@ -174,6 +180,10 @@ def _add_problems(app: FastAPI) -> None:
             f"{request.method} {request.url.path}",
             headers=dict(error.headers or {}),
         ).response()
+
+    @app.exception_handler(CodeChangedError)
+    async def changed(_request: Request, error: CodeChangedError) -> Response:
+        return Problem(500, "Code changed", str(error)).response()
 
     @app.exception_handler(DerivedFeatureError)
     async def derived(_request: Request, error: DerivedFeatureError) -> Response:
@@ -290,6 +300,8 @@ def _add_reads(app: FastAPI) -> None:
                 )
         except ValueError as error:
             raise invalid("entities", str(error)) from error
+        except ForeignValueError as error:
+            raise unavailable(str(error)) from error
         except (RedisError, OSError, TimeoutError) as error:
             raise unavailable(f"Redis: {type(error).__name__}: {error}") from error
         return Response(orjson.dumps(document), headers={"X-Plan": context.plan.fingerprint}, media_type=wire.JSON)
@@ -306,7 +318,8 @@ def _add_operations(app: FastAPI, metrics: CollectorRegistry) -> None:
         """Whether it can answer exactly: Redis is there, keeps every row, and the plan's streams were initialised."""
         context: Context = request.app.state.context
         try:
-            reasons = await _unready(context)
+            async with asyncio.timeout(context.timeout_s):
+                reasons = await _unready(context)
         except (RedisError, OSError, TimeoutError) as error:
             reasons = [f"Redis: {type(error).__name__}: {error}"]
         if reasons:
@@ -328,9 +341,10 @@ async def _unready(context: Context) -> list[str]:
             f"Redis has maxmemory-policy {policy}, which drops single rows and so breaks counts; set noeviction"
         )
     keyspace = Keyspace(context.plan.project, context.plan.shards)
-    first = context.plan.views[0].entities[0]
-    if not await context.client.exists(keyspace.commit_record(first, 0)):
-        reasons.append("Redis has no commit records of this project; run `headrace apply`")
+    entities = {view.entities[0] for view in context.plan.views if len(view.entities) == 1}
+    records = [keyspace.commit_record(entity, shard) for entity in entities for shard in range(context.plan.shards)]
+    if missing := len(records) - await context.client.exists(*records):
+        reasons.append(f"Redis lacks {missing} of {len(records)} commit records of this project; run `headrace apply`")
     return reasons
 
 

@@ -101,7 +101,9 @@ class Client(_Calls):
             httpx.HTTPError: if it does not answer in time.
         """
         response = self._checked(self._http.request(**self._ranking_request(service, user_id, item_ids, as_of)))
-        names = self._known_names(service, response) or self._learn(service, self._http.get(f"/v1/services/{service}"))
+        names = self._known_names(service, response) or self._learn(
+            service, self._http.get(f"/v1/services/{service}", params={"plan": response.headers["x-plan"]})
+        )
         return Ranking(_matrix(response), names, response.headers["x-plan"])
 
     def entity(self, entity: str, entity_id: str, service: str | None = None) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class AsyncClient(_Calls):
         """As `Client.features`."""
         response = self._checked(await self._http.request(**self._ranking_request(service, user_id, item_ids, as_of)))
         names = self._known_names(service, response) or self._learn(
-            service, await self._http.get(f"/v1/services/{service}")
+            service, await self._http.get(f"/v1/services/{service}", params={"plan": response.headers["x-plan"]})
         )
         return Ranking(_matrix(response), names, response.headers["x-plan"])
 
@@ -164,4 +166,5 @@ class AsyncClient(_Calls):
 def _entity_path(entity: str, entity_id: str) -> str:
     from urllib.parse import quote
 
-    return f"/v1/entities/{quote(entity, safe='')}/{quote(entity_id, safe='')}"
+    # A path of dots would be shortened on the way.
+    return f"/v1/entities/{quote(entity, safe='')}/{quote(entity_id, safe='').replace('.', '%2E')}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-import orjson
 from starlette.responses import Response
 
 
@@ -21,7 +21,8 @@ class Problem(Exception):  # noqa: N818  # the RFC's word; it is an answer as mu
 
     def response(self) -> Response:
         """The problem as an HTTP answer."""
-        return Response(orjson.dumps(self.document), self.status, self.headers, "application/problem+json")
+        # json writes what orjson refuses: halves of surrogate pairs that a request may have held.
+        return Response(json.dumps(self.document), self.status, self.headers, "application/problem+json")
 
 
 def invalid(field: str, detail: str) -> Problem:

@@ -168,7 +168,8 @@ class Writer:
                 again.append(commit)
             elif isinstance(answer, Exception):
                 raise answer
-            elif answer != 1:
+            elif answer != 1 and self._redis.get(commit.record_key) != commit.new.encode():
+                # Had it been the new one, a first sending of this commit would only have arrived late.
                 raise self._fenced(commit)
         return again
 

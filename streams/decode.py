@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from features.events import NEWEST_MS, OLDEST_MS, TEXT_LENGTH_MAX, Event
+from features.events import NEWEST_MS, OLDEST_MS, TEXT_LENGTH_MAX, WHOLE_MAX, Event, Kind
 from features.plan import Plan, find_contract
 from features.texts import hash64
 from features.times import DAY_MS
@@ -24,6 +24,9 @@ from streams.chunk import Chunk, DeadLetter, Happened, Part, Partition
 from streams.dedupe import Dedupe
 
 _REASON_LENGTH_MAX: Final = 500
+_FAST_BYTES_MAX: Final = 4096
+_FAST_NESTING_MAX: Final = 100
+_TYPES: Final[dict[Kind, tuple[type, ...]]] = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
@@ -164,15 +167,28 @@ class ContractDecoder:
         if self.fast is not None:
             try:
                 return self.fast(value)
-            except (msgspec.MsgspecError, ValueError):
+            except (msgspec.MsgspecError, ValueError, RecursionError):
                 pass  # The contract has the last word, and the better message.
         try:
-            return self._contract.model_validate_json(value)
+            return self._storable(self._contract.model_validate_json(value))
         except ValidationError as error:
             raise ValueError(_reason(error)) from None
         except Exception as error:  # a validator of the user's own may raise anything: the stream goes on
             msg = f"the contract failed: {type(error).__name__}: {error}"
             raise ValueError(msg) from error
+
+    def _storable(self, event: Event) -> Event:
+        """The event, if its columns can hold it: validators of a contract's own may return anything."""
+        for name, kind in self._contract.kinds().items():
+            value = getattr(event, name)
+            if value is None and not self._contract.model_fields[name].is_required():
+                continue
+            if not isinstance(value, _TYPES[kind]):
+                msg = f"{name}: a validator of the contract returned {type(value).__name__} for a field of type {kind}"
+                raise TypeError(msg)
+            if isinstance(value, str):
+                value.encode()
+        return event
 
     def _columns(self, found: list[Any], index: list[int]) -> Accepted:
         fields: dict[str, Any] = {}
@@ -202,21 +218,31 @@ def _reason(error: ValidationError) -> str:
 def _compile(contract: type[Event]) -> Callable[[bytes], Any] | None:
     """A msgspec decoder that accepts a subset of what the contract does; None if the contract has code of its own."""
     own = contract.__pydantic_decorators__
-    if own.model_validators or own.root_validators or own.validators or set(own.field_validators) != {"_no_nul"}:
+    if own.model_validators or own.root_validators or own.validators or set(own.field_validators) != {"_storable"}:
+        return None
+    if contract.model_config != Event.model_config or contract.__pydantic_post_init__ is not None:
         return None
     fields: list[Any] = []
     for name, info in contract.model_fields.items():
         annotation = _fast_type(name, info)
-        if annotation is None or info.alias is not None or info.validation_alias is not None:
+        particular = (info.alias, info.validation_alias, info.default_factory, info.validate_default)
+        if annotation is None or any(each is not None for each in particular):
             return None
         fields.append((name, annotation) if info.is_required() else (name, annotation, info.get_default()))
     struct = msgspec.defstruct(contract.__name__, fields, gc=False, kw_only=True)
     decode = msgspec.json.Decoder(struct).decode
 
     def fast(value: bytes) -> Any:
-        if b"\\u0000" in value:
-            msg = "may hold a NUL"
+        # msgspec passes over fields that it does not know; pydantic looks at their encoding, nesting and digits.
+        if (
+            b"\\u0000" in value
+            or len(value) > _FAST_BYTES_MAX
+            or value.count(b"[") + value.count(b"{") > _FAST_NESTING_MAX
+        ):
+            msg = "for the contract to judge"
             raise ValueError(msg)
+        if not value.isascii():
+            value.decode()
         return decode(value)
 
     return fast
@@ -225,6 +251,8 @@ def _compile(contract: type[Event]) -> Callable[[bytes], Any] | None:
 def _fast_type(name: str, info: FieldInfo) -> Any:
     """The msgspec type for a pydantic field, or None where it has no equal."""
     if name == "occurred_at":
+        if repr(info) != repr(Event.model_fields[name]):
+            return None
         return Annotated[int, msgspec.Meta(ge=OLDEST_MS, le=NEWEST_MS)]
     optional = get_origin(info.annotation) in (Union, UnionType)
     plain = (
@@ -235,6 +263,8 @@ def _fast_type(name: str, info: FieldInfo) -> Any:
     if plain not in (str, int, float, bool):
         return None
     limits: dict[str, Any] = {"min_length": 1, "max_length": TEXT_LENGTH_MAX} if plain is str else {}
+    if plain is int:
+        limits = {"ge": -WHOLE_MAX, "le": WHOLE_MAX}
     for constraint in info.metadata:
         known = {
             annotated_types.Ge: "ge",
@@ -244,6 +274,12 @@ def _fast_type(name: str, info: FieldInfo) -> Any:
         }.get(type(constraint))
         if known is None:
             return None
-        limits[known] = getattr(constraint, known)
+        bound = getattr(constraint, known)
+        if plain is int and known in ("gt", "lt"):
+            known, bound = ("ge", bound + 1) if known == "gt" else ("le", bound - 1)
+        tighter = max if known in ("ge", "gt") else min
+        limits[known] = tighter(bound, limits.get(known, bound))
+    if {"gt", "ge"} <= limits.keys() or {"lt", "le"} <= limits.keys():
+        return None
     narrowed = Annotated[plain, msgspec.Meta(**limits)] if limits else plain
     return narrowed | None if optional else narrowed

@@ -47,9 +47,11 @@ class Dedupe:
         first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
         if len(first) < len(ordered):
             # The latest earlier time in the same run of equal hashes: a running maximum that starts anew with each run.
+            # On ranks of the times, as times of any size would overflow.
             run = np.repeat(np.arange(len(first)), np.diff(first, append=len(ordered)))
-            base = run * (int(times.max()) + 1)
-            before = np.maximum.accumulate(base + times)[:-1] - base[1:]
+            distinct, rank = np.unique(times, return_inverse=True)
+            highest = np.maximum.accumulate(run * len(distinct) + rank)
+            before = distinct[highest[:-1] % len(distinct)]
             seen_ms[1:] = np.maximum(seen_ms[1:], np.where(run[1:] == run[:-1], before, -1))
         duplicate = np.zeros(len(hashes), bool)
         duplicate[order] = seen_ms >= np.maximum(oldest_ms[order], 0)
@@ -71,6 +73,7 @@ class Dedupe:
             self._spans.append((start, latest, self._latest_ms))
         while self._spans and self._spans[0][1] < forgotten_ms:
             self._spans.popleft()
+        self._runs = [(known, known_ms) for known, known_ms in self._runs if known_ms.max() >= forgotten_ms]
         # Runs of about the same length are merged, so that there are only ever about log2(n) of them.
         while self._runs and len(self._runs[-1][0]) <= 2 * len(hashes):
             known, known_ms = self._runs.pop()

@@ -12,8 +12,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from features.plan import Plan
-from registry.apply import DEAD_LETTER_SUFFIX
-from registry.settings import Settings
+from registry.settings import DEAD_LETTER_SUFFIX, Settings
 from store.commit import Position, read_record
 from store.keys import Keyspace
 from streams.chunk import Chunk, DeadLetter, Partition

@@ -100,7 +100,7 @@ class Lane:
         if known is None:
             positions = [shard.record.position(*part.partition) for shard in self._shards.values()]
             # A shard that has read nothing takes whatever comes first.
-            at = min(part.start if position is None else position.next for position in positions)
+            at = min((part.start if position is None else position.next for position in positions), default=part.start)
         else:
             at = known.next
         if part.start > at:

@@ -53,7 +53,7 @@ def expected(
     if field is not None:
         inside = [event for event in inside if event.get(field) is not None]
     values = [event[field] for event in inside] if field is not None else [1.0] * len(inside)
-    newest = sorted(inside, key=lambda event: (event["t"], event[field] if field else 0), reverse=True)
+    newest = sorted(inside, key=lambda event: (event["t"], event[str(field)] if field else 0), reverse=True)
     match agg:
         case "count":
             return len(inside)
@@ -73,9 +73,9 @@ def expected(
         case "distinct":
             return len(set(values))
         case "last":
-            return newest[0][field] if newest else None
+            return newest[0][str(field)] if newest else None
         case "last_k":
-            return list(dict.fromkeys(event[field] for event in newest))[:k]
+            return list(dict.fromkeys(event[str(field)] for event in newest))[:k]
         case "seconds_since":
             return max(0.0, (query_ms - newest[0]["t"]) / 1000) if newest else None
         case "decayed":

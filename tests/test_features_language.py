@@ -518,7 +518,7 @@ AGGREGATIONS: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["default=1.0", "by"],
     ),
     "where unknown": (lambda: agg.count(Click, over="1h", where=col("surface") == "x"), ["'surface'", "it has:"]),
-    "where text": (lambda: agg.count(Click, over="1h", where=col("price") > "x"), ["'price' with 'x'", "float"]),  # type: ignore[operator]  # on purpose
+    "where text": (lambda: agg.count(Click, over="1h", where=col("price") > "x"), ["'price' with 'x'", "float"]),
     "where number": (lambda: agg.count(Click, over="1h", where=col("category") == 3), ["'category' with 3", "str"]),
     "where nan": (lambda: agg.count(Click, over="1h", where=col("price") > NAN), ["nan"]),
     "where infinite": (lambda: agg.count(Click, over="1h", where=col("price") < INF), ["inf"]),

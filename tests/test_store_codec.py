@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from features import aggregations as kinds
 from features import catalog
-from features.kernel import Entries, Rows, evaluate, merge
 from features.compile import compile_plan
+from features.kernel import Entries, Rows, evaluate, merge
 from features.layout import Family, families_of, slots_of
 from features.partials import DTYPES
 from store.codec import CorruptRowError, decode, encode

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import signal
+import subprocess
 import time
+from functools import partial
 from typing import Any
 
 import httpx
@@ -72,24 +74,20 @@ def test_kill_9_ten_times_with_zombies_leaves_every_row_as_brute_force_has_it() 
             records += [(topic, event["user_id"], event)] * (2 if rng.random() < 0.02 else 1)  # a producer's retry
         stack.produce(records)
 
-    with Stack(shards=8, chunk_events=200) as stack:
+    with Stack(shards=8, lanes=2, chunk_events=200) as stack:
         address = stack.start_server()
         zombies = []
         worker = stack.start_worker("worker-0")
         for round_number in range(10):
             produce(stack, 600)
-            # In mid-flow: some of what was just sent is committed, the rest is not.
-            committed = stack.client.dbsize()
-            wait_for(
-                "the stream moves", lambda before=committed: stack.client.dbsize() != before or round_number > 2, 30
-            )
+            # In mid-flow: some of what was just sent may be committed, the rest is not.
             time.sleep(rng.uniform(0.0, 0.6))
             successor = f"worker-{round_number + 1}"
             if round_number % 3 == 1:
                 worker.send_signal(signal.SIGSTOP)
                 zombies.append((worker, f"worker-{round_number}"))
                 worker = stack.start_worker(successor)
-                wait_for("the successor has claimed", lambda name=successor: has_claimed(stack, name), 30)
+                wait_for("the successor has claimed", partial(has_claimed, stack, successor), 30)
                 zombies[-1][0].send_signal(signal.SIGCONT)
             else:
                 worker.kill()
@@ -98,7 +96,7 @@ def test_kill_9_ten_times_with_zombies_leaves_every_row_as_brute_force_has_it() 
         produce(stack, 600)
         stack.wait_until_committed()
         for zombie, name in zombies:
-            wait_for(f"{name} stops by itself", lambda process=zombie: process.poll() is not None, 30)
+            wait_for(f"{name} stops by itself", partial(has_stopped, zombie), 30)
             assert zombie.returncode in (3, -9), stack.log(name)
             if zombie.returncode == 3:
                 assert "superseded" in stack.log(name)
@@ -106,6 +104,11 @@ def test_kill_9_ten_times_with_zombies_leaves_every_row_as_brute_force_has_it() 
         wrong = differences(address, events)
         print(f"{number} events, {len(zombies)} zombies, {len(wrong)} differences")
         assert not wrong, (len(wrong), wrong[:5])
+
+
+def has_stopped(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process is gone."""
+    return process.poll() is not None
 
 
 def has_claimed(stack: Stack, name: str) -> bool:

@@ -118,16 +118,15 @@ def check_unmodified_feast_client(stack: Stack, address: str) -> None:
         f"online_store: {{type: remote, path: '{address}'}}\nentity_key_serialization_version: 3\n"
     )
     program = textwrap.dedent("""
-        import importlib.util, json, sys
+        import functools, importlib.util, json, sys
         for name in ("headrace", "features", "registry", "store", "serving"):
             assert importlib.util.find_spec(name) is None, name
         from feast import FeatureStore
         store = FeatureStore(".")
         rows = [{"user_id": "u1", "item_id": "i1"}, {"user_id": "nobody", "item_id": "i2"}]
-        service = store.get_online_features(features=store.get_feature_service("ranking_v1"), entity_rows=rows, full_feature_names=True)
-        listed = store.get_online_features(
-            features=["user_activity:clicks_7d", "item_activity:clicks_7d", "user_history:clicked"], entity_rows=rows, full_feature_names=True
-        )
+        read = functools.partial(store.get_online_features, entity_rows=rows, full_feature_names=True)
+        service = read(features=store.get_feature_service("ranking_v1"))
+        listed = read(features=["user_activity:clicks_7d", "item_activity:clicks_7d", "user_history:clicked"])
         print(json.dumps([service.to_dict(), listed.to_dict()]))
     """)
     # -S and an own path leave out the editable install, which is how our code gets on the path here.

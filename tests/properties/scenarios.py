@@ -138,7 +138,7 @@ CONDITIONS: Final[Mapping[str, tuple[Any, Any]]] = {
         lambda e: e["category"] in ("a", "é", "😀") or (e["price"] is not None and e["price"] < 0),
     ),
     "after_a": (
-        (col("category") > "a") & ~col("item_id").is_null(),  # type: ignore[operator]  # typed for numbers only
+        (col("category") > "a") & ~col("item_id").is_null(),
         lambda e: e["category"] is not None and e["category"] > "a" and e["item_id"] is not None,
     ),
 }

@@ -82,7 +82,7 @@ def shuffled_batches(events: Sequence[OracleEvent], rng: random.Random) -> Itera
 def every_aggregation(windows: Sequence[str]) -> list[Aggregation]:
     """One of each kind over the windows, named after its kind."""
     over = tuple(windows)
-    common = {"event": "Click"}
+    common: dict[str, Any] = {"event": "Click"}
     return [
         kinds.Count(name="count", over=over, **common),
         kinds.Sum(name="sum", field="price", over=over, **common),

@@ -1,0 +1,361 @@
+"""The command line in this process: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from headrace import cli
+from headrace.embedded import EmbeddedBroker, free_port
+from registry.apply import apply
+from registry.settings import Settings
+from store.connect import connect
+from tests.support.served import SHARDS, Clock, Rows, catalogue, project_folder
+
+COMMANDS = ["apply", "demo", "doctor", "plan", "replay", "serve", "show", "stream"]
+
+
+@dataclass
+class Ran:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def flat(self) -> str:
+        """All that it printed on one line: tables and messages are wrapped to a terminal's width."""
+        return re.sub(r"[\s│]+", " ", self.out + self.err)
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[EmbeddedBroker]:
+    with EmbeddedBroker() as server:
+        yield server
+
+
+@pytest.fixture
+def settings(tmp_path: Path, redis_url: str, broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings of a project where nothing is applied, in the environment."""
+    made = Settings(
+        repo=project_folder(tmp_path / "project"),
+        redis_url=redis_url,
+        kafka=broker.bootstrap_servers,
+        kafka_options={"log_level": "0"},
+        topics="auto",
+        shards=SHARDS,
+        redis_timeout_s=2,
+    )
+    for name, value in made.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HEADRACE_TRACE", raising=False)
+    return made
+
+
+@pytest.fixture
+def applied(settings: Settings) -> Settings:
+    apply(settings, connect(settings.redis_url.get_secret_value(), 10))
+    return settings
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: str, **environment: str) -> Ran:
+        with monkeypatch.context() as patched:
+            for name, value in environment.items():
+                patched.setenv(name, value)
+            patched.setattr(sys, "argv", ["headrace", *arguments])
+            patched.setattr(cli, "set_up_logs", mock.Mock())  # It is for a whole process.
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        out, err = capsys.readouterr()
+        status = ended.value.code
+        return Ran(status if isinstance(status, int) else 0, out, err)
+
+    return call
+
+
+def refused(ran: Ran, *mentioned: str) -> None:
+    """It failed in one line that says what to do, and without a stack trace."""
+    assert ran.status == 1, ran
+    assert "Traceback" not in ran.err
+    lines = [line for line in ran.err.splitlines() if "HEADRACE_TRACE" not in line]
+    assert lines[0].startswith("error: ")
+    for text in mentioned:
+        assert text in ran.flat, ran.err
+
+
+# Commands
+
+
+def test_plan_apply_plan(settings: Settings, run: Run) -> None:
+    fingerprint = catalogue().fingerprint
+    announced = run("plan")
+    assert announced.status == 0
+    assert "+ view user_activity" in announced.out.splitlines()
+    assert f"plan {fingerprint}: run `headrace apply`" in announced.flat
+    first = run("apply")
+    assert first.status == 0
+    assert f"+ {3 * SHARDS} commit records" in first.flat
+    assert f"plan {fingerprint} is applied" in first.flat
+    changes = {line for line in announced.out.splitlines() if line.startswith(("+", "-", "~"))}
+    assert changes <= set(first.out.splitlines())
+    assert run("plan").flat.strip() == f"plan {fingerprint}: nothing to do"
+    assert run("apply").flat.strip() == f"plan {fingerprint} is applied: there was nothing to do"
+
+
+def test_what_is_printed_into_a_pipe_is_not_wrapped(settings: Settings, run: Run) -> None:
+    """A wrapped line can't be searched for: a change, or an error, is one line."""
+    assert run("apply").status == 0
+    ran = run("plan", HEADRACE_SHARDS="8")
+    lines = [line for line in ran.err.splitlines() if "HEADRACE_TRACE" not in line]
+    assert len(lines) == 1, lines
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal on which no cell of a table is wrapped."""
+    monkeypatch.setattr(cli.out, "width", 300)
+
+
+def test_show_prints_an_entitys_features(applied: Settings, run: Run, wide: None) -> None:
+    clock = Clock(time.time_ns() // 1_000_000)
+    rows = Rows(catalogue(), applied.redis_url.get_secret_value(), clock)
+    event = {"t": clock.now_ms, "user_id": "u1", "item_id": "i1", "category": "boots", "price": 12.5}
+    rows.write("clicks", [event, event])
+    shown = run("show", "user", "u1")
+    assert shown.status == 0
+    assert "user u1: PRESENT" in shown.flat
+    assert "user_activity__clicks_7d 2 Items opened" in shown.flat
+    assert "['i1']" in shown.flat
+    assert "seller_activity" not in shown.flat
+    of_service = run("show", "item", "i1", "--service", "ranking_v1")
+    assert "item_activity__category boots" in of_service.flat
+    assert "viewers" not in of_service.flat
+    assert "user nobody: NOT_FOUND" in run("show", "user", "nobody").flat
+
+
+def test_show_prints_ids_and_values_that_look_like_markup(applied: Settings, run: Run, wide: None) -> None:
+    clock = Clock(time.time_ns() // 1_000_000)
+    rows = Rows(catalogue(), applied.redis_url.get_secret_value(), clock)
+    rows.write("clicks", [{"t": clock.now_ms, "user_id": "u1", "item_id": "[/x]", "category": "[red]"}])
+    shown = run("show", "item", "[/x]")
+    assert shown.status == 0
+    assert "item [/x]: PRESENT" in shown.flat
+    assert "item_activity__category [red]" in shown.flat
+
+
+def test_show_says_what_there_is(applied: Settings, run: Run) -> None:
+    wrong = run("show", "shop", "x")
+    assert wrong.status == 2
+    assert "item, seller, user" in wrong.flat
+    refused(run("show", "user", "u1", "--service", "nope"), "nope", "ranking_v1")
+
+
+def test_show_of_a_service_without_the_entity_says_so(applied: Settings, run: Run) -> None:
+    shown = run("show", "seller", "s1", "--service", "ranking_v1")
+    assert shown.status in (1, 2)
+    assert "ranking_v1" in shown.flat
+    assert "seller" in shown.flat
+    assert "index out of range" not in shown.flat
+
+
+def test_nothing_applied_is_said_in_one_line(settings: Settings, run: Run, tmp_path: Path) -> None:
+    for command in (["show", "user", "u1"], ["serve"]):
+        refused(run(*command), "nothing is applied", "headrace apply")
+    refused(run("plan", HEADRACE_REPO=str(tmp_path)), "feature_store.yaml", "HEADRACE_REPO")
+
+
+# The doctor
+
+
+def test_the_doctor_finds_a_healthy_project_healthy(applied: Settings, run: Run) -> None:
+    ran = run("doctor")
+    assert ran.status == 0
+    assert all(line.startswith("ok ") for line in ran.out.splitlines()), ran.out
+    for what in ("registry", "definitions", "redis", "maxmemory-policy", "commit records", "kafka", "topic clicks"):
+        assert what in ran.out
+
+
+def test_the_doctor_finds_what_is_not_applied(settings: Settings, run: Run) -> None:
+    ran = run("doctor")
+    assert ran.status == 1
+    assert "NOT OK registry: nothing is applied" in ran.flat
+    assert "ok redis: version" in ran.flat
+    assert "ok kafka" in ran.flat
+
+
+def test_the_doctor_finds_what_is_away_and_looks_at_the_rest(applied: Settings, run: Run) -> None:
+    nobody = f"127.0.0.1:{free_port()}"
+    ran = run("doctor", HEADRACE_REDIS_URL=f"redis://{nobody}/0")
+    assert ran.status == 1
+    assert "NOT OK redis: ConnectionError" in ran.flat
+    assert "HEADRACE_REDIS_URL" in ran.flat
+    assert "ok kafka" in ran.flat
+    ran = run("doctor", HEADRACE_KAFKA=nobody)
+    assert ran.status == 1
+    assert f"NOT OK kafka: {nobody}" in ran.flat
+    assert "HEADRACE_KAFKA" in ran.flat
+    assert "ok redis: version" in ran.flat
+
+
+def test_the_doctor_finds_what_redis_has_lost(applied: Settings, run: Run) -> None:
+    client: Any = connect(applied.redis_url.get_secret_value(), 10)
+    client.flushall()
+    ran = run("doctor")
+    assert ran.status == 1
+    assert "commit record" in ran.flat
+    assert "headrace apply" in ran.flat
+    assert "ok kafka" in ran.flat
+
+
+def test_the_doctor_does_not_blame_the_address_for_lost_records(applied: Settings, run: Run) -> None:
+    """Redis answered: HEADRACE_REDIS_URL is not what to look at first."""
+    client: Any = connect(applied.redis_url.get_secret_value(), 10)
+    client.flushall()
+    (line,) = [line for line in re.split(r"(?=ok |NOT OK )", run("doctor").flat) if "commit record" in line]
+    assert line.startswith("NOT OK ")
+    assert "is HEADRACE_REDIS_URL right?" not in line
+
+
+def test_the_doctor_finds_a_redis_that_evicts(applied: Settings, run: Run) -> None:
+    client: Any = connect(applied.redis_url.get_secret_value(), 10)
+    try:
+        client.config_set("maxmemory-policy", "allkeys-lfu")
+        ran = run("doctor")
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
+    assert ran.status == 1
+    assert "NOT OK redis maxmemory-policy: allkeys-lfu" in ran.flat
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("HEADRACE_SHARDS", "8"), ("HEADRACE_REDIS_URL", "nonsense"), ("HEADRACE_DEFINITIONS", "no_such_package")],
+)
+def test_the_doctor_examines_everything_whatever_is_wrong(
+    applied: Settings, run: Run, variable: str, value: str
+) -> None:
+    """One wrong setting is one `NOT OK`, which names it, and no end of the examination."""
+    ran = run("doctor", **{variable: value})
+    assert ran.status == 1
+    assert "NOT OK" in ran.out
+    assert variable in ran.flat
+    assert "ok kafka" in ran.flat
+
+
+# Wrong settings
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HEADRACE_SHARDS", "zero"),
+        ("HEADRACE_SHARDS", "0"),
+        ("HEADRACE_PORT", "99999"),
+        ("HEADRACE_TOPICS", "sometimes"),
+        ("HEADRACE_KAFKA_OPTIONS", "{x"),
+        ("HEADRACE_DEFINITIONS", "no_such_package"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_its_variable(
+    settings: Settings, run: Run, variable: str, value: str
+) -> None:
+    ran = run("plan", **{variable: value})
+    refused(ran, variable)
+    assert "pydantic" not in ran.flat
+    assert "validation error" not in ran.flat
+
+
+@pytest.mark.parametrize("url", ["nonsense", "http://127.0.0.1:6379"])
+def test_a_wrong_address_of_redis_names_its_variable(applied: Settings, run: Run, url: str) -> None:
+    refused(run("show", "user", "u1", HEADRACE_REDIS_URL=url), "HEADRACE_REDIS_URL")
+
+
+def test_a_redis_that_is_away_is_one_line(applied: Settings, run: Run) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    refused(run("show", "user", "u1", HEADRACE_REDIS_URL=f"redis://{address}/0"), address)
+
+
+def test_a_password_is_never_printed(applied: Settings, run: Run) -> None:
+    ran = run("doctor", HEADRACE_REDIS_URL=f"redis://:hunter2@127.0.0.1:{free_port()}/0")
+    assert ran.status == 1
+    assert "hunter2" not in ran.flat
+    assert "hunter2" not in repr(Settings(redis_url="redis://:hunter2@h/0", kafka_options={"sasl.password": "hunter2"}))
+
+
+def test_a_kafka_that_is_away_is_one_line(settings: Settings, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("registry.apply._KAFKA_TIMEOUT_MS", 500)
+    nobody = f"127.0.0.1:{free_port()}"
+    for topics in ("auto", "create"):
+        refused(run("apply", HEADRACE_KAFKA=nobody, HEADRACE_TOPICS=topics), nobody, "HEADRACE_KAFKA")
+
+
+@pytest.mark.parametrize("text", ["a: [b", "a: b", "", "- a"])
+def test_a_broken_feature_store_yaml_is_one_line_that_names_it(settings: Settings, run: Run, text: str) -> None:
+    (settings.repo / "feature_store.yaml").write_text(text)
+    refused(run("plan"), "feature_store.yaml")
+
+
+def test_the_stack_trace_is_there_for_who_asks(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_TRACE", "1")
+    monkeypatch.setenv("HEADRACE_SHARDS", "zero")
+    with pytest.raises(ValueError, match="shards"):
+        cli.main()
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(settings: Settings, run: Run, command: str) -> None:
+    ran = run(command, "--help")
+    assert ran.status == 0
+    assert f" {command} [OPTIONS]" in ran.flat
+    function = getattr(cli, command)
+    assert function.__doc__.splitlines()[0].rstrip(".")[:30] in ran.flat
+
+
+def test_help_lists_every_command(settings: Settings, run: Run) -> None:
+    ran = run("--help")
+    assert ran.status == 0
+    assert all(re.search(rf"\b{command}\b", ran.out) for command in COMMANDS)
+    assert "README.md" in ran.flat
+
+
+def test_the_module_is_the_command(settings: Settings) -> None:
+    """Once as a process: light, as help needs no Feast."""
+    program = """if True:
+        import sys
+        import headrace.cli
+
+        sys.argv = ["headrace", "--help"]
+        try:
+            headrace.cli.main()
+        finally:
+            print("feast" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_pairs_need_both_halves(applied: Settings, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text("a,b\n")
+    ran = run("replay", str(tmp_path / "events.csv"), "--topic", "clicks", "--map", "user_id")
+    assert ran.status == 2
+    assert "--map 'user_id': write it as NAME=VALUE" in ran.flat

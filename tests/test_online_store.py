@@ -1,0 +1,367 @@
+"""Feast's SDK over our online store, and Feast's own HTTP protocol: both equal to /v1, at one instant."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import feast
+import httpx
+import pandas as pd
+import pytest
+from feast.online_response import OnlineResponse
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+from feast.protos.feast.types.Value_pb2 import Value
+
+from features.plan import Plan
+from headrace.embedded import EmbeddedBroker, EmbeddedRedis
+from headrace.feast import as_of
+from registry.apply import apply
+from registry.settings import Settings
+from store.connect import connect
+from tests import oracle
+from tests.support import compare
+from tests.support.served import (
+    NOW_MS,
+    SHARDS,
+    Clock,
+    Rows,
+    names_of,
+    project_folder,
+    random_events,
+    served,
+    settings_of,
+    values_of,
+)
+
+
+@dataclass
+class Project:
+    """An applied project with rows from random events."""
+
+    plan: Plan
+    store: feast.FeatureStore
+    rows: Rows
+    redis: EmbeddedRedis
+    events: dict[str, list[dict[str, Any]]]
+
+    def read(self, features: Any, entity_rows: Any, *, full: bool = True, at_ms: int = NOW_MS) -> Any:
+        """What the SDK answers at an instant; `features` is a list, or the name of a service."""
+        if isinstance(features, str):
+            features = self.store.get_feature_service(features)
+        with as_of(at_ms):
+            return self.store.get_online_features(features=features, entity_rows=entity_rows, full_feature_names=full)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    folder: Path = project_folder(tmp_path_factory.mktemp("project"))
+    with EmbeddedRedis() as redis, EmbeddedBroker() as broker:
+        settings = Settings(
+            repo=folder, redis_url=redis.url, kafka=broker.bootstrap_servers, topics="auto", shards=SHARDS
+        )
+        plan = apply(settings, connect(redis.url, 10)).plan
+        rows = Rows(plan, redis.url, Clock())
+        events = random_events(seed, users=12, items=15, n=900)
+        rows.write_all(events)
+        store = feast.FeatureStore(str(folder))
+        store.config.online_store.redis_url = redis.url
+        yield Project(plan, store, rows, redis, events)
+
+
+@pytest.fixture
+async def http(project: Project) -> AsyncIterator[httpx.AsyncClient]:
+    async with served(settings_of(project.redis.url), project.plan, Clock()) as client:
+        yield client
+
+
+def pairs(seed: int, n: int) -> list[dict[str, Any]]:
+    """Rows of several users and items, some of them unknown, none at all, or asked for twice."""
+    rng = random.Random(seed)
+    users = [*(f"u{at}" for at in range(12)), "nobody", None]
+    items = [*(f"i{at}" for at in range(15)), "nothing", None]
+    rows = [{"user_id": rng.choice(users), "item_id": rng.choice(items)} for _ in range(n)]
+    return rows + rows[:3]
+
+
+# The SDK
+
+
+async def test_the_sdk_equals_http_and_brute_force(project: Project, http: httpx.AsyncClient) -> None:
+    """For every pair of users and items of a request, at one instant, every feature of the service."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    at_ms = NOW_MS - 9_000
+    asked = pairs(seed, 40)
+    got = project.read("ranking_v1", asked, at_ms=at_ms).to_dict()
+    assert [got["user_id"], got["item_id"]] == [[row[key] for row in asked] for key in ("user_id", "item_id")]
+    assert list(got)[2:] == list(project.plan.service("ranking_v1").features)
+    for at, row in enumerate(asked):
+        body = {
+            "service": "ranking_v1",
+            "user_id": row["user_id"],
+            "item_ids": [row["item_id"] or "none"],
+            "as_of": at_ms,
+        }
+        answer = (await http.post("/v1/features", json=body)).json()
+        assert {name: got[name][at] for name in list(got)[2:]} == values_of(answer), row
+    # Brute force at the clock: at an earlier `as_of`, events of the tile that holds it count too.
+    now = project.read("ranking_v1", asked).to_dict()
+    users, items = compare.by_key(project.events, "user_id"), compare.by_key(project.events, "item_id")
+    for at, row in enumerate(asked):
+        values = {name: column[at] for name, column in now.items()}
+        expected = {
+            name: value
+            for name, value in {
+                **compare.expected_user(users.get(row["user_id"], {}), NOW_MS),
+                **compare.expected_item(items.get(row["item_id"], {}), NOW_MS),
+            }.items()
+            if name in values
+        }
+        assert len(expected) > 25
+        assert not compare.differences(values, expected), row
+        own_clicks = users.get(row["user_id"], {}).get("clicks", ())
+        last = oracle.expected("last_k", own_clicks, NOW_MS, field="item_id", k=20)
+        assert values["user_item__clicked"] is (row["item_id"] in last)
+
+
+@pytest.mark.parametrize("service", ["ranking_v1", "feed_v1"])
+def test_all_forms_of_an_answer_agree(project: Project, service: str) -> None:
+    answer = project.read(service, pairs(3, 20))
+    columns = answer.to_dict()
+    assert OnlineResponse(answer.proto).to_dict() == columns
+    frame = answer.to_df()
+    assert list(frame.columns) == list(columns)
+    for name, values in columns.items():
+        of_frame = [None if value is None or value is pd.NA else value for value in frame[name].tolist()]
+        of_frame = [None if isinstance(value, float) and math.isnan(value) else value for value in of_frame]
+        assert of_frame == values, name
+    assert answer.proto.metadata.feature_names.val == list(columns)
+
+
+@pytest.mark.parametrize("service", ["ranking_v1", "feed_v1"])
+def test_the_arrow_form_agrees_too(project: Project, service: str) -> None:
+    """A map keeps its own keys: as a struct, every row would have every other row's, as null."""
+    answer = project.read(service, pairs(3, 20))
+    table = answer.to_arrow()
+    for name, values in answer.to_dict().items():
+        maps = name in project.plan.features and project.plan.features[name].value_type.startswith("map")
+        got = table[name].to_pylist(maps_as_pydicts="strict" if maps else None)
+        assert got == values, name
+
+
+def test_arrow_types_do_not_depend_on_the_values(project: Project) -> None:
+    """A model's reader can't take a column that is `null` or `struct<>` when nobody was seen."""
+    some, nobody = [{"user_id": f"u{at}", "item_id": "i1"} for at in range(12)], [{"user_id": "x", "item_id": "x"}]
+    assert project.read("feed_v1", nobody).to_arrow().schema == project.read("feed_v1", some).to_arrow().schema
+
+
+def test_times_of_the_last_event_are_seconds_and_none_of_them_is_before_1970(project: Project) -> None:
+    asked = [{"user_id": "u1", "item_id": "i1"}, {"user_id": "nobody", "item_id": "i1"}]
+    answer = project.read(["user_activity:clicks_7d"], asked)
+    last = max(event["t"] for many in project.events.values() for event in many if event["user_id"] == "u1")
+    times = answer.to_dict(include_event_timestamps=True)["user_activity__clicks_7d__ts"]
+    assert times == OnlineResponse(answer.proto).to_dict(include_event_timestamps=True)["user_activity__clicks_7d__ts"]
+    assert times == [last // 1000, 0]
+
+
+def test_statuses_tell_not_found_from_null(project: Project) -> None:
+    project.rows.write("likes", [{"t": NOW_MS - 1, "user_id": "liker", "item_id": "i1"}])
+    asked = [{"user_id": user} for user in ("liker", "nobody", None)]
+    answer = project.read(["user_activity:likes_7d", "user_activity:price_max_7d"], asked)
+    assert answer.statuses() == [["PRESENT", "NOT_FOUND", "NOT_FOUND"], ["NULL_VALUE", "NOT_FOUND", "NOT_FOUND"]]
+    assert answer.to_dict()["user_activity__likes_7d"] == [1, 0, 0]
+
+
+async def test_the_async_call_answers_the_same(project: Project) -> None:
+    asked = pairs(5, 10)
+    with as_of(NOW_MS):
+        answer = await project.store.get_online_features_async(
+            features=project.store.get_feature_service("ranking_v1"), entity_rows=asked, full_feature_names=True
+        )
+    assert answer.to_dict() == project.read("ranking_v1", asked).to_dict()
+
+
+def test_features_are_answered_in_the_order_asked(project: Project) -> None:
+    asked = ["item_activity:clicks_7d", "user_activity:clicks_7d", "user_item:price_ratio", "item_activity:category"]
+    got = project.read(asked, pairs(7, 5)).to_dict()
+    assert list(got)[2:] == [reference.replace(":", "__") for reference in asked]
+    whole = project.read("ranking_v1", pairs(7, 5)).to_dict()
+    assert got == {name: whole[name] for name in got}
+
+
+@pytest.mark.parametrize("feature", ["clicked", "liked", "category_affinity", "seller_affinity", "price_ratio"])
+def test_a_cross_feature_can_be_read_alone(project: Project, feature: str) -> None:
+    """Also one that needs the item's id and none of its rows."""
+    asked = pairs(9, 12)
+    got = project.read([f"user_item:{feature}"], asked).to_dict()
+    name = f"user_item__{feature}"
+    assert got[name] == project.read("ranking_v1", asked).to_dict()[name]
+
+
+def test_a_service_of_whole_views_made_by_a_user_of_feast_is_read(project: Project) -> None:
+    """Feast's registry lists a stream view's key among its features; it is none of ours."""
+    store = project.store
+    whole = feast.FeatureService(
+        name="mine",
+        features=[store.get_stream_feature_view("user_activity"), store.get_stream_feature_view("user_history")],
+    )
+    asked = [{"user_id": "u1"}, {"user_id": "nobody"}]
+    with as_of(NOW_MS):
+        got = store.get_online_features(features=whole, entity_rows=asked, full_feature_names=True).to_dict()
+    views = ("user_activity", "user_history")
+    assert set(got) == {"user_id", *(name for name, each in project.plan.features.items() if each.view in views)}
+    assert got == {
+        name: project.read("feed_v1", [{**row, "item_id": None} for row in asked]).to_dict()[name] for name in got
+    }
+
+
+@pytest.mark.parametrize("view", ["user_activity", "user_history"])
+def test_a_view_is_read_by_feasts_own_paths(project: Project, view: str) -> None:
+    """`online_read` is what Feast calls for one view; without names it is for all that the view has."""
+    keys = [EntityKey(join_keys=["user_id"], entity_values=[Value(string_val=name)]) for name in ("u1", "nobody")]
+    store: Any = project.store._get_provider().online_store
+    with as_of(NOW_MS):
+        (time, values), nobody = store.online_read(
+            project.store.config, project.store.get_stream_feature_view(view), keys
+        )
+    assert nobody == (None, None)
+    assert set(values) == {each.name for each in project.plan.features.values() if each.view == view}
+    own = [
+        event["t"]
+        for topic, many in project.events.items()
+        for event in many
+        if event["user_id"] == "u1" and (view == "user_activity" or topic != "impressions")
+    ]
+    assert time.timestamp() == pytest.approx(max(own) / 1000)
+
+
+def test_short_names_that_collide_are_refused(project: Project) -> None:
+    both = ["user_activity:clicks_7d", "item_activity:clicks_7d"]
+    asked = [{"user_id": "u1", "item_id": "i1"}]
+    with pytest.raises(ValueError, match="full_feature_names=True"):
+        project.read(both, asked, full=False)
+    assert set(project.read(both[:1], asked, full=False).to_dict()) == {"user_id", "item_id", "clicks_7d"}
+
+
+def test_mistakes_say_what_is_wrong(project: Project) -> None:
+    with pytest.raises(KeyError, match="user_activity__nope"):
+        project.read(["user_activity:nope"], [{"user_id": "u1"}])
+    with pytest.raises(ValueError, match=r"lack 'user_id'.*they have: item_id"):
+        project.read(["user_activity:clicks_7d"], [{"item_id": "i1"}])
+    with pytest.raises(ValueError, match="same keys"):
+        project.read(["user_activity:clicks_7d"], [{"user_id": "u1"}, {"item_id": "i1"}])
+    with pytest.raises(ValueError, match="as many values"):
+        project.read(["user_activity:clicks_7d"], {"user_id": ["u1"], "item_id": ["i1", "i2"]})
+    assert project.read(["user_activity:clicks_7d"], {"user_id": []}).to_dict() == {
+        "user_id": [],
+        "user_activity__clicks_7d": [],
+    }
+
+
+def test_ids_may_be_numbers(project: Project) -> None:
+    project.rows.write("clicks", [{"t": NOW_MS - 1, "user_id": "77", "item_id": "i1"}])
+    got = project.read(["user_activity:clicks_7d"], [{"user_id": 77}, {"user_id": "77"}]).to_dict()
+    assert got["user_activity__clicks_7d"] == [1, 1]
+
+
+def test_values_are_never_written_through_feast(project: Project) -> None:
+    columns = {feature.name: [None] for feature in project.plan.features.values() if feature.view == "user_activity"}
+    frame = pd.DataFrame({"user_id": ["u1"], "occurred_at": [pd.Timestamp("2033-05-18", tz="UTC")], **columns})
+    before = project.rows.client.dbsize()
+    with pytest.raises(NotImplementedError, match=r"written by its stream only.*headrace replay"):
+        project.store.write_to_online_store("user_activity", frame, allow_registry_cache=False)
+    assert project.rows.client.dbsize() == before
+
+
+def test_feasts_teardown_and_apply_leave_the_rows(project: Project) -> None:
+    before = sorted(project.rows.client.keys("*"))
+    project.store.apply(project.store.get_entity("user"), partial=True)
+    assert sorted(project.rows.client.keys("*")) == before
+    feast_store: Any = project.store._get_provider().online_store
+    feast_store.teardown(project.store.config, [], [])
+    assert sorted(project.rows.client.keys("*")) == before
+
+
+# Feast's protocol
+
+
+async def test_feasts_server_protocol_answers_as_the_sdk_does(project: Project, http: httpx.AsyncClient) -> None:
+    asked = pairs(11, 10)
+    entities = {key: [row[key] for row in asked] for key in ("user_id", "item_id")}
+    body = {"feature_service": "ranking_v1", "entities": entities, "full_feature_names": True}
+    document = (await http.post("/get-online-features", json=body)).json()
+    answer = project.read("ranking_v1", asked)
+    columns = answer.to_dict()
+    assert set(document) == {"metadata", "results"}
+    assert document["metadata"]["feature_names"] == list(columns)
+    for name, result in zip(columns, document["results"], strict=True):
+        assert set(result) == {"values", "statuses"}
+        assert result["values"] == [None if value in ([], {}) else value for value in columns[name]], name
+    assert [result["statuses"] for result in document["results"][2:]] == answer.statuses()
+    assert document["results"][0]["statuses"] == ["PRESENT"] * len(asked)
+
+
+async def test_empty_lists_are_null_for_feast_and_empty_for_v1(project: Project, http: httpx.AsyncClient) -> None:
+    body: dict[str, Any] = {
+        "features": ["user_history:clicked", "user_taste:category_clicks_7d"],
+        "entities": {"user_id": ["nobody"]},
+    }
+    document = (await http.post("/get-online-features", json=body)).json()
+    assert document["metadata"]["feature_names"] == ["user_id", "clicked", "category_clicks_7d"]
+    assert [result["values"] for result in document["results"]] == [["nobody"], [None], [None]]
+    assert document["results"][1]["statuses"] == ["NOT_FOUND"]
+    v1 = (await http.get("/v1/entities/user/nobody")).json()["features"]
+    assert (v1["user_history__clicked"], v1["user_taste__category_clicks_7d"]) == ([], {})
+
+
+async def test_a_cross_feature_can_be_read_alone_by_feasts_protocol(http: httpx.AsyncClient) -> None:
+    body = {"features": ["user_item:clicked"], "entities": {"user_id": ["u1"], "item_id": ["nothing"]}}
+    answer = await http.post("/get-online-features", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["results"][2]["values"] == [False]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "mentioned"),
+    [
+        ({"entities": {"user_id": ["u1"]}}, 422, "features"),
+        ({"features": ["user_activity:clicks_7d"]}, 422, "entities"),
+        ({"features": ["user_activity:clicks_7d"], "entities": {}}, 422, "user_id"),
+        ({"features": ["user_activity:clicks_7d"], "entities": {"user_id": [1.5]}}, 422, "entities.user_id.0"),
+        ({"features": ["user_activity:nope"], "entities": {"user_id": ["u1"]}}, 404, "user_activity__nope"),
+        ({"feature_service": "nope", "entities": {"user_id": ["u1"]}}, 404, "ranking_v1"),
+        (
+            {"features": ["user_activity:clicks_7d"], "entities": {"user_id": ["u1"], "item_id": ["i1", "i2"]}},
+            422,
+            "as many values",
+        ),
+        (
+            {
+                "features": ["user_activity:clicks_7d", "item_activity:clicks_7d"],
+                "entities": {"user_id": ["u1"], "item_id": ["i1"]},
+            },
+            422,
+            "full_feature_names",
+        ),
+    ],
+)
+async def test_mistakes_in_feasts_protocol_are_problems(
+    http: httpx.AsyncClient, body: dict[str, Any], status: int, mentioned: str
+) -> None:
+    answer = await http.post("/get-online-features", json=body)
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
+    assert mentioned in answer.json()["detail"]
+
+
+def test_the_events_cover_all_that_is_compared(project: Project) -> None:
+    """Otherwise the comparisons above would compare zeros."""
+    assert len(names_of(project.events, "user_id")) > 8
+    assert len(names_of(project.events, "item_id")) > 8
+    assert all(len(many) > 20 for many in project.events.values())

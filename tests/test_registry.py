@@ -1,0 +1,547 @@
+"""`plan` and `apply`: what they say, what Feast knows afterwards, and who refuses to run without them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import feast
+import msgspec
+import pytest
+import structlog
+from feast.repo_operations import get_repo_files
+
+from features.plan import At, CodeChangedError, Derived, EntitySpec, Plan
+from features.program import Program
+from headrace.embedded import EmbeddedBroker
+from registry import apply as applying
+from registry.compile import PLAN_TAG, compile_to_feast
+from registry.definitions import DefinitionsError, compile_definitions
+from registry.settings import Settings
+from registry.store import NotAppliedPlanError, applied_plan, changes, load_plan, register
+from serving.app import create_app
+from store.connect import connect
+from store.keys import Keyspace
+from streams.decode import Decoder
+from tests.support.served import ROOT, SHARDS, catalogue, project_folder
+
+replace = msgspec.structs.replace
+KEYS = ("user_id", "item_id", "seller_id")
+"""Feast's own registry lists a stream view's entity key among its features."""
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[EmbeddedBroker]:
+    with EmbeddedBroker() as server:
+        yield server
+
+
+@pytest.fixture
+def settings(tmp_path: Path, redis_url: str, broker: EmbeddedBroker) -> Settings:
+    """A project where nothing is applied."""
+    return Settings(
+        repo=project_folder(tmp_path / "project"),
+        redis_url=redis_url,
+        kafka=broker.bootstrap_servers,
+        topics="auto",
+        shards=SHARDS,
+    )
+
+
+def apply(settings: Settings) -> applying.Applied:
+    return applying.apply(settings, connect(settings.redis_url.get_secret_value(), 10))
+
+
+def store_of(settings: Settings) -> feast.FeatureStore:
+    return feast.FeatureStore(str(settings.repo))
+
+
+def catalogue_of(store: feast.FeatureStore) -> dict[str, Any]:
+    """Everything that Feast's registry says of a project, as plain data that can be compared."""
+    registry, project = store.registry, store.project
+    found: dict[str, Any] = {"plan": registry.get_project(project).tags[PLAN_TAG]}
+    for entity in registry.list_entities(project):
+        if entity.name == "__dummy":  # Feast's own.
+            continue
+        found[f"entity {entity.name}"] = (entity.join_key, str(entity.value_type), entity.description, entity.tags)
+    for view in (*registry.list_stream_feature_views(project), *registry.list_on_demand_feature_views(project)):
+        schema = sorted((field.name, str(field.dtype), field.description, field.tags) for field in view.features)
+        found[f"view {view.name}"] = (type(view).__name__, view.description, view.owner, view.tags, schema)
+    for service in registry.list_feature_services(project):
+        projections = [
+            (each.name, [field.name for field in each.features]) for each in service.feature_view_projections
+        ]
+        found[f"service {service.name}"] = (service.description, service.owner, service.tags, projections)
+    for source in registry.list_data_sources(project):
+        found[f"source {source.name}"] = (type(source).__name__, source.description, source.tags)
+    return found
+
+
+# Applying
+
+
+def test_the_first_apply_registers_everything_and_the_second_has_nothing_to_do(settings: Settings) -> None:
+    plan, announced = applying.plan_changes(settings)
+    first = apply(settings)
+    assert first.changes == announced
+    assert {line[0] for line in first.changes} == {"+"}
+    assert {f"+ view {view.name}" for view in plan.views} <= set(first.changes)
+    assert {f"+ service {service.name}" for service in plan.services} <= set(first.changes)
+    assert first.records == 3 * SHARDS
+    registered = catalogue_of(store_of(settings))
+    second = apply(settings)
+    assert (second.changes, second.topics, second.records) == ([], [], 0)
+    assert applying.plan_changes(settings)[1] == []
+    assert catalogue_of(store_of(settings)) == registered
+    assert applied_plan(store_of(settings)) == plan
+
+
+def test_feast_describes_what_was_declared(settings: Settings) -> None:
+    plan = apply(settings).plan
+    store = store_of(settings)
+    assert {entity.name: entity.join_key for entity in store.list_entities()} == {
+        "user": "user_id",
+        "item": "item_id",
+        "seller": "seller_id",
+    }
+    views: dict[str, Any] = {
+        view.name: view for view in (*store.list_stream_feature_views(), *store.list_on_demand_feature_views())
+    }
+    assert set(views) == {view.name for view in plan.views}
+    registry: Any = store.registry
+    of_cross_views = {each.spec.name: each for each in registry.proto().on_demand_feature_views}
+    for spec in plan.views:
+        view = views[spec.name]
+        assert (view.description, view.owner) == (spec.doc, spec.owner)
+        assert spec.owner
+        assert spec.tags.items() <= view.tags.items()
+        # Feast writes what a field of an on-demand view is, and does not read it back: from_proto leaves it out.
+        fields = view.features if len(spec.entities) == 1 else of_cross_views[spec.name].spec.features
+        assert {field.name: field.description for field in fields if field.name not in KEYS} == {
+            feature.name: feature.doc for feature in plan.features.values() if feature.view == spec.name
+        }
+    for service in plan.services:
+        registered = store.get_feature_service(service.name)
+        assert (registered.description, registered.owner) == (service.doc, service.owner)
+        assert registered.tags == {**service.tags, "version": "1"}
+        projected = {
+            f"{each.name}__{field.name}" for each in registered.feature_view_projections for field in each.features
+        }
+        assert projected == set(service.features)
+    assert views["user_activity"].stream_source.name in ("impressions", "clicks", "likes")
+    assert views["user_activity"].tags["topics"].split(", ") == ["impressions", "clicks", "likes"]
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_changed_plan_leaves_every_view_that_it_still_has(settings: Settings, times: int) -> None:
+    """However often: deleting what is registered under the same name as what is applied would take it away.
+
+    Feast reads a cross view back as its own class, not as the subclass that was applied.
+    """
+    plan = apply(settings).plan
+    for number in range(times):
+        plan = with_service(plan, "ranking_v1", doc=f"Described anew {number}")
+        register(store_of(settings), plan, settings.kafka)
+    store = store_of(settings)
+    assert [view.name for view in store.list_on_demand_feature_views()] == ["user_item"]
+    assert {view.name for view in store.list_stream_feature_views()} == {
+        view.name for view in plan.views if view.name != "user_item"
+    }
+    assert store.get_feature_service("ranking_v1").description == f"Described anew {times - 1}"
+    assert applied_plan(store) == plan
+
+
+def test_what_is_no_longer_declared_disappears_from_feast(settings: Settings) -> None:
+    before = apply(settings).plan
+    after = replace(
+        before,
+        views=tuple(view for view in before.views if view.name not in ("seller_activity", "user_item")),
+        services=tuple(each for each in before.services if each.name == "feed_v1"),
+        entities=tuple(each for each in before.entities if each.name != "seller"),
+    )
+    register(store_of(settings), after, settings.kafka)
+    registered = catalogue_of(store_of(settings))
+    assert {name for name in registered if name.startswith(("view", "service", "entity"))} == {
+        "view item_activity",
+        "view user_activity",
+        "view user_history",
+        "view user_taste",
+        "service feed_v1",
+        "entity item",
+        "entity user",
+    }
+    register(store_of(settings), before, settings.kafka)
+    assert "view seller_activity" in catalogue_of(store_of(settings))
+
+
+def test_the_number_of_shards_is_fixed_by_the_first_apply(settings: Settings) -> None:
+    apply(settings)
+    other = settings.model_copy(update={"shards": SHARDS * 2})
+    for refused in (lambda: applying.plan_changes(other), lambda: apply(other)):
+        with pytest.raises(applying.ApplyError, match=f"HEADRACE_SHARDS={SHARDS * 2}.*set it to {SHARDS}"):
+            refused()
+    assert applied_plan(store_of(settings)) == catalogue()
+
+
+def test_records_that_redis_lost_are_initialised_again(settings: Settings) -> None:
+    apply(settings)
+    client: Any = connect(settings.redis_url.get_secret_value(), 10)
+    client.delete(Keyspace("headrace", SHARDS).commit_record("user", 1))
+    again = apply(settings)
+    assert (again.changes, again.records) == ([], 1)
+
+
+def test_a_broker_that_is_away_is_an_error_that_names_the_setting(settings: Settings, monkeypatch: Any) -> None:
+    monkeypatch.setattr(applying, "_KAFKA_TIMEOUT_MS", 500)
+    for topics in ("auto", "create"):
+        away = settings.model_copy(
+            update={"kafka": "127.0.0.1:1", "topics": topics, "kafka_options": {"log_level": "0"}}
+        )
+        with pytest.raises(applying.ApplyError, match=r"127\.0\.0\.1:1.*HEADRACE_KAFKA"):
+            applying.create_topics(away, catalogue())
+
+
+# What `plan` says
+
+
+def with_view(plan: Plan, name: str, **changed: Any) -> Plan:
+    return replace(plan, views=tuple(replace(view, **changed) if view.name == name else view for view in plan.views))
+
+
+def with_service(plan: Plan, name: str, **changed: Any) -> Plan:
+    return replace(
+        plan, services=tuple(replace(each, **changed) if each.name == name else each for each in plan.services)
+    )
+
+
+def with_feature(plan: Plan, view: str, feature: str, **changed: Any) -> Plan:
+    features = tuple(replace(spec, **changed) if spec.name == feature else spec for spec in plan.view(view).features)
+    return with_view(plan, view, features=features)
+
+
+def without_feature(plan: Plan, view: str, feature: str) -> Plan:
+    return with_view(plan, view, features=tuple(spec for spec in plan.view(view).features if spec.name != feature))
+
+
+CHANGES: list[tuple[Callable[[Plan], Plan], list[str]]] = [
+    (lambda plan: plan, []),
+    (lambda plan: with_view(plan, "user_activity", owner="feed"), ["~ view user_activity: owner ranking -> feed"]),
+    (
+        lambda plan: with_view(plan, "user_activity", doc="New words"),
+        ["~ view user_activity: doc What a user has been doing lately. -> New words"],
+    ),
+    (lambda plan: with_service(plan, "seller_v1", owner="x"), ["~ service seller_v1: owner marketplace -> x"]),
+    (
+        lambda plan: with_feature(plan, "user_activity", "price_mean", default=30.0),
+        ["~ feature user_activity.price_mean: default 25.0 -> 30.0"],
+    ),
+    (
+        lambda plan: with_feature(plan, "user_activity", "search_clicks", over=("24h", "7d")),
+        ["~ feature user_activity.search_clicks: over ('24h',) -> ('24h', '7d')"],
+    ),
+    (
+        lambda plan: with_feature(plan, "item_activity", "popularity_30m", half_life="1h"),
+        ["~ feature item_activity.popularity_30m: half_life 30m -> 1h"],
+    ),
+    (lambda plan: without_feature(plan, "user_history", "liked"), ["- feature user_history.liked"]),
+    (
+        lambda plan: replace(plan, entities=(*plan.entities, EntitySpec("shop", "shop_id", "90d"))),
+        ["+ entity shop"],
+    ),
+    (
+        lambda plan: replace(plan, services=tuple(each for each in plan.services if each.name != "seller_v1")),
+        ["- service seller_v1"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "lines"), CHANGES)
+def test_each_change_is_a_line_that_a_reader_understands(change: Callable[[Plan], Plan], lines: list[str]) -> None:
+    before = catalogue()
+    found = changes(before, change(before))
+    assert [line.replace("[", "(").replace("]", ")") for line in found] == lines
+
+
+def test_a_feature_that_a_service_loses_or_gains_is_named() -> None:
+    """Lists of sixty names that are cut at the same place say nothing."""
+    plan = catalogue()
+    names = plan.service("ranking_v1").features
+    for before, after in ((names, names[:-1]), (names[:-1], names), (names, names[:20] + names[21:])):
+        (moved,) = set(before) ^ set(after)
+        lines = changes(
+            with_service(plan, "ranking_v1", features=before), with_service(plan, "ranking_v1", features=after)
+        )
+        assert any(moved in line for line in lines), lines
+
+
+def test_a_new_order_of_features_is_a_change() -> None:
+    """It is another plan, with another fingerprint: `apply` must not say that it is applied while the old one is."""
+    plan = catalogue()
+    turned = with_view(plan, "user_taste", features=plan.view("user_taste").features[::-1])
+    assert turned.fingerprint != plan.fingerprint
+    assert changes(plan, turned)
+
+
+def test_changed_code_of_a_derived_feature_is_a_change() -> None:
+    plan = catalogue()
+    lines = changes(plan, with_feature(plan, "user_activity", "pace", fingerprint="0" * 12))
+    assert len(lines) == 1
+    assert lines[0].startswith("~ feature user_activity.pace: fingerprint")
+
+
+# Feast's own command and clients
+
+
+def test_feast_apply_registers_what_headrace_apply_does(settings: Settings, tmp_path: Path) -> None:
+    """The real command in a copy of the project, where .feastignore keeps it from what it should not import."""
+    apply(settings)
+    ours = catalogue_of(store_of(settings))
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for folder in ("features", "store", "registry", "streams", "serving", "headrace"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("feature_store.yaml", ".feastignore"):
+        shutil.copy(ROOT / file, copy)
+    broken = "raise SystemExit('imported what it should not')"
+    for stray in ("stray.py", "rstray.py", "stray/module.py", "tests/t.py", "registry/stray.py", "registry/f_stray.py"):
+        (copy / stray).parent.mkdir(exist_ok=True)
+        (copy / stray).write_text(broken)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")},
+        **settings.environment(),
+        "HEADRACE_REPO": str(copy),
+        "PYTHONPATH": str(copy),
+        "PYTHONWARNINGS": "ignore",
+        "FEAST_USAGE": "False",
+    }
+    program = "from feast.cli.cli import cli; cli()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "-c", str(copy), "apply"],
+        cwd=copy,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    theirs = catalogue_of(feast.FeatureStore(str(copy)))
+    assert theirs == ours
+
+
+def test_feast_imports_one_file_whatever_the_others_are_called(tmp_path: Path) -> None:
+    """Also one whose name begins as `registry` does: reports/, research.py, replay.py."""
+    shutil.copy(ROOT / ".feastignore", tmp_path)
+    wanted = "registry/feast_repo.py"
+    strays = (
+        *("stray.py", "stray/a.py", "r.py", "research.py", "reports/a.py", "regression.py", "registry_tools.py"),
+        *("registry/a.py", "registry/f.py", "registry/features.py", "registry/feast_tools.py", "registry/feast/a.py"),
+    )
+    for file in (wanted, *strays):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    found = [str(file.relative_to(tmp_path.resolve())) for file in get_repo_files(tmp_path.resolve())]
+    assert found == [wanted]
+
+
+def test_the_registry_is_read_by_feast_without_our_code(settings: Settings, tmp_path: Path) -> None:
+    apply(settings)
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "feature_store.yaml").write_text(
+        f"project: headrace\nprovider: local\nregistry: {settings.repo / 'data' / 'registry.db'}\n"
+        "online_store: {type: remote, path: 'http://127.0.0.1:1'}\nentity_key_serialization_version: 3\n"
+    )
+    program = textwrap.dedent("""
+        import importlib.util, json
+        for name in ("headrace", "features", "registry", "store", "serving"):
+            assert importlib.util.find_spec(name) is None, name
+        from feast import FeatureStore
+        store = FeatureStore(".")
+        print(json.dumps({
+            "entities": sorted(each.name for each in store.list_entities()),
+            "stream": sorted(each.name for each in store.list_stream_feature_views()),
+            "on demand": sorted(each.name for each in store.list_on_demand_feature_views()),
+            "services": sorted(each.name for each in store.list_feature_services()),
+            "sources": sorted(each.name for each in store.list_data_sources()),
+        }))
+    """)
+    site = str(Path(feast.__file__).resolve().parent.parent)
+    done = subprocess.run(
+        # -S and an own path leave out the editable install.
+        [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {site!r})\n{program}"],
+        cwd=folder,
+        env={"PATH": "/usr/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "entities": ["item", "seller", "user"],
+        "stream": ["item_activity", "seller_activity", "user_activity", "user_history", "user_taste"],
+        "on demand": ["user_item"],
+        "services": ["feed_v1", "ranking_v1", "seller_v1"],
+        "sources": ["clicks", "clicks_archive", "impressions", "impressions_archive", "likes", "likes_archive"],
+    }
+
+
+def test_the_objects_of_one_plan_are_the_same_every_time() -> None:
+    plan = catalogue()
+    first, second = compile_to_feast(plan, "k:1"), compile_to_feast(plan, "k:1")
+    assert list(first) == list(second)
+    assert first["project"].tags == second["project"].tags
+    assert Plan.decode(first["project"].tags[PLAN_TAG]) == plan
+
+
+# Who runs the applied plan
+
+
+def test_nothing_runs_before_apply(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(NotAppliedPlanError, match=r"nothing is applied in .*run `headrace apply` first"):
+        load_plan(settings)
+    with pytest.raises(FileNotFoundError, match=r"feature_store\.yaml.*HEADRACE_REPO"):
+        applying.plan_changes(settings.model_copy(update={"repo": tmp_path}))
+
+
+def test_a_folder_that_is_no_project_is_said_to_be_none(settings: Settings, tmp_path: Path) -> None:
+    """By those who run the plan too: an errno names no remedy."""
+    with pytest.raises(FileNotFoundError, match="HEADRACE_REPO"):
+        load_plan(settings.model_copy(update={"repo": tmp_path}))
+
+
+OWN_DEFINITIONS = '''
+from headrace import Entity, Event, agg, cross, derived, service, view
+from headrace.types import Array
+
+user = Entity("user", key="user_id", forget_after="90d")
+item = Entity("item", key="item_id", forget_after="90d")
+
+
+class Click(Event, topic="clicks"):
+    """A user opened an item."""
+
+    user_id: str
+    item_id: str
+
+
+@view(user)
+class UserThing:
+    """A user."""
+
+    clicks = agg.count(Click, over=["1h", "24h"])
+    seen = agg.last_k(Click, "item_id", 5)
+
+    @derived(clicks["1h"])
+    def doubled(clicks: Array) -> Array:
+        return clicks * {factor}
+
+
+@cross(user, item)
+class Pair:
+    """A pair."""
+
+    known = UserThing.seen.contains(item)
+
+
+own_v1 = service("own_v1", UserThing)
+pair_v1 = service("pair_v1", UserThing.clicks["1h"], Pair)
+'''
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], str]]:
+    """Writes a definitions package and returns its name; written again under its name, it is changed code."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names: set[str] = set()
+
+    def write(name: str, factor: int) -> str:
+        (tmp_path / f"{name}.py").write_text(OWN_DEFINITIONS.replace("{factor}", str(factor)))
+        sys.modules.pop(name, None)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        importlib.invalidate_caches()
+        import linecache
+
+        linecache.clearcache()
+        names.add(name)
+        return name
+
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_definitions_that_differ_from_what_is_applied_are_warned_of(
+    settings: Settings, own: Callable[[str, int], str]
+) -> None:
+    plan = apply(settings).plan
+    assert load_plan(settings) == plan
+    other = settings.model_copy(update={"definitions": own("own_differing", 2)})
+    with structlog.testing.capture_logs() as logs:
+        assert load_plan(other) == plan
+    (warning,) = logs
+    assert (warning["event"], warning["log_level"], warning["plan"]) == (
+        "definitions_differ",
+        "warning",
+        plan.fingerprint,
+    )
+    assert warning["changes"]
+    assert "headrace apply" in warning["remedy"]
+    with structlog.testing.capture_logs() as logs:
+        load_plan(settings)
+    assert logs == []
+
+
+async def test_changed_code_of_a_derived_feature_is_refused_by_name(
+    settings: Settings, own: Callable[[str, int], str]
+) -> None:
+    mine = settings.model_copy(update={"definitions": own("own_changing", 2)})
+    apply(mine)
+    plan = load_plan(mine)
+    assert Program(plan, plan.service("own_v1").features).entities == ("user",)
+    own("own_changing", 3)
+    assert "~ feature user_thing.doubled: fingerprint" in "\n".join(applying.plan_changes(mine)[1])
+    with pytest.raises(CodeChangedError, match=r"doubled .*own_changing:UserThing\.doubled.*headrace apply"):
+        Program(plan, plan.service("own_v1").features)
+    app = create_app(mine, plan)
+    with pytest.raises(CodeChangedError, match="doubled"):
+        async with app.router.lifespan_context(app):
+            pass
+
+
+def test_a_changed_contract_is_refused_by_the_stream_by_name() -> None:
+    plan = catalogue()
+    changed = replace(plan, events=tuple(replace(each, fingerprint="0" * 12) for each in plan.events))
+    with pytest.raises(CodeChangedError, match=r"contract Click .*headrace apply"):
+        Decoder(changed, 1, 0)
+
+
+def test_definitions_that_are_not_there_or_empty_are_refused(own: Callable[[str, int], str], tmp_path: Path) -> None:
+    with pytest.raises(DefinitionsError, match=r"HEADRACE_DEFINITIONS='no_such_package'.*PYTHONPATH"):
+        compile_definitions("no_such_package", "headrace", SHARDS)
+    (tmp_path / "own_empty.py").write_text("")
+    with pytest.raises(DefinitionsError, match="own_empty declares no service"):
+        compile_definitions("own_empty", "headrace", SHARDS)
+    (tmp_path / "own_needing.py").write_text("import something_that_is_not_installed\n")
+    with pytest.raises(ModuleNotFoundError, match="something_that_is_not_installed"):
+        compile_definitions("own_needing", "headrace", SHARDS)
+
+
+def test_an_own_packages_plan_is_applied_and_read_back(settings: Settings, own: Callable[[str, int], str]) -> None:
+    mine = settings.model_copy(update={"definitions": own("own_applied", 2)})
+    plan = apply(mine).plan
+    assert [service.name for service in plan.services] == ["own_v1", "pair_v1"]
+    assert load_plan(mine) == plan
+    assert {type(spec) for view in plan.views for spec in view.features} >= {Derived}
+    assert not any(isinstance(spec, At) for view in plan.views for spec in view.features)
+    program = Program(plan, plan.service("pair_v1").features)
+    assert set(program.entities) == {"user", "item"}, "who asks for a pair gives both ids"
