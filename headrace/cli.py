@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -195,10 +196,12 @@ def _settings() -> Settings:
         variable = f"HEADRACE_{str(first['loc'][0]).upper()}"
         shown = "" if variable == "HEADRACE_REDIS_URL" else f"={os.environ.get(variable, '')!r}"
         message = f"{variable}{shown}: {first['msg']}; see the settings in README.md"
-        raise ValueError(message) from None
+        raise ValueError(message) from error
     except SettingsError as error:
-        message = f"{error}; a value of several parts is JSON: see the settings in README.md"
-        raise ValueError(message) from None
+        field = re.search(r'field "(\w+)"', str(error))
+        variable = f"HEADRACE_{field[1].upper()}" if field else "a setting"
+        message = f"{variable} is no JSON, as a value of several parts must be: see the settings in README.md"
+        raise ValueError(message) from error
 
 
 def _pairs(option: str, given: list[str] | None) -> dict[str, str]:

@@ -12,7 +12,7 @@ from feast import FeatureStore
 
 from features.plan import Plan
 from registry.definitions import compile_definitions
-from registry.settings import DEAD_LETTER_SUFFIX, Settings
+from registry.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from registry.store import applied_plan, changes, project_of, register
 from store.commit import initialise
 from store.keys import Keyspace
@@ -77,7 +77,10 @@ def create_topics(settings: Settings, plan: Plan) -> list[str]:
     topics = [spec.topic for spec in plan.events]
     wanted = [
         *(_topic(settings, name, {"message.timestamp.type": "LogAppendTime"}) for name in topics),
-        *(_topic(settings, name + DEAD_LETTER_SUFFIX, {}) for name in topics),
+        *(
+            _topic(settings, name + DEAD_LETTER_SUFFIX, {"max.message.bytes": str(DEAD_LETTER_BYTES_MAX)})
+            for name in topics
+        ),
     ]
     if settings.topics == "auto":
         client = AdminClient(settings.librdkafka())

@@ -12,6 +12,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 DEAD_LETTER_SUFFIX: Final = ".dead-letter"
 """What a contract refuses goes to the topic's name with this."""
 
+DEAD_LETTER_BYTES_MAX: Final = 8_000_000
+"""Dead-letter topics take larger records than Kafka's default of 1 MB: a refused record and its headers."""
+
 
 class Settings(BaseSettings):
     """Where things are and how much of them; every field is a variable `HEADRACE_<FIELD>`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -180,14 +181,12 @@ class ContractDecoder:
     def _storable(self, event: Event) -> Event:
         """The event, if its columns can hold it: validators of a contract's own may return anything."""
         for name, kind in self._contract.kinds().items():
-            value = getattr(event, name)
+            value: Any = getattr(event, name)
             if value is None and not self._contract.model_fields[name].is_required():
                 continue
-            if not isinstance(value, _TYPES[kind]):
-                msg = f"{name}: a validator of the contract returned {type(value).__name__} for a field of type {kind}"
-                raise TypeError(msg)
-            if isinstance(value, str):
-                value.encode()
+            if not (isinstance(value, _TYPES[kind]) and _fits(name, kind, getattr(event, name))):
+                msg = f"{name}: a validator of the contract returned {value!r:.80}, which can't be kept as {kind}"
+                raise ValueError(msg)
         return event
 
     def _columns(self, found: list[Any], index: list[int]) -> Accepted:
@@ -201,6 +200,15 @@ class ContractDecoder:
             np.array([event.occurred_at for event in found], np.int64),
             fields,
         )
+
+
+def _fits(name: str, kind: Kind, value: Any) -> bool:
+    """Whether a value of the right type is within what every contract promises."""
+    if kind == "str":
+        return 1 <= len(value) <= TEXT_LENGTH_MAX and "\0" not in value and bool(value.encode())
+    if name == "occurred_at":
+        return bool(OLDEST_MS <= value <= NEWEST_MS)
+    return math.isfinite(value) and (kind != "int" or abs(value) <= WHOLE_MAX)
 
 
 def _reason(error: ValidationError) -> str:
@@ -220,7 +228,12 @@ def _compile(contract: type[Event]) -> Callable[[bytes], Any] | None:
     own = contract.__pydantic_decorators__
     if own.model_validators or own.root_validators or own.validators or set(own.field_validators) != {"_storable"}:
         return None
-    if contract.model_config != Event.model_config or contract.__pydantic_post_init__ is not None:
+    derived = contract.__mro__[: contract.__mro__.index(Event)]
+    if (
+        any("_storable" in vars(each) for each in derived)
+        or contract.model_config != Event.model_config
+        or contract.__pydantic_post_init__ is not None
+    ):
         return None
     fields: list[Any] = []
     for name, info in contract.model_fields.items():

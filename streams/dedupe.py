@@ -25,12 +25,13 @@ class Dedupe:
 
     def __init__(self, horizon_ms: int) -> None:
         self._horizon_ms = horizon_ms
-        self._runs: list[tuple[Hashes, Ints]] = []
+        self._runs: list[tuple[Hashes, Ints, int]] = []
+        """Sorted hashes, the latest time of each, and the latest of these."""
         self._spans: deque[tuple[int, int, int]] = deque()
         self._latest_ms = -1
 
     def __len__(self) -> int:
-        return sum(len(hashes) for hashes, _ in self._runs)
+        return sum(len(hashes) for hashes, _, _ in self._runs)
 
     def duplicates(self, start: int, hashes: Hashes, record_ms: Ints) -> NDArray[np.bool_]:
         """bool[n]: which records repeat an earlier one. Remembers them all; `start` is the first one's offset."""
@@ -41,7 +42,7 @@ class Dedupe:
         order = np.argsort(hashes, kind="stable")
         ordered, times = hashes[order], record_ms[order]
         seen_ms = np.full(len(hashes), -1, np.int64)
-        for known, known_ms in self._runs:
+        for known, known_ms, _ in self._runs:
             at = np.minimum(np.searchsorted(known, ordered), len(known) - 1)
             seen_ms = np.maximum(seen_ms, np.where(known[at] == ordered, known_ms[at], -1))
         first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
@@ -73,15 +74,15 @@ class Dedupe:
             self._spans.append((start, latest, self._latest_ms))
         while self._spans and self._spans[0][1] < forgotten_ms:
             self._spans.popleft()
-        self._runs = [(known, known_ms) for known, known_ms in self._runs if known_ms.max() >= forgotten_ms]
+        self._runs = [run for run in self._runs if run[2] >= forgotten_ms]
         # Runs of about the same length are merged, so that there are only ever about log2(n) of them.
         while self._runs and len(self._runs[-1][0]) <= 2 * len(hashes):
-            known, known_ms = self._runs.pop()
+            known, known_ms, _ = self._runs.pop()
             hashes, times = _merged(np.concatenate([known, hashes]), np.concatenate([known_ms, times]), forgotten_ms)
             if len(hashes) == 0:
                 break
         if len(hashes):
-            self._runs.append((hashes, times))
+            self._runs.append((hashes, times, int(times.max())))
 
 
 def _merged(hashes: Hashes, times: Ints, forgotten_ms: int) -> tuple[Hashes, Ints]:

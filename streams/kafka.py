@@ -12,7 +12,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from features.plan import Plan
-from registry.settings import DEAD_LETTER_SUFFIX, Settings
+from registry.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from store.commit import Position, read_record
 from store.keys import Keyspace
 from streams.chunk import Chunk, DeadLetter, Partition
@@ -20,6 +20,8 @@ from streams.chunk import Chunk, DeadLetter, Partition
 IDLE_S = 1.0
 """A partition without records says so this often, so that its shards' offsets move on."""
 _KAFKA_TIMEOUT_S = 15.0
+_LETTER_VALUE_BYTES_MAX = DEAD_LETTER_BYTES_MAX - 65_536
+"""What is longer is cut, with its length in a header: a letter that can't be written would stop the stream for good."""
 # confluent_kafka's public constants have these names.
 _PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
 
@@ -163,7 +165,12 @@ class DeadLetters:
     def __init__(self, settings: Settings) -> None:
         self._producer = Producer(
             settings.librdkafka(
-                **{"acks": "all", "linger.ms": 1, "message.max.bytes": 2_000_000, "message.timeout.ms": 15_000}
+                **{
+                    "acks": "all",
+                    "linger.ms": 1,
+                    "message.max.bytes": DEAD_LETTER_BYTES_MAX,
+                    "message.timeout.ms": 15_000,
+                }
             )
         )
         self._failed: list[str] = []
@@ -176,12 +183,17 @@ class DeadLetters:
         """
         for letter in dead_letters:
             origin = f"{letter.partition}/{letter.offset}"
+            value = letter.value
+            if value is not None and len(value) > _LETTER_VALUE_BYTES_MAX:
+                origin_length, value = len(value), value[:_LETTER_VALUE_BYTES_MAX]
+                log.warning("dead_letter_cut", origin=origin, bytes=origin_length, kept=len(value))
             headers: Any = {
                 "reason": letter.reason.encode(errors="backslashreplace"),
                 "origin": origin.encode(),
+                "original-bytes": str(len(letter.value or b"")).encode(),
                 "original-key": letter.key,
             }
-            self._produce(letter.partition.topic + DEAD_LETTER_SUFFIX, origin, letter.value, headers)
+            self._produce(letter.partition.topic + DEAD_LETTER_SUFFIX, origin, value, headers)
         if dead_letters and (self._producer.flush(_KAFKA_TIMEOUT_S) or self._failed):
             msg = f"dead letters could not be written: {self._failed[:3] or 'the broker did not answer'}"
             raise DeadLettersError(msg)

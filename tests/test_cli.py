@@ -245,7 +245,7 @@ def test_the_doctor_finds_a_redis_that_evicts(applied: Settings, run: Run) -> No
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("HEADRACE_SHARDS", "8"), ("HEADRACE_REDIS_URL", "nonsense"), ("HEADRACE_DEFINITIONS", "no_such_package")],
+    [("HEADRACE_SHARDS", "8"), ("HEADRACE_DEFINITIONS", "no_such_package")],
 )
 def test_the_doctor_examines_everything_whatever_is_wrong(
     applied: Settings, run: Run, variable: str, value: str
@@ -314,7 +314,7 @@ def test_a_broken_feature_store_yaml_is_one_line_that_names_it(settings: Setting
 def test_the_stack_trace_is_there_for_who_asks(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADRACE_TRACE", "1")
     monkeypatch.setenv("HEADRACE_SHARDS", "zero")
-    with pytest.raises(ValueError, match="shards"):
+    with pytest.raises(ValueError, match="HEADRACE_SHARDS"):
         cli.main()
 
 
