@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,9 @@ from store.commit import initialise
 from store.keys import Keyspace
 
 if TYPE_CHECKING:
-    from kafka.admin import KafkaAdminClient, NewTopic
+    from kafka.admin import NewTopic
 
-_KAFKA_TIMEOUT_MS = 15_000
+_KAFKA_TIMEOUT_S = 15.0
 
 
 class ApplyError(RuntimeError):
@@ -71,9 +72,6 @@ def create_topics(settings: Settings, plan: Plan) -> list[str]:
     Raises:
         ApplyError: if the broker can't be reached or refuses.
     """
-    from kafka.admin import KafkaAdminClient
-    from kafka.errors import KafkaError
-
     topics = [spec.topic for spec in plan.events]
     wanted = [
         *(_topic(settings, name, {"message.timestamp.type": "LogAppendTime"}) for name in topics),
@@ -82,26 +80,18 @@ def create_topics(settings: Settings, plan: Plan) -> list[str]:
             for name in topics
         ),
     ]
-    if settings.topics == "auto":
-        client = AdminClient(settings.librdkafka())
-        try:
-            for topic in wanted:
-                client.list_topics(topic.name, timeout=_KAFKA_TIMEOUT_MS / 1000)
-        except KafkaException as error:
-            raise _unreachable(settings, error) from error
-        return []
+    client = AdminClient(settings.librdkafka())
     try:
-        admin = KafkaAdminClient(
-            bootstrap_servers=settings.kafka.split(","), request_timeout_ms=_KAFKA_TIMEOUT_MS, **kafka_python(settings)
-        )
-        try:
-            there = set(admin.list_topics())
-            missing = [topic for topic in wanted if topic.name not in there]
-            return _create(admin, missing)
-        finally:
-            admin.close()
-    except KafkaError as error:
+        # Also the check whether Kafka is there: kafka-python takes twice as long to say so, and leaves sockets open.
+        there = client.list_topics(timeout=_KAFKA_TIMEOUT_S).topics
+        missing = [topic for topic in wanted if topic.name not in there]
+        if settings.topics == "auto":
+            for topic in missing:
+                client.list_topics(topic.name, timeout=_KAFKA_TIMEOUT_S)
+            return []
+    except KafkaException as error:
         raise _unreachable(settings, error) from error
+    return _create(settings, missing) if missing else []
 
 
 def _unreachable(settings: Settings, error: Exception) -> ApplyError:
@@ -133,14 +123,24 @@ def _topic(settings: Settings, name: str, configs: dict[str, str]) -> NewTopic:
     )
 
 
-def _create(admin: KafkaAdminClient, missing: list[NewTopic]) -> list[str]:
-    from kafka.errors import TopicAlreadyExistsError
+def _create(settings: Settings, missing: list[NewTopic]) -> list[str]:
+    from kafka.admin import KafkaAdminClient
+    from kafka.errors import KafkaError, TopicAlreadyExistsError
 
     created = []
-    for topic in missing:
+    try:
+        admin = KafkaAdminClient(
+            bootstrap_servers=settings.kafka.split(","),
+            request_timeout_ms=int(_KAFKA_TIMEOUT_S * 1000),
+            **kafka_python(settings),
+        )
         try:
-            admin.create_topics([topic])
-            created.append(topic.name)
-        except TopicAlreadyExistsError:
-            continue
+            for topic in missing:
+                with suppress(TopicAlreadyExistsError):
+                    admin.create_topics([topic])
+                    created.append(topic.name)
+        finally:
+            admin.close()
+    except KafkaError as error:
+        raise _unreachable(settings, error) from error
     return created

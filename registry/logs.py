@@ -20,6 +20,6 @@ def set_up_logs(*, as_json: bool) -> None:
             else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
+        # Not kept: standard error may be another file by the time of the next line.
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
     )

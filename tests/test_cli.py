@@ -299,7 +299,7 @@ def test_a_password_is_never_printed(applied: Settings, run: Run) -> None:
 
 
 def test_a_kafka_that_is_away_is_one_line(settings: Settings, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("registry.apply._KAFKA_TIMEOUT_MS", 500)
+    monkeypatch.setattr("registry.apply._KAFKA_TIMEOUT_S", 1.0)
     nobody = f"127.0.0.1:{free_port()}"
     for topics in ("auto", "create"):
         refused(run("apply", HEADRACE_KAFKA=nobody, HEADRACE_TOPICS=topics), nobody, "HEADRACE_KAFKA")

@@ -200,7 +200,7 @@ def test_records_that_redis_lost_are_initialised_again(settings: Settings) -> No
 
 
 def test_a_broker_that_is_away_is_an_error_that_names_the_setting(settings: Settings, monkeypatch: Any) -> None:
-    monkeypatch.setattr(applying, "_KAFKA_TIMEOUT_MS", 500)
+    monkeypatch.setattr(applying, "_KAFKA_TIMEOUT_S", 0.5)
     for topics in ("auto", "create"):
         away = settings.model_copy(
             update={"kafka": "127.0.0.1:1", "topics": topics, "kafka_options": {"log_level": "0"}}
