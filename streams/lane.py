@@ -182,8 +182,9 @@ class Lane:
                 positions[str(partition)] = Position(reached, position.horizon)
             new = shard.record.advanced(self._writer.token, positions)
             shard.committed_at_s = now_s
-            if rows or new != shard.record:
-                commits[name] = ShardCommit(self._keyspace.commit_record(*name), shard.record, new, rows)
+            # Also one that changes nothing: only so does an idle writer notice that it was superseded, or that Redis
+            # came back with less.
+            commits[name] = ShardCommit(self._keyspace.commit_record(*name), shard.record, new, rows)
         self._writer.commit(list(commits.values()))
         for name, commit in commits.items():
             self._shards[name].record = commit.new
