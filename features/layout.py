@@ -6,16 +6,13 @@ row of its own, so that a service that does not name it does not read it. Each i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-import msgspec
-
 from features.aggregations.base import Aggregation, Measure, Slot, Table
 from features.partials import AnyPartial, LatestText, Physical, Seen
-from features.plan import Feature, Plan, ViewSpec, digest, features_of
+from features.plan import Plan, ViewSpec, digest, features_of
 from features.times import MINUTE_MS, duration_ms, hop_ms
 
 
@@ -124,11 +121,6 @@ def slots_of(plan: Plan) -> dict[str, tuple[Family, list[tuple[int, int]]]]:
     return found
 
 
-def stored_features(plan: Plan) -> Iterator[Feature]:
-    """The features that keep state."""
-    return (feature for feature in plan.features.values() if isinstance(feature.spec, Aggregation))
-
-
 def _row_of(spec: Aggregation) -> str:
     return spec.slots()[0].table.row
 
@@ -152,13 +144,3 @@ def _with_recency(
 def _retention_ms(spec: Aggregation, forget_ms: int) -> int:
     longest = spec.windows[-1]
     return forget_ms if longest.unbounded else longest.width_ms + hop_ms(longest.width_ms) + MINUTE_MS
-
-
-def describe(family: Family) -> str:
-    """One line a table, for people: `headrace plan` and errors."""
-    return msgspec.json.encode(
-        [
-            [layout.table.by, [window.name for window in layout.table.windows], list(layout.physical)]
-            for layout in family.tables
-        ]
-    ).decode()
