@@ -10,9 +10,9 @@ for any query at or after that merge's `now`. See docs/decisions/0001-one-table-
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,67 +21,19 @@ from numpy.typing import NDArray
 
 from features import sketch
 from features.aggregations.base import Aggregation
+from features.fold import fold_runs, fold_tables
 from features.layout import Family, TableLayout
-from features.partials import DTYPES, Columns, Groups
+from features.partials import DTYPES
 from features.plan import Feature
-from features.texts import NO_TEXTS, hash64, unify
+from features.rows import Entries, Events, Index, Ints, Rows
+from features.texts import hash64, unify
 from features.times import TICK_MS, Window
 from features.values import Maps, Texts, Values, offsets_of
 
-Ints = NDArray[np.int64]
-Index = NDArray[np.intp]
+__all__ = ["SLACK_MS", "Entries", "Evaluator", "Events", "Merged", "Rows", "Totals", "evaluate", "merge"]
 
 SLACK_MS = 10_000
 """How far `merge`'s now stays behind the clock, so that a query at a slightly earlier `as_of` is still exact."""
-
-
-@dataclass(frozen=True)
-class Events:
-    """Events of one contract: of which row (intp[n]), when (int64[n], ms), and their fields by name.
-
-    A text field is a `pa.StringArray`, any other float64[n] with NaN for null.
-    """
-
-    rows: Index
-    times_ms: Ints
-    fields: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Entries:
-    """One table of many rows, sorted by row, bucket and start; `columns` are as the layout's `physical` says."""
-
-    rows: Index
-    buckets: NDArray[Any] | None
-    starts: Ints | None
-    columns: Columns
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, index: NDArray[Any]) -> Entries:
-        """The entries at an index or under a mask."""
-        return Entries(
-            self.rows[index],
-            None if self.buckets is None else self.buckets[index],
-            None if self.starts is None else self.starts[index],
-            tuple(column[index] for column in self.columns),
-        )
-
-
-@dataclass(frozen=True)
-class Rows:
-    """All state of `n` entities in one family. Text columns and buckets are codes: positions in `texts`."""
-
-    n: int
-    last_event_ms: Ints
-    tables: tuple[Entries, ...]
-    texts: pa.StringArray
-
-    @classmethod
-    def empty(cls, family: Family, n: int) -> Rows:
-        """Rows of entities never seen."""
-        return cls(n, np.full(n, -1, np.int64), tuple(_no_entries(layout) for layout in family.tables), NO_TEXTS)
 
 
 @dataclass(frozen=True)
@@ -111,13 +63,16 @@ def merge(family: Family, rows: Rows, events: Mapping[str, Events], now_ms: int)
     for layout, state in zip(family.tables, rows.tables, strict=True):
         arrived = fresh.entries(layout) if spilled is None else spilled
         merged = _reduce(layout, _concat(_recode(layout, state, codes[None]), arrived), now_ms)
-        kept, out = _enforce_bound(layout, merged)
+        kept, out, buckets_out = _enforce_bound(layout, merged)
         spilled = None
         if layout.table.bucket == "hash":
-            spilled = replace(out, buckets=sketch.cells(np.asarray(out.buckets, np.uint64)))
+            # The next table is that of the sketch.
+            out = out or merged.take(np.zeros(0, np.intp))
+            cells = sketch.cells(np.asarray(out.buckets, np.uint64))
+            spilled = Entries.of_table(out.rows, cells, out.starts, out.table, out.dtypes)
         elif layout.table.row == "":
             # What falls out of a last_k is no loss, so only shared buckets count as evicted.
-            evicted += _runs(out)
+            evicted += buckets_out
         tables.append(kept)
     last_event_ms = rows.last_event_ms.copy()
     for each in relevant.values():
@@ -125,31 +80,59 @@ def merge(family: Family, rows: Rows, events: Mapping[str, Events], now_ms: int)
     return Merged(Rows(rows.n, last_event_ms, tuple(tables), texts), evicted)
 
 
-def evaluate(
-    family: Family, rows: Rows, features: Iterable[tuple[Feature, list[tuple[int, int]]]], now_ms: int
-) -> dict[str, Values]:
-    """The values of features at `now_ms`, by full name.
+class Evaluator:
+    """Features of one family, ready to be evaluated for any rows.
 
     Args:
         family: what the rows are.
-        rows: the state of n entities.
         features: which, each with the (table, partial) of its slots: see `features.layout.slots_of`.
-        now_ms: query time, not before the `now_ms` of any merge that made the rows.
     """
-    tables = [
-        _TableState(layout, entries, rows, now_ms) for layout, entries in zip(family.tables, rows.tables, strict=True)
-    ]
-    values: dict[str, Values] = {}
-    for feature, slots in features:
-        spec, window = feature.spec, feature.window
-        assert isinstance(spec, Aggregation)  # noqa: S101  # for the type checker: slots_of has no others
-        assert window is not None  # noqa: S101  # as above
-        parts = tuple(_Slice(tables[table], partial) for table, partial in slots)
-        value = spec.value(window, parts, now_ms)
-        if spec.by is not None:
-            value = _by_bucket(parts[0], np.asarray(value), spec.without_events)
-        values[feature.full_name] = fill_default(value, feature.default)
-    return values
+
+    def __init__(self, family: Family, features: Iterable[tuple[Feature, list[tuple[int, int]]]]) -> None:
+        self._family = family
+        self._wanted: dict[str, _Wanted] = {}
+        for feature, slots in features:
+            assert isinstance(feature.spec, Aggregation)  # noqa: S101  # for the type checker: slots_of has no others
+            assert feature.window is not None  # noqa: S101  # as above
+            wanted = self._wanted.setdefault(feature.spec.name, _Wanted(feature.spec, slots, {}))
+            wanted.names[feature.spec.windows.index(feature.window)] = feature.full_name
+        tables = {table for wanted in self._wanted.values() for table, _ in wanted.slots}
+        self._read = np.array([table in tables for table in range(len(family.tables))], bool)
+
+    def __call__(self, rows: Rows, now_ms: int) -> dict[str, Values]:
+        """The values at `now_ms` by full name: not before the `now_ms` of any merge that made the rows."""
+        return self.values(Totals.of(self._family, rows, self._read, now_ms), now_ms)
+
+    def values(self, totals: Totals, now_ms: int) -> dict[str, Values]:
+        """The values that follow from totals as of `now_ms`."""
+        values: dict[str, Values] = {}
+        for wanted in self._wanted.values():
+            spec, parts = wanted.spec, tuple(_Slice(totals.tables[table], partial) for table, partial in wanted.slots)
+            found = spec.values(parts, now_ms)
+            if spec.default is not None:
+                found = [fill_default(value, spec.default) for value in found]
+            for index, name in wanted.names.items():
+                value = found[index]
+                if spec.by is not None:
+                    value = _by_bucket(parts[0], np.asarray(value), spec.without_events)
+                values[name] = value
+        return values
+
+
+def evaluate(
+    family: Family, rows: Rows, features: Iterable[tuple[Feature, list[tuple[int, int]]]], now_ms: int
+) -> dict[str, Values]:
+    """The values of features at `now_ms`, by full name: see `Evaluator`, which does it again and again."""
+    return Evaluator(family, features)(rows, now_ms)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """An aggregation, the (table, partial) of its slots, and the names of the windows wanted by their position."""
+
+    spec: Aggregation
+    slots: list[tuple[int, int]]
+    names: dict[int, str]
 
 
 def fill_default(values: Values, default: float | str | None) -> Values:
@@ -180,7 +163,7 @@ class _Fresh:
             for name in dict.fromkeys(measure.event for _, measure in layout.partials)
             if name in self._events
         ]
-        return _concat(*found) if found else _no_entries(layout)
+        return _concat(*found) if found else Entries.of_lines(layout, np.zeros((layout.n_lines, 0), np.int64))
 
     def _of_contract(self, layout: TableLayout, name: str) -> Entries:
         table, events = layout.table, self._events[name]
@@ -249,30 +232,28 @@ def _recode(layout: TableLayout, entries: Entries, codes: Ints) -> Entries:
     if layout.table.bucket != "text" and "text" not in layout.physical:
         return entries
     lookup = np.append(codes, -1)
-    return Entries(
-        entries.rows,
-        lookup[entries.buckets] if layout.table.bucket == "text" else entries.buckets,
-        entries.starts,
-        tuple(
-            lookup[column] if kind == "text" else column
-            for column, kind in zip(entries.columns, layout.physical, strict=True)
-        ),
-    )
+    table = entries.table.copy()
+    for column, kind in zip(table, layout.physical, strict=True):
+        if kind == "text":
+            column[:] = lookup[column]
+    buckets = lookup[entries.buckets] if layout.table.bucket == "text" else entries.buckets
+    return Entries.of_table(entries.rows, buckets, entries.starts, table, layout.dtypes)
 
 
 def _concat(*parts: Entries) -> Entries:
     if len(parts) == 1:
         return parts[0]
-    return Entries(
+    return Entries.of_table(
         np.concatenate([part.rows for part in parts]),
         None if parts[0].buckets is None else np.concatenate([part.buckets for part in parts]),
         None if parts[0].starts is None else np.concatenate([part.starts for part in parts]),
-        tuple(np.concatenate(columns) for columns in zip(*(part.columns for part in parts), strict=True)),
+        np.concatenate([part.table for part in parts], axis=1),
+        parts[0].dtypes,
     )
 
 
 def _reduce(layout: TableLayout, entries: Entries, now_ms: int) -> Entries:
-    """Ages tiles, drops what every window has left, and combines entries of one key."""
+    """Ages tiles, drops what every window has left, and folds entries of one key."""
     table = layout.table
     if entries.starts is not None:
         entries = _age(table.windows, entries, now_ms)
@@ -280,17 +261,18 @@ def _reduce(layout: TableLayout, entries: Entries, now_ms: int) -> Entries:
         entries = entries.take(entries.columns[0] >= table.windows[-1].tail_ticks(now_ms))
     if len(entries) == 0:
         return entries
-    entries = entries.take(_order(entries))
-    first = np.flatnonzero(_new_key(entries))
-    if len(first) == len(entries):
-        return entries
-    groups = Groups(first, len(entries))
-    columns = tuple(
-        column
-        for (partial, _), where in zip(layout.partials, layout.slices, strict=True)
-        for column in partial.combine(entries.columns[where], groups)
+    order = _order(entries)
+    new = _new_key(entries, order)
+    first = order[new]
+    runs = np.empty(len(entries), np.int64)
+    runs[order] = np.cumsum(new) - 1
+    return Entries.of_table(
+        entries.rows[first],
+        None if entries.buckets is None else entries.buckets[first],
+        None if entries.starts is None else entries.starts[first],
+        fold_runs(layout.operations, layout.empty, entries.table, runs, len(first)),
+        layout.dtypes,
     )
-    return replace(entries.take(first), columns=columns)
 
 
 def _age(windows: tuple[Window, ...], entries: Entries, now_ms: int) -> Entries:
@@ -302,7 +284,9 @@ def _age(windows: tuple[Window, ...], entries: Entries, now_ms: int) -> Entries:
     if finest.max(initial=0) == len(tails):
         held = finest < len(tails)
         entries, starts, finest = entries.take(held), starts[held], finest[held]
-    return replace(entries, starts=starts - starts % hops[finest])
+    return Entries.of_table(
+        entries.rows, entries.buckets, starts - starts % hops[finest], entries.table, entries.dtypes
+    )
 
 
 def _order(entries: Entries) -> Index:
@@ -318,31 +302,26 @@ def _order(entries: Entries) -> Index:
     return np.argsort((entries.rows << 32) | entries.starts, kind="stable")
 
 
-def _new_key(entries: Entries) -> NDArray[np.bool_]:
-    """bool[entries]: where the key differs from the entry's before it."""
+def _new_key(entries: Entries, order: Index | slice = slice(None), *, of_tiles: bool = True) -> NDArray[np.bool_]:
+    """bool[entries]: where, in that order, the key (without `of_tiles`: row and bucket) differs from the one before."""
     new = np.ones(len(entries), bool)
-    new[1:] = entries.rows[1:] != entries.rows[:-1]
-    for key in (entries.buckets, entries.starts):
+    new[1:] = False
+    for key in (entries.rows, entries.buckets, entries.starts if of_tiles else None):
         if key is not None:
-            new[1:] |= key[1:] != key[:-1]
+            ordered = key[order]
+            new[1:] |= ordered[1:] != ordered[:-1]
     return new
 
 
-def _runs(entries: Entries) -> int:
-    """How many (row, bucket) pairs there are."""
-    return int(np.count_nonzero(_new_key(replace(entries, starts=None))))
-
-
-def _enforce_bound(layout: TableLayout, entries: Entries) -> tuple[Entries, Entries]:
-    """The entries of the `bound` buckets a row that were seen latest, and the others."""
-    bound, none = layout.table.bound, entries.take(np.zeros(0, np.intp))
+def _enforce_bound(layout: TableLayout, entries: Entries) -> tuple[Entries, Entries | None, int]:
+    """The entries of the `bound` buckets a row that were seen latest, the others, and how many buckets these are."""
+    bound = layout.table.bound
     if bound is None or len(entries) == 0:
-        return entries, none
-    first = np.flatnonzero(_new_key(replace(entries, starts=None)))
+        return entries, None, 0
+    first = np.flatnonzero(_new_key(entries, of_tiles=False))
     rows = entries.rows[first]
     if np.bincount(rows).max() <= bound:
-        return entries, none
-    groups = Groups(first, len(entries))
+        return entries, None, 0
     times = [entries.columns[index] for index in layout.recency]
     seen = np.maximum.reduceat(np.maximum.reduce(times), first)
     assert entries.buckets is not None  # noqa: S101  # for the type checker: only tables with buckets have a bound
@@ -350,92 +329,71 @@ def _enforce_bound(layout: TableLayout, entries: Entries) -> tuple[Entries, Entr
     ends = np.searchsorted(rows, rows, side="right")
     kept = np.zeros(len(first), bool)
     kept[latest_last] = ends[latest_last] - np.arange(len(first)) <= bound
-    of_entry = kept[groups.ids]
-    return entries.take(of_entry), entries.take(~of_entry)
+    of_entry = np.repeat(kept, np.diff(first, append=len(entries)))
+    return entries.take(of_entry), entries.take(~of_entry), len(first) - int(kept.sum())
 
 
-def _no_entries(layout: TableLayout) -> Entries:
-    buckets = {
-        "text": np.zeros(0, np.int64),
-        "cell": np.zeros(0, np.int64),
-        "hash": np.zeros(0, np.uint64),
-        None: None,
-    }[layout.table.bucket]
-    starts = np.zeros(0, np.int64) if layout.table.starts else None
-    return Entries(np.zeros(0, np.intp), buckets, starts, tuple(np.zeros(0, DTYPES[kind]) for kind in layout.physical))
+class Totals:
+    """The partials of all groups of many rows over every window, as of some time."""
+
+    def __init__(self, n_rows: int, tables: list[_TableTotals]) -> None:
+        self.n_rows = n_rows
+        self.tables = tables
+
+    @classmethod
+    def of(cls, family: Family, rows: Rows, wanted: NDArray[np.bool_], now_ms: int) -> Totals:
+        """The totals of those tables that are wanted: bool[tables]."""
+        folding = family.folding
+        totals, n_groups, firsts = fold_tables(
+            rows.pool,
+            rows.sizes,
+            wanted,
+            folding.shapes,
+            folding.operations,
+            folding.empty,
+            folding.is_float,
+            folding.windows,
+            now_ms,
+            rows.n,
+        )
+        tables, at, first_at = [], 0, 0
+        for index, (layout, groups) in enumerate(zip(family.tables, n_groups.tolist(), strict=True)):
+            end = at + layout.totals_shape[0] * layout.totals_shape[1] * groups
+            of_table = totals[at:end].reshape(*layout.totals_shape, groups)
+            first = firsts[first_at : first_at + groups] if layout.table.bucket else None
+            tables.append(_TableTotals(layout, rows, index, of_table, first))
+            at = end
+            first_at += len(first) if first is not None else 0
+        return cls(rows.n, tables)
 
 
-class _TableState:
-    """A table of many rows at query time: its groups, and which entries each window selects."""
+class _TableTotals:
+    """A table's totals: float64[columns, windows, groups], and what the groups are."""
 
-    def __init__(self, layout: TableLayout, entries: Entries, rows: Rows, now_ms: int) -> None:
-        self.layout = layout
-        self.entries = entries
-        self.n_rows = rows.n
-        self.texts = rows.texts
-        self._now_ms = now_ms
-        self._windows: dict[Window, tuple[NDArray[Any], Groups, Index]] = {}
-        self._values: dict[tuple[Window, int], Columns] = {}
-
-    @cached_property
-    def _first(self) -> Index:
-        """The first entry of each (row, bucket) run."""
-        return np.flatnonzero(_new_key(replace(self.entries, starts=None)))
+    def __init__(
+        self, layout: TableLayout, rows: Rows, index: int, totals: NDArray[np.float64], first: Index | None
+    ) -> None:
+        self.slices, self.totals = layout.slices, totals
+        self.n_rows, self.texts = rows.n, rows.texts
+        self._rows, self._index, self._first = rows, index, first
 
     @cached_property
     def rows(self) -> Index:
         """The row of each group."""
-        return np.arange(self.n_rows) if self.entries.buckets is None else self.entries.rows[self._first]
+        return np.arange(self.n_rows) if self._first is None else self._rows.tables[self._index].rows[self._first]
 
     @cached_property
     def buckets(self) -> NDArray[Any]:
         """The bucket of each group."""
-        assert self.entries.buckets is not None  # noqa: S101  # for the type checker: asked of tables with buckets only
-        return self.entries.buckets[self._first]
-
-    @cached_property
-    def _group(self) -> Index:
-        """The group of each entry."""
-        return self.entries.rows if self.entries.buckets is None else Groups(self._first, len(self.entries)).ids
-
-    def _selection(self, window: Window) -> tuple[NDArray[Any], Groups, Index]:
-        """The window's entries, their runs of equal group, and the group of each run."""
-        if window not in self._windows:
-            starts = self.entries.starts
-            if starts is None:
-                inside = np.arange(len(self.entries))
-            else:
-                # Of the future, only the tile that holds now has begun.
-                inside = np.flatnonzero(
-                    (starts >= window.tail_ticks(self._now_ms)) & (starts <= self._now_ms // TICK_MS)
-                )
-            group = self._group[inside]
-            first = np.flatnonzero(np.diff(group, prepend=-1))
-            self._windows[window] = inside, Groups(first, len(group)), group[first]
-        return self._windows[window]
-
-    def over(self, window: Window, partial_index: int) -> Columns:
-        """The combined partial of each group over the window."""
-        if (window, partial_index) not in self._values:
-            partial = self.layout.partials[partial_index][0]
-            inside, groups, present = self._selection(window)
-            result = tuple(
-                np.full(len(self.rows), empty, DTYPES[kind])
-                for empty, kind in zip(partial.empty, partial.physical, strict=True)
-            )
-            if len(inside):
-                columns = tuple(column[inside] for column in self.entries.columns[self.layout.slices[partial_index]])
-                for column, combined in zip(result, partial.combine(columns, groups), strict=True):
-                    column[present] = combined
-            self._values[window, partial_index] = result
-        return self._values[window, partial_index]
+        buckets = self._rows.tables[self._index].buckets
+        assert buckets is not None  # noqa: S101  # for the type checker: asked of tables with buckets only
+        return buckets[self._first]
 
 
-@dataclass(frozen=True)
-class _Slice:
+class _Slice(NamedTuple):
     """One slot of a table: the kernel's side of `features.aggregations.base.Part`."""
 
-    table: _TableState
+    table: _TableTotals
     partial: int
 
     @property
@@ -454,8 +412,9 @@ class _Slice:
     def texts(self) -> pa.StringArray:
         return self.table.texts
 
-    def over(self, window: Window) -> Columns:
-        return self.table.over(window, self.partial)
+    @property
+    def totals(self) -> NDArray[np.float64]:
+        return self.table.totals[self.table.slices[self.partial]]
 
 
 def _by_bucket(part: _Slice, values: NDArray[np.float64], nothing: float) -> Maps:

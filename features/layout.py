@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
+from numpy.typing import NDArray
+
 from features.aggregations.base import Aggregation, Measure, Slot, Table
-from features.partials import AnyPartial, LatestText, Physical, Seen
+from features.fold import operations
+from features.partials import DTYPES, AnyPartial, LatestText, Physical, Seen
 from features.plan import Plan, ViewSpec, digest, features_of
 from features.times import MINUTE_MS, duration_ms, hop_ms
 
@@ -37,9 +41,52 @@ class TableLayout:
         return tuple(kind for partial, _ in self.partials for kind in partial.physical)
 
     @cached_property
+    def dtypes(self) -> tuple[type[np.generic], ...]:
+        """The dtype of each column."""
+        return tuple(DTYPES[kind] for kind in self.physical)
+
+    @cached_property
+    def n_lines(self) -> int:
+        """How many numbers an entry is in memory: its row, its start and bucket where it has them, and its columns."""
+        return 1 + self.table.starts + (self.table.bucket is not None) + len(self.physical)
+
+    @cached_property
+    def totals_shape(self) -> tuple[int, int]:
+        """Columns, and windows: one where entries are no tiles."""
+        return len(self.physical), len(self.table.windows) if self.table.starts else 1
+
+    @cached_property
+    def operations(self) -> NDArray[np.int64]:
+        """How its partials are folded: see `features.fold.operations`."""
+        return operations(tuple(partial for partial, _ in self.partials))
+
+    @cached_property
+    def empty(self) -> NDArray[np.int64]:
+        """int64[columns]: the identity of each column, of floats the bits."""
+        values = [value for partial, _ in self.partials for value in partial.empty]
+        bits = [np.array(value, dtype).view(np.int64) for value, dtype in zip(values, self.dtypes, strict=True)]
+        return np.array(bits, np.int64)
+
+    @cached_property
+    def is_float(self) -> NDArray[np.bool_]:
+        """bool[columns]: which hold the bits of a float64."""
+        return np.array([dtype is np.float64 for dtype in self.dtypes], bool)
+
+    @cached_property
     def recency(self) -> tuple[int, ...]:
         """The columns that say when a bucket was seen."""
         return tuple(index for index, kind in enumerate(self.physical) if kind in ("time", "tick"))
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Plain arrays, one after the other for all tables: see `features.fold.fold_tables`."""
+
+    shapes: NDArray[np.int64]
+    operations: NDArray[np.int64]
+    empty: NDArray[np.int64]
+    is_float: NDArray[np.bool_]
+    windows: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -51,6 +98,40 @@ class Family:
     key: str
     tables: tuple[TableLayout, ...]
     retention_ms: int
+
+    def __hash__(self) -> int:
+        return self.tag
+
+    @cached_property
+    def folding(self) -> Folding:
+        """All its tables as `features.fold.fold_tables` takes them."""
+        layouts = self.tables
+        return Folding(
+            np.array(
+                [
+                    (
+                        each.n_lines,
+                        each.table.starts,
+                        each.table.bucket is not None,
+                        *each.totals_shape,
+                        len(each.operations),
+                    )
+                    for each in layouts
+                ],
+                np.int64,
+            ),
+            np.concatenate([each.operations for each in layouts]),
+            np.concatenate([each.empty for each in layouts]),
+            np.concatenate([each.is_float for each in layouts]),
+            np.array(
+                [
+                    (window.width_ms, hop_ms(window.width_ms))
+                    for each in layouts
+                    for window in each.table.windows[: each.totals_shape[1]]
+                ],
+                np.int64,
+            ),
+        )
 
     @cached_property
     def measures(self) -> tuple[Measure, ...]:

@@ -11,10 +11,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from features.aggregations import Last
-from features.kernel import Rows, evaluate, fill_default
+from features.kernel import Evaluator, Rows, fill_default
 from features.layout import Family, slots_of
 from features.plan import At, Contains, Derived, Feature, Plan, arguments, find_function
-from features.texts import unify
+from features.texts import buffers, find
 from features.times import TICK_MS
 from features.values import Floats, Lists, Maps, Texts, Values
 
@@ -60,12 +60,13 @@ class Program:
         for feature in self.features:
             _collect(plan, feature, needed)
         slots = slots_of(plan)
-        families: dict[str, tuple[Family, list[tuple[Feature, list[tuple[int, int]]]]]] = {}
+        stored: dict[str, tuple[Family, list[tuple[Feature, list[tuple[int, int]]]]]] = {}
         for name, feature in needed.items():
             if name in slots:
                 family, where = slots[name]
-                families.setdefault(family.name, (family, []))[1].append((feature, where))
-        self._stored = tuple(families.values())
+                stored.setdefault(family.name, (family, []))[1].append((feature, where))
+        self._stored = tuple(stored.values())
+        self._evaluators = tuple((family, Evaluator(family, features)) for family, features in self._stored)
         self._computed = tuple(feature for name, feature in needed.items() if name not in slots)
         self._entities = {name: feature.entities for name, feature in needed.items()}
         self._functions: dict[str, Callable[..., Any]] = {
@@ -86,11 +87,11 @@ class Program:
         found: dict[str, NDArray[np.bool_]] = {}
         last_event_ms: dict[str, NDArray[np.int64]] = {}
         values: dict[str, Values] = {}
-        for family, features in self._stored:
+        for family, evaluator in self._evaluators:
             state = rows[family.name]
             latest = np.maximum(last_event_ms.get(family.entity, -1), state.last_event_ms)
             last_event_ms[family.entity], found[family.entity] = latest, latest >= 0
-            values |= evaluate(family, state, features, now_ms)
+            values |= evaluator(state, now_ms)
         for entity, fields in asked.overrides.items():
             for field, column in fields.items():
                 if (entity, field) in self._last:
@@ -138,12 +139,11 @@ class Program:
         n = len(args[0]) if args else 0
         try:
             result = np.asarray(self._functions[feature.full_name](*args), np.float64)
-            column: Floats = np.broadcast_to(result, (n,)).copy()
+            column = result if result.shape == (n,) else np.broadcast_to(result, (n,))
         except Exception as error:
             msg = f"{feature.full_name}: its function failed on {n} rows: {type(error).__name__}: {error}"
             raise DerivedFeatureError(msg) from error
-        column[np.isinf(column)] = np.nan
-        return fill_default(column, spec.default)
+        return fill_default(np.where(np.isinf(column), np.nan, column), spec.default)
 
     def _look_up(
         self, spec: At | Contains, target: tuple[str, ...], values: Mapping[str, Values], asked: Asked
@@ -153,26 +153,19 @@ class Program:
         assert isinstance(of, Maps | Lists)  # noqa: S101  # for the type checker: checked when the plan is compiled
         if isinstance(spec, Contains):
             holder, wanted = spec.entity, asked.ids[spec.entity]
+            codes = np.arange(len(wanted))
         else:
             key, holder = values[spec.key], self._entities[spec.key][0]
             assert isinstance(key, Texts)  # noqa: S101  # as above
-            wanted = key.array()
-        _, (of_codes, wanted_codes) = unify([of.texts, wanted])
-        stride = len(of.texts) + len(wanted) + 1
-        entries = np.repeat(np.arange(len(of.offsets) - 1), np.diff(of.offsets)) * stride + of_codes[of.codes]
+            wanted, codes = key.texts, key.codes
         if target != (holder,):
-            wanted_codes = wanted_codes[asked.pairs[holder]]
+            codes = codes[asked.pairs[holder]]
         owners = np.arange(len(asked.ids[owner])) if target == (owner,) else asked.pairs[owner]
-        queries = owners * stride + wanted_codes
+        at: Index = find(of.offsets, of.codes, *buffers(of.texts), owners, codes, *buffers(wanted))
         if isinstance(of, Lists):
-            return np.isin(queries, entries).astype(np.float64)
-        order = np.argsort(entries)
-        at = np.searchsorted(entries[order], queries)
-        hit = (wanted_codes >= 0) & (at < len(entries))
-        hit[hit] = entries[order][at[hit]] == queries[hit]
-        result = np.full(len(queries), of.nothing)
-        result[hit] = of.values[order][at[hit]]
-        return result
+            return (at >= 0).astype(np.float64)
+        # A place more, which -1 looks up.
+        return np.append(of.values, of.nothing)[at]
 
 
 def _override(values: Values, column: Any) -> Values:

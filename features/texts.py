@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from features.fold import compiled
+
 Ints = NDArray[np.int64]
 NO_TEXTS: Final = pa.array([], pa.string())
 _MIX_A: Final = np.uint64(0x9E3779B97F4A7C15)
@@ -42,13 +44,58 @@ def buffers(texts: pa.StringArray) -> tuple[Ints, NDArray[np.uint8]]:
     return offsets.astype(np.int64) - int(offsets[0]), data[offsets[0] : offsets[-1]]
 
 
-def from_buffers(offsets: Ints, data: NDArray[np.uint8]) -> pa.StringArray:
+def from_buffers(offsets: NDArray[np.int32], data: NDArray[np.uint8]) -> pa.StringArray:
     """The inverse of `buffers`."""
     return pa.StringArray.from_buffers(
         len(offsets) - 1,
-        pa.py_buffer(offsets.astype(np.int32)),
+        pa.py_buffer(offsets),
         pa.py_buffer(np.ascontiguousarray(data)),
     )
+
+
+@compiled  # type: ignore[untyped-decorator]  # numba has no types
+def find(
+    offsets: Ints,
+    codes: Ints,
+    text_offsets: Ints,
+    text_data: NDArray[np.uint8],
+    lists: Ints,
+    wanted: Ints,
+    wanted_offsets: Ints,
+    wanted_data: NDArray[np.uint8],
+) -> Ints:
+    """Looks texts up in lists of texts.
+
+    Args:
+        offsets: int64[lists + 1], where each list begins in `codes`.
+        codes: int64[…], the lists' texts.
+        text_offsets: int64[texts + 1] into `text_data`, as `buffers` gives both.
+        text_data: uint8[bytes].
+        lists: int64[n], the list to look in.
+        wanted: int64[n], the text to look for, by its place among the wanted texts; -1 for none.
+        wanted_offsets: as `text_offsets`, of the wanted texts.
+        wanted_data: uint8[bytes].
+
+    Returns:
+        int64[n], the first place in `codes`, -1 where the text is not in the list.
+    """
+    places = np.full(len(wanted), -1, np.int64)
+    for index in range(len(wanted)):
+        if wanted[index] < 0:
+            continue
+        first = wanted_offsets[wanted[index]]
+        length = wanted_offsets[wanted[index] + 1] - first
+        for place in range(offsets[lists[index]], offsets[lists[index] + 1]):
+            begin = text_offsets[codes[place]]
+            if text_offsets[codes[place] + 1] - begin != length:
+                continue
+            same = 0
+            while same < length and text_data[begin + same] == wanted_data[first + same]:
+                same += 1
+            if same == length:
+                places[index] = place
+                break
+    return places
 
 
 def hash64(texts: pa.StringArray) -> NDArray[np.uint64]:

@@ -5,6 +5,7 @@ Numbers (also counts and bools) are float64[n] with NaN for null; the three othe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,6 +64,8 @@ class Maps:
 
 
 Values = Floats | Texts | Lists | Maps
+EachWindow = Floats | Sequence[Values]
+"""Values over several windows, shortest first: numbers as one array, float64[windows, n]."""
 
 
 def to_arrow(values: Values, value_type: Type) -> pa.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,11 +64,16 @@ def ranking_json(
 def ranking_npy(answer: Answer, n_items: int) -> bytes:
     """float32[items, features]: user features broadcast, NaN for null."""
     features = matrix_features(answer.features)
-    matrix = np.empty((n_items, len(features)), np.float32)
-    for index, feature in enumerate(features):
-        matrix[:, index] = answer.frame.values[feature.full_name]  # type: ignore[assignment]  # matrix features are numbers
+    columns = np.empty((len(features), n_items), np.float32)
+    for column, feature in zip(columns, features, strict=True):
+        column[:] = answer.frame.values[feature.full_name]  # type: ignore[assignment]  # matrix features are numbers
+    return _npy_header(n_items, len(features)) + columns.T.tobytes()
+
+
+@lru_cache
+def _npy_header(rows: int, columns: int) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, matrix, allow_pickle=False)
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": (rows, columns)})
     return buffer.getvalue()
 
 

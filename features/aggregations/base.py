@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal, Protocol
 
 import msgspec
@@ -11,9 +12,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from features.expressions import AnyCondition
-from features.partials import AnyPartial, Columns
-from features.times import ALL, Window
-from features.values import Floats, Type, Values
+from features.partials import AnyPartial
+from features.times import ALL, TICK_MS, Window
+from features.values import EachWindow, Floats, Type
 
 DEFAULT_BUCKETS = 64
 
@@ -56,7 +57,7 @@ class Slot:
 
 
 class Part(Protocol):
-    """A slot's state for many rows, as the kernel hands it to `Aggregation.value`.
+    """A slot's state for many rows, as the kernel hands it to `Aggregation.values`.
 
     Its unit is the group: a row, or a (row, bucket) pair of a table with buckets.
     """
@@ -81,8 +82,12 @@ class Part(Protocol):
         """What codes stand for."""
         ...
 
-    def over(self, window: Window) -> Columns:
-        """The combined partial of each group over the window; a table without starts has just one."""
+    @property
+    def totals(self) -> NDArray[np.float64]:
+        """float64[columns, windows, groups]: each group's partial over each window of the table, shortest first.
+
+        A table without starts has one for all windows.
+        """
         ...
 
 
@@ -110,7 +115,7 @@ class Aggregation(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", omi
     @property
     def windows(self) -> tuple[Window, ...]:
         """Declared windows, shortest first; `all` where none is declared."""
-        return tuple(sorted(Window.parse(name) for name in self.over or (ALL,)))
+        return _windows(self.over or (ALL,))
 
     @property
     def measure(self) -> Measure:
@@ -144,9 +149,21 @@ class Aggregation(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", omi
         """The partials that it keeps."""
         raise NotImplementedError
 
-    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
-        """The feature over one window for all rows, or for all buckets of all rows where `by` is set."""
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+        """The feature over each of its windows, shortest first, for all rows (groups where `by` is set).
+
+        Numbers are one array, float64[windows, rows].
+        """
         raise NotImplementedError
+
+    def begins_ms(self, now_ms: int) -> NDArray[np.int64]:
+        """int64[windows, 1]: when each of its windows begins."""
+        return np.array([[window.tail_ticks(now_ms) * TICK_MS] for window in self.windows], np.int64)
+
+
+@cache
+def _windows(over: tuple[str, ...]) -> tuple[Window, ...]:
+    return tuple(sorted(Window.parse(name) for name in over))
 
 
 LATEST = Table(row="", windows=(Window.parse(ALL),), starts=False)

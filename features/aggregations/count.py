@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from features.aggregations.base import Aggregation, Part, Slot
 from features.partials import Tally
-from features.times import Window
-from features.values import Type, Values
+from features.values import EachWindow, Floats, Type
 
 
 class Count(Aggregation, frozen=True, kw_only=True, tag="count"):
@@ -25,6 +24,7 @@ class Count(Aggregation, frozen=True, kw_only=True, tag="count"):
         """See `Aggregation.slots`."""
         return (Slot(self.tiles(), Tally(), self.measure),)
 
-    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
-        """See `Aggregation.value`."""
-        return parts[0].over(window)[0].astype(float)
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+        """See `Aggregation.values`."""
+        total: Floats = parts[0].totals[0]
+        return total

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from features.aggregations.base import LATEST, Aggregation, Part, Slot, Table
 from features.partials import Decay
 from features.times import ALL, Window, duration_ms
-from features.values import Values
+from features.values import EachWindow
 
 
 class Decayed(Aggregation, frozen=True, kw_only=True, tag="decayed"):
@@ -25,12 +28,10 @@ class Decayed(Aggregation, frozen=True, kw_only=True, tag="decayed"):
         by_bucket = Table(
             "", everything, starts=False, by=self.by, bucket="text", bound=self.buckets, only=self.counted
         )
-        return (Slot(by_bucket if self.by else LATEST, self._decay, self.measure),)
+        return (Slot(by_bucket if self.by else LATEST, Decay(duration_ms(self.half_life)), self.measure),)
 
-    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
-        """See `Aggregation.value`."""
-        return self._decay.at(parts[0].over(window), now_ms)
-
-    @property
-    def _decay(self) -> Decay:
-        return Decay(duration_ms(self.half_life))
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+        """See `Aggregation.values`."""
+        times_ms, amplitude = parts[0].totals
+        decayed: NDArray[np.float64] = amplitude * np.exp2((times_ms - now_ms) / duration_ms(self.half_life))
+        return decayed

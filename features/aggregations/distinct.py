@@ -9,8 +9,7 @@ import numpy as np
 from features import sketch
 from features.aggregations.base import Aggregation, Part, Slot, Table
 from features.partials import SeenTick
-from features.times import Window
-from features.values import Type, Values
+from features.values import EachWindow, Floats, Type
 
 EXACT_MAX: Final = 64
 
@@ -39,15 +38,17 @@ class Distinct(Aggregation, frozen=True, kw_only=True, tag="distinct"):
         cells = Table(self.name, self.windows, starts=False, by=self.field, bucket="cell")
         return Slot(exact, SeenTick(), self.measure), Slot(cells, SeenTick(), self.measure)
 
-    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
-        """See `Aggregation.value`."""
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+        """See `Aggregation.values`."""
         exact, cells = parts
-        tail = window.tail_ticks(now_ms)
-        latest = exact.over(window)[0] >= tail
+        return [self._over(window.tail_ticks(now_ms), exact, cells) for window in self.windows]
+
+    def _over(self, tail: int, exact: Part, cells: Part) -> Floats:
+        latest = exact.totals[0, 0] >= tail
         counts = np.bincount(exact.rows[latest], minlength=exact.n_rows).astype(float)
         many = np.flatnonzero(counts > EXACT_MAX)
         if len(many):
-            spilled = cells.over(window)[0] >= tail
+            spilled = cells.totals[0, 0] >= tail
             rows = np.concatenate([exact.rows[latest], cells.rows[spilled]])
             found = np.concatenate([sketch.cells(exact.buckets[latest]), cells.buckets[spilled]])
             of_many = np.isin(rows, many)

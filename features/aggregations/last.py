@@ -8,8 +8,7 @@ import numpy as np
 
 from features.aggregations.base import LATEST, Aggregation, Part, Slot, null_if
 from features.partials import LatestNumber, LatestText
-from features.times import TICK_MS, Window
-from features.values import Texts, Type, Values
+from features.values import EachWindow, Texts, Type
 
 
 class Last(Aggregation, frozen=True, kw_only=True, tag="last"):
@@ -34,10 +33,11 @@ class Last(Aggregation, frozen=True, kw_only=True, tag="last"):
         """See `Aggregation.slots`."""
         return (Slot(LATEST, LatestText() if self.kind == "str" else LatestNumber(), self.measure),)
 
-    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
-        """See `Aggregation.value`."""
-        times_ms, values = parts[0].over(window)
-        outside = (times_ms < 0) | (times_ms < window.tail_ticks(now_ms) * TICK_MS)
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+        """See `Aggregation.values`."""
+        times_ms, values = parts[0].totals
+        outside = (times_ms < 0) | (times_ms < self.begins_ms(now_ms))
         if self.kind == "str":
-            return Texts(np.where(outside, -1, values), parts[0].texts)
+            codes = np.where(outside, -1, values).astype(np.int64)
+            return [Texts(of_window, parts[0].texts) for of_window in codes]
         return null_if(outside, values)

@@ -6,8 +6,8 @@ import numpy as np
 
 from features.aggregations.base import Aggregation, Part, Slot, Table
 from features.partials import Seen
-from features.times import ALL, TICK_MS, Window
-from features.values import Lists, Type, Values, offsets_of
+from features.times import ALL, Window
+from features.values import EachWindow, Lists, Type, offsets_of
 
 
 class LastK(Aggregation, frozen=True, kw_only=True, tag="last_k"):
@@ -35,10 +35,13 @@ class LastK(Aggregation, frozen=True, kw_only=True, tag="last_k"):
         table = Table(self.name, (Window.parse(ALL),), starts=False, by=self.field, bucket="text", bound=self.k)
         return (Slot(table, Seen(), self.measure),)
 
-    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
-        """See `Aggregation.value`."""
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+        """See `Aggregation.values`."""
         part = parts[0]
-        (seen_ms,) = part.over(window)
-        inside = np.flatnonzero(seen_ms >= window.tail_ticks(now_ms) * TICK_MS)
-        newest = inside[np.lexsort((-part.buckets[inside], -seen_ms[inside], part.rows[inside]))]
-        return Lists(offsets_of(part.rows[newest], part.n_rows), part.buckets[newest], part.texts)
+        seen_ms = part.totals[0, 0]
+        newest = np.lexsort((-part.buckets, -seen_ms, part.rows))
+        found = []
+        for (begin_ms,) in self.begins_ms(now_ms):
+            inside = newest[seen_ms[newest] >= begin_ms]
+            found.append(Lists(offsets_of(part.rows[inside], part.n_rows), part.buckets[inside], part.texts))
+        return found

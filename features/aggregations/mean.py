@@ -6,8 +6,7 @@ from typing import ClassVar
 
 from features.aggregations.base import Aggregation, Part, Slot, null_if
 from features.partials import Moments
-from features.times import Window
-from features.values import Values
+from features.values import EachWindow
 
 
 class Mean(Aggregation, frozen=True, kw_only=True, tag="mean"):
@@ -26,7 +25,7 @@ class Mean(Aggregation, frozen=True, kw_only=True, tag="mean"):
         """See `Aggregation.slots`."""
         return (Slot(self.tiles(), Moments(), self.measure),)
 
-    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
-        """See `Aggregation.value`."""
-        n, mean, _ = parts[0].over(window)
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+        """See `Aggregation.values`."""
+        n, mean, _ = parts[0].totals
         return null_if(n == 0, mean)

@@ -8,8 +8,7 @@ import numpy as np
 
 from features.aggregations.base import Aggregation, Part, Slot, null_if
 from features.partials import Least
-from features.times import Window
-from features.values import Values
+from features.values import EachWindow
 
 
 class Min(Aggregation, frozen=True, kw_only=True, tag="min"):
@@ -27,7 +26,7 @@ class Min(Aggregation, frozen=True, kw_only=True, tag="min"):
         """See `Aggregation.slots`."""
         return (Slot(self.tiles(), Least(), self.measure),)
 
-    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
-        """See `Aggregation.value`."""
-        (value,) = parts[0].over(window)
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+        """See `Aggregation.values`."""
+        (value,) = parts[0].totals
         return null_if(np.isinf(value), value)

@@ -7,8 +7,7 @@ import numpy as np
 from features.aggregations.base import Aggregation, Measure, Part, Slot
 from features.expressions import AnyCondition
 from features.partials import Tally
-from features.times import Window
-from features.values import Values
+from features.values import EachWindow
 
 
 class Ratio(Aggregation, frozen=True, kw_only=True, tag="ratio"):
@@ -44,9 +43,9 @@ class Ratio(Aggregation, frozen=True, kw_only=True, tag="ratio"):
         tiles = self.tiles()
         return tuple(Slot(tiles, Tally(), measure) for measure in self.counted)
 
-    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
-        """See `Aggregation.value`."""
-        hits, trials = (part.over(window)[0] for part in parts)
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+        """See `Aggregation.values`."""
+        hits, trials = (part.totals[0] for part in parts)
         rate = (hits + self.prior * self.strength) / (trials + self.strength)
         # Exactly the prior: `by` leaves such buckets out.
         return np.where((hits == 0) & (trials == 0), self.prior, rate)

@@ -8,8 +8,7 @@ import numpy as np
 
 from features.aggregations.base import LATEST, Aggregation, Part, Slot, null_if
 from features.partials import Seen
-from features.times import TICK_MS, Window
-from features.values import Values
+from features.values import EachWindow
 
 
 class SecondsSince(Aggregation, frozen=True, kw_only=True, tag="seconds_since"):
@@ -26,8 +25,8 @@ class SecondsSince(Aggregation, frozen=True, kw_only=True, tag="seconds_since"):
         """See `Aggregation.slots`."""
         return (Slot(LATEST, Seen(), self.measure),)
 
-    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
-        """See `Aggregation.value`."""
-        (seen_ms,) = parts[0].over(window)
-        outside = (seen_ms < 0) | (seen_ms < window.tail_ticks(now_ms) * TICK_MS)
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+        """See `Aggregation.values`."""
+        (seen_ms,) = parts[0].totals
+        outside = (seen_ms < 0) | (seen_ms < self.begins_ms(now_ms))
         return null_if(outside, np.maximum(now_ms - seen_ms, 0) / 1000)

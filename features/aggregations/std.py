@@ -8,8 +8,7 @@ import numpy as np
 
 from features.aggregations.base import Aggregation, Part, Slot, null_if
 from features.partials import Moments
-from features.times import Window
-from features.values import Values
+from features.values import EachWindow
 
 
 class Std(Aggregation, frozen=True, kw_only=True, tag="std"):
@@ -27,7 +26,7 @@ class Std(Aggregation, frozen=True, kw_only=True, tag="std"):
         """See `Aggregation.slots`."""
         return (Slot(self.tiles(), Moments(), self.measure),)
 
-    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
-        """See `Aggregation.value`."""
-        n, _, m2 = parts[0].over(window)
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+        """See `Aggregation.values`."""
+        n, _, m2 = parts[0].totals
         return null_if(n == 0, np.sqrt(m2 / np.maximum(n, 1)))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from features.aggregations.base import Aggregation, Part, Slot
 from features.partials import Total
-from features.times import Window
-from features.values import Values
+from features.values import EachWindow, Floats
 
 
 class Sum(Aggregation, frozen=True, kw_only=True, tag="sum"):
@@ -21,6 +20,7 @@ class Sum(Aggregation, frozen=True, kw_only=True, tag="sum"):
         """See `Aggregation.slots`."""
         return (Slot(self.tiles(), Total(), self.measure),)
 
-    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
-        """See `Aggregation.value`."""
-        return parts[0].over(window)[0]
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+        """See `Aggregation.values`."""
+        total: Floats = parts[0].totals[0]
+        return total

@@ -6,8 +6,7 @@ import numpy as np
 
 from features.aggregations.base import Aggregation, Part, Slot
 from features.partials import Tally
-from features.times import Window
-from features.values import Lists, Type, Values, offsets_of
+from features.values import EachWindow, Lists, Type, offsets_of
 
 
 class TopK(Aggregation, frozen=True, kw_only=True, tag="top_k"):
@@ -32,12 +31,14 @@ class TopK(Aggregation, frozen=True, kw_only=True, tag="top_k"):
         """See `Aggregation.slots`."""
         return (Slot(self.tiles(by=self.field), Tally(), self.measure),)
 
-    def value(self, window: Window, parts: tuple[Part, ...], now_ms: int) -> Values:
-        """See `Aggregation.value`."""
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+        """See `Aggregation.values`."""
         part = parts[0]
-        (count,) = part.over(window)
-        some = np.flatnonzero(count)
-        ranked = some[np.lexsort((part.buckets[some], -count[some], part.rows[some]))]
-        offsets = offsets_of(part.rows[ranked], part.n_rows)
-        best = ranked[np.arange(len(ranked)) - offsets[part.rows[ranked]] < self.k]
-        return Lists(offsets_of(part.rows[best], part.n_rows), part.buckets[best], part.texts)
+        found = []
+        for count in part.totals[0]:
+            some = np.flatnonzero(count)
+            ranked = some[np.lexsort((part.buckets[some], -count[some], part.rows[some]))]
+            offsets = offsets_of(part.rows[ranked], part.n_rows)
+            best = ranked[np.arange(len(ranked)) - offsets[part.rows[ranked]] < self.k]
+            found.append(Lists(offsets_of(part.rows[best], part.n_rows), part.buckets[best], part.texts))
+        return found

@@ -1,0 +1,300 @@
+"""Folding: the only arithmetic on state, in loops that numba compiles. `merge` folds tiles that meet, `evaluate` folds
+the tiles of a window.
+
+Partials are columns of int64; those of floats hold the bits of a float64, so that a table is one array. Every loop
+therefore takes a table twice: as it is and as a view of floats.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from features.partials import (
+    AnyPartial,
+    Decay,
+    Greatest,
+    LatestNumber,
+    LatestText,
+    Least,
+    Moments,
+    Seen,
+    SeenTick,
+    Tally,
+    Total,
+)
+from features.times import TICK_MS
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+compiled: Final[Any] = njit(cache=True, nogil=True, error_model="numpy")
+"""How every loop of ours is compiled: once a machine, kept on disk beside its source; it lets other threads run."""
+
+_TALLY, _TOTAL, _LEAST, _GREATEST, _MOMENTS, _SEEN, _NUMBER, _TEXT, _DECAY = range(9)
+_OPS: Final[dict[type[AnyPartial], int]] = {
+    Tally: _TALLY,
+    Total: _TOTAL,
+    Least: _LEAST,
+    Greatest: _GREATEST,
+    Moments: _MOMENTS,
+    Seen: _SEEN,
+    SeenTick: _SEEN,
+    LatestNumber: _NUMBER,
+    LatestText: _TEXT,
+    Decay: _DECAY,
+}
+
+
+def operations(partials: tuple[AnyPartial, ...]) -> Ints:
+    """int64[partials, 3]: the operation of each, its first column, and its half-life in ms."""
+    found, column = [], 0
+    for partial in partials:
+        found.append((_OPS[type(partial)], column, partial.half_life_ms if isinstance(partial, Decay) else 0))
+        column += len(partial.physical)
+    return np.array(found, np.int64).reshape(-1, 3)
+
+
+@compiled  # type: ignore[untyped-decorator]  # numba has no types
+def _fold(  # noqa: PLR0912  # a list of cases, one an operation
+    operation: Ints, into: Ints, into_floats: Floats, slots: Ints, table: Ints, floats: Floats
+) -> None:
+    """Adds the partial in each entry of `table` to that in its slot (-1 for none) of `into`, one after the other."""
+    op, c = operation[0], operation[1]
+    n = len(slots)
+    if op == _TALLY:
+        for at in range(n):
+            to = slots[at]
+            if to >= 0:
+                into[c, to] += table[c, at]
+    elif op == _TOTAL:
+        for at in range(n):
+            to = slots[at]
+            if to >= 0:
+                into_floats[c, to] += floats[c, at]
+    elif op == _SEEN:
+        for at in range(n):
+            to = slots[at]
+            if to >= 0:
+                into[c, to] = max(into[c, to], table[c, at])
+    elif op == _LEAST:
+        for at in range(n):
+            to = slots[at]
+            if to >= 0:
+                into_floats[c, to] = min(into_floats[c, to], floats[c, at])
+    elif op == _GREATEST:
+        for at in range(n):
+            to = slots[at]
+            if to >= 0:
+                into_floats[c, to] = max(into_floats[c, to], floats[c, at])
+    elif op == _MOMENTS:
+        _fold_moments(c, into, into_floats, slots, table, floats)
+    elif op == _NUMBER:
+        for at in range(n):
+            to = slots[at]
+            if to >= 0 and (
+                table[c, at] > into[c, to]
+                or (table[c, at] == into[c, to] and floats[c + 1, at] > into_floats[c + 1, to])
+            ):
+                into[c, to], into_floats[c + 1, to] = table[c, at], floats[c + 1, at]
+    elif op == _TEXT:
+        for at in range(n):
+            to = slots[at]
+            if to >= 0 and (
+                table[c, at] > into[c, to] or (table[c, at] == into[c, to] and table[c + 1, at] > into[c + 1, to])
+            ):
+                into[c, to], into[c + 1, to] = table[c, at], table[c + 1, at]
+    else:
+        _fold_decayed(c, operation[2], into, into_floats, slots, table, floats)
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _fold_moments(c: int, into: Ints, into_floats: Floats, slots: Ints, table: Ints, floats: Floats) -> None:
+    """Pairwise, as Chan, Golub and LeVeque (1979) do; equal means stay exactly what they are."""
+    for at in range(len(slots)):
+        to = slots[at]
+        if to < 0:
+            continue
+        n, total = table[c, at], into[c, to] + table[c, at]
+        if n == total:
+            into_floats[c + 1, to], into_floats[c + 2, to] = floats[c + 1, at], floats[c + 2, at]
+        elif n > 0:
+            apart = floats[c + 1, at] - into_floats[c + 1, to]
+            into_floats[c + 1, to] += apart * (n / total)
+            into_floats[c + 2, to] += floats[c + 2, at] + apart * apart * (n / total) * into[c, to]
+        into[c, to] = total
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _fold_decayed(
+    c: int, half_life_ms: int, into: Ints, into_floats: Floats, slots: Ints, table: Ints, floats: Floats
+) -> None:
+    """Of two amplitudes, the earlier one is brought to the later one's time."""
+    for at in range(len(slots)):
+        to = slots[at]
+        if to < 0:
+            continue
+        later_ms = table[c, at] - into[c, to]
+        if later_ms > 0:
+            aged = into_floats[c + 1, to]
+            # Nothing stays nothing: an empty slot's time is no time.
+            if aged != 0.0:
+                aged *= 2.0 ** (-later_ms / half_life_ms)
+            into_floats[c + 1, to] = aged + floats[c + 1, at]
+            into[c, to] = table[c, at]
+        else:
+            into_floats[c + 1, to] += floats[c + 1, at] * 2.0 ** (later_ms / half_life_ms)
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def fold_runs(operations: Ints, empty: Ints, table: Ints, runs: Ints, n_runs: int) -> Ints:
+    """One partial a run.
+
+    Args:
+        operations: see `operations`.
+        empty: int64[columns], each column's identity.
+        table: int64[columns, entries].
+        runs: int64[entries], the run of each entry.
+        n_runs: how many there are.
+
+    Returns:
+        int64[columns, runs].
+    """
+    folded = np.empty((len(table), n_runs), np.int64)
+    for column in range(len(table)):
+        folded[column] = empty[column]
+    folded_floats, floats = folded.view(np.float64), table.view(np.float64)
+    for index in range(len(operations)):
+        _fold(operations[index], folded, folded_floats, runs, table, floats)
+    return folded
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _groups(lines: Ints, has_starts: int) -> tuple[Ints, Ints]:
+    """The group of each entry, a run of equal row and bucket; and each group's first entry."""
+    rows, buckets = lines[0], lines[1 + has_starts]
+    groups = np.empty(len(rows), np.int64)
+    firsts = np.empty(len(rows), np.int64)
+    n = 0
+    for entry in range(len(rows)):
+        if entry == 0 or rows[entry] != rows[entry - 1] or buckets[entry] != buckets[entry - 1]:
+            firsts[n] = entry
+            n += 1
+        groups[entry] = n - 1
+    return groups, firsts[:n]
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _slots(starts: Ints, groups: Ints, n_groups: int, windows: Ints, now_ms: int) -> Ints:
+    """Where each entry is counted first: at its group in the finest window that holds it; -1 for nowhere."""
+    tails = np.empty(len(windows), np.int64)
+    for window in range(len(windows)):
+        width_ms, hop_ms = windows[window]
+        tails[window] = max(0, (now_ms - width_ms) // hop_ms * (hop_ms // TICK_MS))
+    now_tick = now_ms // TICK_MS
+    slots = np.empty(len(groups), np.int64)
+    for entry in range(len(groups)):
+        # Longer windows begin earlier: the first that holds the tile is the finest, and all after it hold it too.
+        start, window = starts[entry], 0
+        while window < len(tails) and start < tails[window]:
+            window += 1
+        # Of the future, only the tile that holds now has begun.
+        slots[entry] = -1 if window == len(tails) or start > now_tick else window * n_groups + groups[entry]
+    return slots
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _fold_windows(
+    operations: Ints, empty: Ints, is_float: NDArray[np.bool_], table: Ints, slots: Ints, totals: Ints, n_groups: int
+) -> None:
+    """Writes the partials of each group over each window to `totals`: float64 (as bits)[columns, windows * groups]."""
+    total_floats, floats = totals.view(np.float64), table.view(np.float64)
+    for column in range(len(totals)):
+        totals[column] = empty[column]
+    longer = np.arange(n_groups, totals.shape[1])
+    for index in range(len(operations)):
+        _fold(operations[index], totals, total_floats, slots, table, floats)
+        _fold(operations[index], totals, total_floats, longer, totals, total_floats)
+    for column in range(len(totals)):
+        if not is_float[column]:
+            for at in range(totals.shape[1]):
+                total_floats[column, at] = totals[column, at]
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def fold_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
+    pool: Ints,
+    sizes: Ints,
+    wanted: NDArray[np.bool_],
+    shapes: Ints,
+    operations: Ints,
+    empty: Ints,
+    is_float: NDArray[np.bool_],
+    windows: Ints,
+    now_ms: int,
+    n_rows: int,
+) -> tuple[Floats, Ints, Ints]:
+    """The partials of each group of each table over each window. A group is a row, or a (row, bucket) pair.
+
+    Args:
+        pool: int64[…], the lines of all tables: see `features.rows.Rows.of_pool`.
+        sizes: int64[tables], entries.
+        wanted: bool[tables], whether to fold it.
+        shapes: int64[tables, 6]: lines, whether there are starts, whether there are buckets, columns, windows (1 where
+            there are no starts), partials.
+        operations: int64[partials, 3], of all tables: see `operations`.
+        empty: int64[columns], of all tables: each column's identity.
+        is_float: bool[columns], of all tables.
+        windows: int64[windows, 2], of all tables, each table's shortest first: width and hop in ms.
+        now_ms: query time.
+        n_rows: how many rows there are.
+
+    Returns:
+        The totals, float64[columns, windows, groups] of each table one after the other (integers are exact up to 2^53);
+        how many groups each table has (0 if it was not wanted); and the first entry of each group, of tables with
+        buckets, one after the other.
+    """
+    n_groups = np.zeros(len(sizes), np.int64)
+    totals = np.empty(0, np.int64)
+    firsts = np.empty(0, np.int64)
+    # Twice: first to see how much there is, then to fold it.
+    for folding in range(2):
+        pool_at = first_column = first_operation = first_window = totals_at = firsts_at = 0
+        for index in range(len(sizes)):
+            n_lines, has_starts, has_buckets, n_columns, n_windows, n_operations = shapes[index]
+            lines = pool[pool_at : pool_at + n_lines * sizes[index]].reshape((n_lines, sizes[index]))
+            if wanted[index]:
+                groups, n = lines[0], n_rows
+                if has_buckets:
+                    groups, first = _groups(lines, has_starts)
+                    n = len(first)
+                    if folding:
+                        firsts[firsts_at : firsts_at + n] = first
+                    firsts_at += n
+                n_groups[index] = n
+                size = n_columns * n_windows * n
+                if folding:
+                    slots = groups
+                    if has_starts:
+                        slots = _slots(lines[1], groups, n, windows[first_window : first_window + n_windows], now_ms)
+                    _fold_windows(
+                        operations[first_operation : first_operation + n_operations],
+                        empty[first_column : first_column + n_columns],
+                        is_float[first_column : first_column + n_columns],
+                        lines[n_lines - n_columns :],
+                        slots,
+                        totals[totals_at : totals_at + size].reshape((n_columns, n_windows * n)),
+                        n,
+                    )
+                totals_at += size
+            pool_at += n_lines * sizes[index]
+            first_column += n_columns
+            first_operation += n_operations
+            first_window += n_windows
+        if not folding:
+            totals = np.empty(totals_at, np.int64)
+            firsts = np.empty(firsts_at, np.int64)
+    return totals.view(np.float64), n_groups, firsts

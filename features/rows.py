@@ -1,0 +1,149 @@
+"""State in memory: the rows of many entities, as tables of entries; and events on their way into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from features.layout import Family, TableLayout
+from features.partials import Columns
+from features.texts import NO_TEXTS
+
+Ints = NDArray[np.int64]
+Index = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Events:
+    """Events of one contract: of which row (intp[n]), when (int64[n], ms), and their fields by name.
+
+    A text field is a `pa.StringArray`, any other float64[n] with NaN for null.
+    """
+
+    rows: Index
+    times_ms: Ints
+    fields: Mapping[str, Any]
+
+
+class Entries:
+    """One table of many rows, sorted by row, bucket and start.
+
+    Attributes:
+        rows: intp[n], the row of each entry.
+        buckets: [n], a text's code, a hash or a cell; None where the table has none.
+        starts: int64[n], the tile in ticks; None where entries are no tiles.
+        table: int64[columns, n], the partials; floats as their bits.
+        columns: a view of each column in the dtype that the layout's `physical` says.
+    """
+
+    __slots__ = ("buckets", "columns", "rows", "starts", "table")
+
+    def __init__(self, rows: Index, buckets: NDArray[Any] | None, starts: Ints | None, columns: Columns) -> None:
+        table = np.array([column.view(np.int64) for column in columns], np.int64).reshape(len(columns), len(rows))
+        self._set(rows, buckets, starts, table, tuple(column.dtype for column in columns))
+
+    @classmethod
+    def of_table(
+        cls, rows: Index, buckets: NDArray[Any] | None, starts: Ints | None, table: Ints, dtypes: Sequence[Any]
+    ) -> Entries:
+        """Entries whose columns are one array already."""
+        entries = cls.__new__(cls)
+        entries._set(rows, buckets, starts, table, dtypes)
+        return entries
+
+    def _set(
+        self, rows: Index, buckets: NDArray[Any] | None, starts: Ints | None, table: Ints, dtypes: Sequence[Any]
+    ) -> None:
+        self.rows, self.buckets, self.starts, self.table = rows, buckets, starts, table
+        self.columns: Columns = tuple(column.view(dtype) for column, dtype in zip(table, dtypes, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def of_lines(cls, layout: TableLayout, lines: Ints) -> Entries:
+        """Entries as views of int64[lines, n]: their rows, starts and buckets, as far as there are, and columns."""
+        first = layout.n_lines - len(layout.physical)
+        buckets: Any = None
+        if layout.table.bucket is not None:
+            buckets = lines[first - 1].view(np.uint64) if layout.table.bucket == "hash" else lines[first - 1]
+        return cls.of_table(lines[0], buckets, lines[1] if layout.table.starts else None, lines[first:], layout.dtypes)
+
+    @property
+    def lines(self) -> Ints:
+        """The inverse of `of_lines`."""
+        keys = [self.starts, None if self.buckets is None else self.buckets.view(np.int64)]
+        return np.vstack([self.rows, *(key for key in keys if key is not None), self.table])
+
+    @property
+    def dtypes(self) -> tuple[Any, ...]:
+        """The dtype of each column."""
+        return tuple(column.dtype for column in self.columns)
+
+    def take(self, index: NDArray[Any]) -> Entries:
+        """The entries at an index or under a mask."""
+        return Entries.of_table(
+            self.rows[index],
+            None if self.buckets is None else self.buckets[index],
+            None if self.starts is None else self.starts[index],
+            self.table[:, index],
+            self.dtypes,
+        )
+
+
+class Rows:
+    """All state of `n` entities in one family. Text columns and buckets are codes: positions in `texts`.
+
+    Attributes:
+        n: how many.
+        last_event_ms: int64[n], the time of each row's last event; -1 for none.
+        texts: what codes stand for.
+    """
+
+    _family: Family
+
+    def __init__(self, n: int, last_event_ms: Ints, tables: tuple[Entries, ...], texts: pa.StringArray) -> None:
+        self.n, self.last_event_ms, self.texts = n, last_event_ms, texts
+        self.tables = tables
+
+    @classmethod
+    def of_pool(
+        cls, family: Family, n: int, last_event_ms: Ints, pool: Ints, sizes: Ints, texts: pa.StringArray
+    ) -> Rows:
+        """Rows whose tables stand in one array, the lines of each one after the other, with `sizes` entries each."""
+        rows = cls.__new__(cls)
+        rows.n, rows.last_event_ms, rows.texts = n, last_event_ms, texts
+        rows._family, rows.pool, rows.sizes = family, pool, sizes
+        return rows
+
+    @classmethod
+    def empty(cls, family: Family, n: int) -> Rows:
+        """Rows of entities never seen."""
+        none = np.zeros(0, np.int64)
+        return cls.of_pool(family, n, np.full(n, -1, np.int64), none, np.zeros(len(family.tables), np.int64), NO_TEXTS)
+
+    @cached_property
+    def tables(self) -> tuple[Entries, ...]:
+        """The entries of each of the family's tables."""
+        tables, at = [], 0
+        for layout, size in zip(self._family.tables, self.sizes.tolist(), strict=True):
+            end = at + layout.n_lines * size
+            tables.append(Entries.of_lines(layout, self.pool[at:end].reshape(layout.n_lines, size)))
+            at = end
+        return tuple(tables)
+
+    @cached_property
+    def pool(self) -> Ints:
+        """int64[…]: see `of_pool`."""
+        return np.concatenate([table.lines.ravel() for table in self.tables])
+
+    @cached_property
+    def sizes(self) -> Ints:
+        """int64[tables]: how many entries each has."""
+        return np.array([len(table) for table in self.tables], np.int64)

@@ -1,0 +1,330 @@
+"""The compiled loops of the codec: see `store.codec` for the format.
+
+`places` say how a table's records are laid out: for each field its kind, or -1 beyond the last. `sizes` are the bytes of
+a record, for each of the four widths that small integers can have. A table in memory is int64[1 + fields, entries]:
+the row of each entry, then its fields, floats as their bits, texts and buckets as positions among all rows' texts.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features.fold import compiled
+from features.sketch import CELLS
+
+Ints = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+
+START, COUNT, TIME, WORD, TEXT, BUCKET, CELL = range(7)
+"""Kinds of fields: u4; small; seconds u4 and ms u2; 8 bytes as they are; small, 0 for null; small, never null; small."""
+HEAD_BYTES: Final = 11
+TABLE_BYTES: Final = 5
+WIDTHS: Final = (1, 2, 4, 8)
+_SHORT, _OTHER, _WIDE, _LONG, _UNEVEN = range(1, 6)
+REASONS: Final = {
+    _WIDE: "a table has integers of unknown width",
+    _LONG: "its tables are longer than its bytes",
+    _UNEVEN: "its length is not what its parts add up to",
+}
+TOO_SHORT: Final = _SHORT
+OTHER_LAYOUT: Final = _OTHER
+
+
+@compiled  # type: ignore[untyped-decorator]  # numba has no types
+def _read(data: Bytes, at: int, size: int) -> int:
+    """A little-endian integer."""
+    value = 0
+    for index in range(size):
+        value |= np.int64(data[at + index]) << (8 * index)
+    return value
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _write(data: Bytes, at: int, size: int, value: int) -> None:
+    for index in range(size):
+        data[at + index] = (value >> (8 * index)) & 255
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def scan(
+    data: Bytes,
+    ends: Ints,
+    first_bytes: Bytes,
+    sizes: Ints,
+    last_event_ms: Ints,
+    text_counts: Ints,
+    counts: Ints,
+    widths: Ints,
+) -> tuple[int, int, int]:
+    """Reads and checks the heads of all rows.
+
+    Args:
+        data: uint8[bytes], all rows one after the other.
+        ends: int64[rows], where each ends.
+        first_bytes: uint8[3], the version and layout that are expected.
+        sizes: int64[tables, 4].
+        last_event_ms, text_counts: int64[rows], written to.
+        counts: int64[tables, rows], entries; written to.
+        widths: int64[tables, rows], as indices into `WIDTHS`; written to.
+
+    Returns:
+        The first bad row (-1 for none), what is wrong with it, and the bytes of all texts.
+    """
+    n_tables = len(sizes)
+    start = 0
+    text_bytes = 0
+    for row in range(len(ends)):
+        begin, end = start, ends[row]
+        start = end
+        last_event_ms[row], text_counts[row] = -1, 0
+        counts[:, row] = 0
+        if begin == end:
+            continue
+        at = begin + HEAD_BYTES + n_tables * TABLE_BYTES
+        if at > end:
+            return row, _SHORT, 0
+        for index in range(3):
+            if data[begin + index] != first_bytes[index]:
+                return row, _OTHER, 0
+        last_event_ms[row] = _read_time(data, begin + 3)
+        n_texts = _read(data, begin + 9, 2)
+        text_counts[row] = n_texts
+        for table in range(n_tables):
+            head = begin + HEAD_BYTES + table * TABLE_BYTES
+            width = data[head + 4]
+            if width >= len(WIDTHS):
+                return row, _WIDE, 0
+            counts[table, row], widths[table, row] = _read(data, head, 4), width
+            at += counts[table, row] * sizes[table, width]
+        if at + 2 * n_texts > end:
+            return row, _LONG, 0
+        of_row = 0
+        for index in range(n_texts):
+            of_row += _read(data, at + 2 * index, 2)
+        if at + 2 * n_texts + of_row != end:
+            return row, _UNEVEN, 0
+        text_bytes += of_row
+    return -1, 0, text_bytes
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _read_time(data: Bytes, at: int) -> int:
+    ms = _read(data, at + 4, 2)
+    return -1 if ms == 65535 else _read(data, at, 4) * 1000 + ms
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _unpack_small(data: Bytes, at: int, step: int, width: int, values: Ints) -> None:
+    """Small integers that stand `step` bytes apart."""
+    if width == 0:
+        for entry in range(len(values)):
+            values[entry] = data[at + entry * step]
+    elif width == 1:
+        for entry in range(len(values)):
+            values[entry] = _read(data, at + entry * step, 2)
+    else:
+        for entry in range(len(values)):
+            values[entry] = _read(data, at + entry * step, 1 << width)
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _unpack_field(
+    data: Bytes, at: int, step: int, kind: int, width: int, first_text: int, n_texts: int, values: Ints
+) -> int:
+    """One field of a row's entries, which stand `step` bytes apart: its size, or -1 if one names what there is not."""
+    if kind == START:
+        for entry in range(len(values)):
+            values[entry] = _read(data, at + entry * step, 4)
+        return 4
+    if kind == TIME:
+        for entry in range(len(values)):
+            values[entry] = _read_time(data, at + entry * step)
+        return 6
+    if kind == WORD:
+        for entry in range(len(values)):
+            values[entry] = _read(data, at + entry * step, 8)
+        return 8
+    _unpack_small(data, at, step, width, values)
+    if kind == CELL:
+        for entry in range(len(values)):
+            if not 0 <= values[entry] < CELLS:
+                return -1
+    elif kind != COUNT:
+        for entry in range(len(values)):
+            if not (kind == BUCKET) <= values[entry] <= n_texts:
+                return -1
+            values[entry] = first_text + values[entry] - 1 if values[entry] else -1
+    return 1 << width
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def unpack(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
+    data: Bytes,
+    ends: Ints,
+    sizes: Ints,
+    places: Ints,
+    text_counts: Ints,
+    counts: Ints,
+    widths: Ints,
+    pool: Ints,
+    text_offsets: NDArray[np.int32],
+    text_data: Bytes,
+) -> int:
+    """Reads all tables and texts of rows that `scan` found right, and writes them to its last three arguments.
+
+    Args:
+        data: as in `scan`, like the next four.
+        ends: as in `scan`.
+        sizes: as in `scan`.
+        places: int64[tables, fields].
+        text_counts: as in `scan`.
+        counts: as in `scan`.
+        widths: as in `scan`.
+        pool: int64[…], all tables in memory, one after the other.
+        text_offsets: int32[texts + 1].
+        text_data: uint8[bytes].
+
+    Returns:
+        The first row with an entry that names a text or cell that there is not; -1 for none.
+    """
+    n_tables, n_rows = counts.shape
+    totals = np.zeros(n_tables, np.int64)
+    slots = np.zeros(n_tables, np.int64)
+    slot = 0
+    for table in range(n_tables):
+        slots[table] = slot
+        totals[table] = counts[table].sum()
+        slot += totals[table] * (1 + np.sum(places[table] >= 0))
+    first_text = text_byte = begin = 0
+    for row in range(n_rows):
+        at = begin + HEAD_BYTES + n_tables * TABLE_BYTES
+        begin = ends[row]
+        n_texts = text_counts[row]
+        for table in range(n_tables):
+            n, width, slot = counts[table, row], widths[table, row], slots[table]
+            if n == 0:
+                continue
+            step = sizes[table, width]
+            pool[slot : slot + n] = row
+            field_at = at
+            for kind in places[table]:
+                if kind < 0:
+                    break
+                slot += totals[table]
+                size = _unpack_field(data, field_at, step, kind, width, first_text, n_texts, pool[slot : slot + n])
+                if size < 0:
+                    return row
+                field_at += size
+            at += n * step
+            slots[table] += n
+        for index in range(n_texts):
+            text_byte += _read(data, at + 2 * index, 2)
+            text_offsets[first_text + index + 1] = text_byte
+        of_row = text_byte - text_offsets[first_text]
+        text_data[text_byte - of_row : text_byte] = data[begin - of_row : begin]
+        first_text += n_texts
+    return -1
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def measure(table: Ints, places: Ints, counts: Ints, widths: Ints) -> None:
+    """How many entries each row has (int64[rows], zeros before), and the width that its largest small integer needs."""
+    for entry in range(table.shape[1]):
+        row = table[0, entry]
+        counts[row] += 1
+        for field in range(len(places)):
+            if places[field] in (COUNT, TEXT, BUCKET, CELL):
+                value = table[1 + field, entry]
+                while widths[row] < 3 and value >> (8 << widths[row]):
+                    widths[row] += 1
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def pack_heads(
+    first_bytes: Bytes,
+    sizes: Ints,
+    last_event_ms: Ints,
+    counts: Ints,
+    widths: Ints,
+    first_texts: Ints,
+    text_offsets: Ints,
+    text_data: Bytes,
+    ends: Ints,
+    table_at: Ints,
+) -> Bytes:
+    """All rows with everything but their entries.
+
+    Args:
+        first_bytes, sizes, last_event_ms, counts, widths: as in `scan`.
+        first_texts: int64[rows + 1], each row's first among the texts.
+        text_offsets: int64[texts + 1] into `text_data`.
+        text_data: uint8[bytes].
+        ends: int64[rows], where each row ends; written to.
+        table_at: int64[tables, rows], where the entries of each row's tables begin; written to.
+
+    Returns:
+        uint8[bytes]; a row without entries has none.
+    """
+    n_tables, n_rows = counts.shape
+    head_bytes = HEAD_BYTES + n_tables * TABLE_BYTES
+    end = 0
+    for row in range(n_rows):
+        entries = 0
+        size = head_bytes
+        for table in range(n_tables):
+            table_at[table, row] = end + size
+            entries += counts[table, row]
+            size += counts[table, row] * sizes[table, widths[table, row]]
+        first, last = first_texts[row], first_texts[row + 1]
+        if entries:
+            end += size + 2 * (last - first) + text_offsets[last] - text_offsets[first]
+        ends[row] = end
+    data = np.empty(end, np.uint8)
+    begin = 0
+    for row in range(n_rows):
+        if ends[row] == begin:
+            continue
+        data[begin : begin + 3] = first_bytes
+        _write_time(data, begin + 3, max(last_event_ms[row], 0))
+        first, last = first_texts[row], first_texts[row + 1]
+        _write(data, begin + 9, 2, last - first)
+        for table in range(n_tables):
+            _write(data, begin + HEAD_BYTES + table * TABLE_BYTES, 4, counts[table, row])
+            data[begin + HEAD_BYTES + table * TABLE_BYTES + 4] = widths[table, row]
+        begin = ends[row]
+        at = begin - (text_offsets[last] - text_offsets[first])
+        data[at:begin] = text_data[text_offsets[first] : text_offsets[last]]
+        for text in range(first, last):
+            _write(data, at - 2 * (last - text), 2, text_offsets[text + 1] - text_offsets[text])
+    return data
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _write_time(data: Bytes, at: int, ms: int) -> None:
+    _write(data, at, 4, 0 if ms < 0 else ms // 1000)
+    # A millisecond that no time has stands for none.
+    _write(data, at + 4, 2, 65535 if ms < 0 else ms % 1000)
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def pack_table(data: Bytes, table_at: Ints, places: Ints, widths: Ints, table: Ints) -> None:
+    """Writes a table's entries, which are sorted by row; `table_at` (int64[rows]) moves on."""
+    for entry in range(table.shape[1]):
+        row = table[0, entry]
+        at = table_at[row]
+        for field in range(len(places)):
+            kind = places[field]
+            if kind < 0:
+                break
+            value = table[1 + field, entry]
+            if kind == TIME:
+                _write_time(data, at, value)
+                size = 6
+            else:
+                size = 4 if kind == START else 8 if kind == WORD else 1 << widths[row]
+                _write(data, at, size, value)
+            at += size
+        table_at[row] = at
