@@ -34,6 +34,7 @@ Floats = NDArray[np.float64]
 compiled: Final[Any] = njit(cache=True, nogil=True, error_model="numpy")
 """How every loop of ours is compiled: once a machine, kept on disk beside its source; it lets other threads run."""
 
+NEVER_MS: Final = 1 << 62
 _TALLY, _TOTAL, _LEAST, _GREATEST, _MOMENTS, _SEEN, _NUMBER, _TEXT, _DECAY = range(9)
 _OPS: Final[dict[type[AnyPartial], int]] = {
     Tally: _TALLY,
@@ -298,3 +299,27 @@ def fold_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not ob
             totals = np.empty(totals_at, np.int64)
             firsts = np.empty(firsts_at, np.int64)
     return totals.view(np.float64), n_groups, firsts
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def next_changes(pool: Ints, sizes: Ints, shapes: Ints, windows: Ints, now_ms: int, n_rows: int) -> Ints:
+    """int64[rows]: when a tile of each row next enters or leaves a window; arguments as of `fold_tables`."""
+    changes = np.full(n_rows, NEVER_MS, np.int64)
+    pool_at = first_window = 0
+    for index in range(len(sizes)):
+        n_lines, has_starts, n_windows = shapes[index, 0], shapes[index, 1], shapes[index, 4]
+        lines = pool[pool_at : pool_at + n_lines * sizes[index]].reshape((n_lines, sizes[index]))
+        if has_starts:
+            own = windows[first_window : first_window + n_windows]
+            finest = _slots(lines[1], np.zeros(sizes[index], np.int64), 1, own, now_ms)
+            for entry in range(sizes[index]):
+                row, start_ms = lines[0, entry], lines[1, entry] * TICK_MS
+                if start_ms > now_ms:
+                    changes[row] = min(changes[row], start_ms)
+                elif finest[entry] >= 0:
+                    # It leaves the finest window that holds it once that window's tail is past its start.
+                    width_ms, hop_ms = own[finest[entry]]
+                    changes[row] = min(changes[row], width_ms + hop_ms * (start_ms // hop_ms + 1))
+        pool_at += n_lines * sizes[index]
+        first_window += n_windows
+    return changes

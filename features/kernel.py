@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,16 +20,18 @@ from numpy.typing import NDArray
 
 from features import sketch
 from features.aggregations.base import Aggregation
-from features.fold import fold_runs, fold_tables
-from features.layout import Family, TableLayout
+from features.fold import fold_runs
+from features.formulas import Numeric, formulas
+from features.layout import Bundle, Family, TableLayout
 from features.partials import DTYPES
 from features.plan import Feature
 from features.rows import Entries, Events, Index, Ints, Rows
 from features.texts import hash64, unify
 from features.times import TICK_MS, Window
-from features.values import Maps, Texts, Values, offsets_of
+from features.totals import Totals
+from features.values import Maps, Texts, Values
 
-__all__ = ["SLACK_MS", "Entries", "Evaluator", "Events", "Merged", "Rows", "Totals", "evaluate", "merge"]
+__all__ = ["SLACK_MS", "Entries", "Evaluator", "Events", "Merged", "Rows", "evaluate", "merge"]
 
 SLACK_MS = 10_000
 """How far `merge`'s now stays behind the clock, so that a query at a slightly earlier `as_of` is still exact."""
@@ -80,59 +81,65 @@ def merge(family: Family, rows: Rows, events: Mapping[str, Events], now_ms: int)
     return Merged(Rows(rows.n, last_event_ms, tuple(tables), texts), evicted)
 
 
+Wanted = tuple[Feature, list[tuple[int, int]]]
+"""A feature with the (table, partial) of its slots: see `features.layout.slots_of`."""
+
+
 class Evaluator:
-    """Features of one family, ready to be evaluated for any rows.
+    """Features of one bundle, ready to be evaluated for any rows."""
 
-    Args:
-        family: what the rows are.
-        features: which, each with the (table, partial) of its slots: see `features.layout.slots_of`.
-    """
-
-    def __init__(self, family: Family, features: Iterable[tuple[Feature, list[tuple[int, int]]]]) -> None:
-        self._family = family
-        self._wanted: dict[str, _Wanted] = {}
+    def __init__(self, bundle: Bundle, features: Iterable[Wanted]) -> None:
+        numbers: dict[str, Numeric] = {}
+        self._bundle = bundle
+        self._maps: list[tuple[str, Aggregation, tuple[int, int], tuple[Any, Any]]] = []
+        self._others: dict[str, tuple[Aggregation, list[tuple[int, int]], dict[str, int]]] = {}
+        self._wanted = np.zeros(len(bundle.tables), bool)
         for feature, slots in features:
-            assert isinstance(feature.spec, Aggregation)  # noqa: S101  # for the type checker: slots_of has no others
+            spec, name = feature.spec, feature.full_name
+            assert isinstance(spec, Aggregation)  # noqa: S101  # for the type checker: slots_of has no others
             assert feature.window is not None  # noqa: S101  # as above
-            wanted = self._wanted.setdefault(feature.spec.name, _Wanted(feature.spec, slots, {}))
-            wanted.names[feature.spec.windows.index(feature.window)] = feature.full_name
-        tables = {table for wanted in self._wanted.values() for table, _ in wanted.slots}
-        self._read = np.array([table in tables for table in range(len(family.tables))], bool)
+            self._wanted[[table for table, _ in slots]] = True
+            if spec.formula is None:
+                _, _, names = self._others.setdefault(spec.name, (spec, slots, {}))
+                names[name] = spec.windows.index(feature.window)
+            elif spec.by is None:
+                numbers[name] = _numeric(bundle, spec, feature.window, slots)
+            else:
+                formula = formulas([_numeric(bundle, spec, feature.window, slots)])
+                self._maps.append((name, spec, slots[0], formula))
+        self._numbers, self._formulas = tuple(numbers), formulas(numbers.values())
 
-    def __call__(self, rows: Rows, now_ms: int) -> dict[str, Values]:
-        """The values at `now_ms` by full name: not before the `now_ms` of any merge that made the rows."""
-        return self.values(Totals.of(self._family, rows, self._read, now_ms), now_ms)
-
-    def values(self, totals: Totals, now_ms: int) -> dict[str, Values]:
-        """The values that follow from totals as of `now_ms`."""
-        values: dict[str, Values] = {}
-        for wanted in self._wanted.values():
-            spec, parts = wanted.spec, tuple(_Slice(totals.tables[table], partial) for table, partial in wanted.slots)
-            found = spec.values(parts, now_ms)
-            if spec.default is not None:
-                found = [fill_default(value, spec.default) for value in found]
-            for index, name in wanted.names.items():
-                value = found[index]
-                if spec.by is not None:
-                    value = _by_bucket(parts[0], np.asarray(value), spec.without_events)
-                values[name] = value
+    def __call__(self, state: Rows | Totals, now_ms: int) -> dict[str, Values]:
+        """The values at `now_ms` by full name: of rows (not before the `now_ms` of any merge that made them), or of
+        totals as of `now_ms`.
+        """
+        totals = Totals.of(self._bundle, state, now_ms, self._wanted) if isinstance(state, Rows) else state
+        values: dict[str, Values] = dict(
+            zip(self._numbers, totals.finish(self._formulas, totals.n, now_ms), strict=True)
+        )
+        for name, spec, slot, formula in self._maps:
+            part = totals.slot(*slot)
+            (numbers,) = totals.finish(formula, len(part.rows), now_ms)
+            values[name] = Maps(part.rows, part.n_rows, part.buckets, part.texts, numbers, spec.without_events)
+        for spec, slots, names in self._others.values():
+            found = spec.values(tuple(totals.slot(*slot) for slot in slots), now_ms)
+            for name, window in names.items():
+                values[name] = fill_default(found[window], spec.default)
         return values
 
 
-def evaluate(
-    family: Family, rows: Rows, features: Iterable[tuple[Feature, list[tuple[int, int]]]], now_ms: int
-) -> dict[str, Values]:
+def _numeric(bundle: Bundle, spec: Aggregation, window: Window, slots: list[tuple[int, int]]) -> Numeric:
+    assert spec.formula is not None  # noqa: S101  # for the type checker: asked of those that have one only
+    columns = [(table, bundle.tables[table].slices[partial].start) for table, partial in slots]
+    windows = bundle.tables[columns[0][0]].table.windows
+    index = windows.index(window) if bundle.tables[columns[0][0]].table.starts else 0
+    default = None if spec.default is None else float(spec.default)
+    return Numeric(spec.formula, columns[0], columns[-1], index, window, spec.constants, default)
+
+
+def evaluate(family: Family, rows: Rows, features: Iterable[Wanted], now_ms: int) -> dict[str, Values]:
     """The values of features at `now_ms`, by full name: see `Evaluator`, which does it again and again."""
-    return Evaluator(family, features)(rows, now_ms)
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """An aggregation, the (table, partial) of its slots, and the names of the windows wanted by their position."""
-
-    spec: Aggregation
-    slots: list[tuple[int, int]]
-    names: dict[int, str]
+    return Evaluator(family.alone, features)(rows, now_ms)
 
 
 def fill_default(values: Values, default: float | str | None) -> Values:
@@ -331,93 +338,3 @@ def _enforce_bound(layout: TableLayout, entries: Entries) -> tuple[Entries, Entr
     kept[latest_last] = ends[latest_last] - np.arange(len(first)) <= bound
     of_entry = np.repeat(kept, np.diff(first, append=len(entries)))
     return entries.take(of_entry), entries.take(~of_entry), len(first) - int(kept.sum())
-
-
-class Totals:
-    """The partials of all groups of many rows over every window, as of some time."""
-
-    def __init__(self, n_rows: int, tables: list[_TableTotals]) -> None:
-        self.n_rows = n_rows
-        self.tables = tables
-
-    @classmethod
-    def of(cls, family: Family, rows: Rows, wanted: NDArray[np.bool_], now_ms: int) -> Totals:
-        """The totals of those tables that are wanted: bool[tables]."""
-        folding = family.folding
-        totals, n_groups, firsts = fold_tables(
-            rows.pool,
-            rows.sizes,
-            wanted,
-            folding.shapes,
-            folding.operations,
-            folding.empty,
-            folding.is_float,
-            folding.windows,
-            now_ms,
-            rows.n,
-        )
-        tables, at, first_at = [], 0, 0
-        for index, (layout, groups) in enumerate(zip(family.tables, n_groups.tolist(), strict=True)):
-            end = at + layout.totals_shape[0] * layout.totals_shape[1] * groups
-            of_table = totals[at:end].reshape(*layout.totals_shape, groups)
-            first = firsts[first_at : first_at + groups] if layout.table.bucket else None
-            tables.append(_TableTotals(layout, rows, index, of_table, first))
-            at = end
-            first_at += len(first) if first is not None else 0
-        return cls(rows.n, tables)
-
-
-class _TableTotals:
-    """A table's totals: float64[columns, windows, groups], and what the groups are."""
-
-    def __init__(
-        self, layout: TableLayout, rows: Rows, index: int, totals: NDArray[np.float64], first: Index | None
-    ) -> None:
-        self.slices, self.totals = layout.slices, totals
-        self.n_rows, self.texts = rows.n, rows.texts
-        self._rows, self._index, self._first = rows, index, first
-
-    @cached_property
-    def rows(self) -> Index:
-        """The row of each group."""
-        return np.arange(self.n_rows) if self._first is None else self._rows.tables[self._index].rows[self._first]
-
-    @cached_property
-    def buckets(self) -> NDArray[Any]:
-        """The bucket of each group."""
-        buckets = self._rows.tables[self._index].buckets
-        assert buckets is not None  # noqa: S101  # for the type checker: asked of tables with buckets only
-        return buckets[self._first]
-
-
-class _Slice(NamedTuple):
-    """One slot of a table: the kernel's side of `features.aggregations.base.Part`."""
-
-    table: _TableTotals
-    partial: int
-
-    @property
-    def n_rows(self) -> int:
-        return self.table.n_rows
-
-    @property
-    def rows(self) -> Index:
-        return self.table.rows
-
-    @property
-    def buckets(self) -> NDArray[Any]:
-        return self.table.buckets
-
-    @property
-    def texts(self) -> pa.StringArray:
-        return self.table.texts
-
-    @property
-    def totals(self) -> NDArray[np.float64]:
-        return self.table.totals[self.table.slices[self.partial]]
-
-
-def _by_bucket(part: _Slice, values: NDArray[np.float64], nothing: float) -> Maps:
-    some = np.flatnonzero(~np.isnan(values) & (values != nothing))
-    rows = part.rows[some]
-    return Maps(offsets_of(rows, part.n_rows), part.buckets[some], part.texts, values[some], nothing)

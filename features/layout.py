@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,8 +79,7 @@ class TableLayout:
         return tuple(index for index, kind in enumerate(self.physical) if kind in ("time", "tick"))
 
 
-@dataclass(frozen=True)
-class Folding:
+class Folding(NamedTuple):
     """Plain arrays, one after the other for all tables: see `features.fold.fold_tables`."""
 
     shapes: NDArray[np.int64]
@@ -103,35 +103,14 @@ class Family:
         return self.tag
 
     @cached_property
-    def folding(self) -> Folding:
-        """All its tables as `features.fold.fold_tables` takes them."""
-        layouts = self.tables
-        return Folding(
-            np.array(
-                [
-                    (
-                        each.n_lines,
-                        each.table.starts,
-                        each.table.bucket is not None,
-                        *each.totals_shape,
-                        len(each.operations),
-                    )
-                    for each in layouts
-                ],
-                np.int64,
-            ),
-            np.concatenate([each.operations for each in layouts]),
-            np.concatenate([each.empty for each in layouts]),
-            np.concatenate([each.is_float for each in layouts]),
-            np.array(
-                [
-                    (window.width_ms, hop_ms(window.width_ms))
-                    for each in layouts
-                    for window in each.table.windows[: each.totals_shape[1]]
-                ],
-                np.int64,
-            ),
-        )
+    def alone(self) -> Bundle:
+        """The bundle of just this family."""
+        return Bundle((self,))
+
+    @cached_property
+    def has_buckets(self) -> bool:
+        """Whether any of its tables has."""
+        return any(layout.table.bucket is not None for layout in self.tables)
 
     @cached_property
     def measures(self) -> tuple[Measure, ...]:
@@ -159,6 +138,67 @@ class Family:
     def tag(self) -> int:
         """Sixteen bits that a row carries, so that one of another layout is never misread."""
         return int(digest(repr((self.name, self.tables)).encode())[:4], 16)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Families of one entity that are read together: a row of a bundle is a row of each."""
+
+    families: tuple[Family, ...]
+
+    def __hash__(self) -> int:
+        return hash(self.families)
+
+    @cached_property
+    def name(self) -> str:
+        """The names of its families."""
+        return "+".join(family.name for family in self.families)
+
+    @property
+    def entity(self) -> str:
+        """The entity that they are about."""
+        return self.families[0].entity
+
+    @cached_property
+    def tables(self) -> tuple[TableLayout, ...]:
+        """The tables of all families."""
+        return tuple(layout for family in self.families for layout in family.tables)
+
+    @cached_property
+    def n_totals(self) -> NDArray[np.int64]:
+        """int64[tables]: how many totals a group of each has."""
+        return np.array([columns * windows for columns, windows in (each.totals_shape for each in self.tables)])
+
+    @cached_property
+    def folding(self) -> Folding:
+        """Its tables as `features.fold.fold_tables` takes them."""
+        layouts = self.tables
+        return Folding(
+            np.array(
+                [
+                    (
+                        each.n_lines,
+                        each.table.starts,
+                        each.table.bucket is not None,
+                        *each.totals_shape,
+                        len(each.operations),
+                    )
+                    for each in layouts
+                ],
+                np.int64,
+            ),
+            np.concatenate([each.operations for each in layouts]),
+            np.concatenate([each.empty for each in layouts]),
+            np.concatenate([each.is_float for each in layouts]),
+            np.array(
+                [
+                    (window.width_ms, hop_ms(window.width_ms))
+                    for each in layouts
+                    for window in each.table.windows[: each.totals_shape[1]]
+                ],
+                np.int64,
+            ),
+        )
 
 
 def families_of(plan: Plan, view: ViewSpec) -> tuple[Family, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from features.aggregations import Last
-from features.kernel import Evaluator, Rows, fill_default
-from features.layout import Family, slots_of
+from features.kernel import Evaluator, fill_default
+from features.layout import Bundle, Family, slots_of
 from features.plan import At, Contains, Derived, Feature, Plan, arguments, find_function
-from features.texts import buffers, find
+from features.rows import Rows
+from features.texts import buffers, look_up
 from features.times import TICK_MS
+from features.totals import Totals
 from features.values import Floats, Lists, Maps, Texts, Values
 
 Index = NDArray[np.intp]
@@ -45,28 +48,46 @@ class Asked:
     ids: Mapping[str, pa.StringArray]
     pairs: Mapping[str, Index]
     overrides: Mapping[str, Mapping[str, Any]]
+    _buffers: dict[int, tuple[pa.StringArray, Any]] = field(default_factory=dict)
+
+    def buffers(self, texts: pa.StringArray) -> Any:
+        """`features.texts.buffers`, made once a request: several features look texts up in the same ones."""
+        if id(texts) not in self._buffers:
+            self._buffers[id(texts)] = texts, buffers(texts)
+        return self._buffers[id(texts)][1]
 
 
 class Program:
-    """Some features of a plan, ready to be evaluated.
+    """Some features of a plan, ready to be evaluated. Families named in `alone` are read apart from the others.
 
     Raises:
         CodeChangedError: if the code of a derived feature is not what was applied.
     """
 
-    def __init__(self, plan: Plan, full_names: Iterable[str]) -> None:
+    def __init__(self, plan: Plan, full_names: Iterable[str], alone: Container[str] = ()) -> None:
         self.features = tuple(plan.features[name] for name in full_names)
         needed: dict[str, Feature] = {}
         for feature in self.features:
             _collect(plan, feature, needed)
         slots = slots_of(plan)
-        stored: dict[str, tuple[Family, list[tuple[Feature, list[tuple[int, int]]]]]] = {}
-        for name, feature in needed.items():
-            if name in slots:
-                family, where = slots[name]
-                stored.setdefault(family.name, (family, []))[1].append((feature, where))
-        self._stored = tuple(stored.values())
-        self._evaluators = tuple((family, Evaluator(family, features)) for family, features in self._stored)
+        families = {slots[name][0].name: slots[name][0] for name in needed if name in slots}
+        together: dict[str, list[Family]] = {}
+        for family in families.values():
+            together.setdefault(family.name if family.name in alone else family.entity, []).append(family)
+        self.bundles = tuple(Bundle(tuple(own)) for own in together.values())
+        self._stored = []
+        for bundle in self.bundles:
+            first_table = dict(
+                zip(
+                    bundle.families, accumulate((len(each.tables) for each in bundle.families), initial=0), strict=False
+                )
+            )
+            own = [
+                (feature, [(first_table[slots[name][0]] + table, partial) for table, partial in slots[name][1]])
+                for name, feature in needed.items()
+                if name in slots and slots[name][0] in first_table
+            ]
+            self._stored.append((bundle, own, Evaluator(bundle, own)))
         self._computed = tuple(feature for name, feature in needed.items() if name not in slots)
         self._entities = {name: feature.entities for name, feature in needed.items()}
         self._functions: dict[str, Callable[..., Any]] = {
@@ -79,36 +100,41 @@ class Program:
             for feature in needed.values()
             if isinstance(feature.spec, Last) and not feature.spec.over
         }
-        self.families = tuple(family for family, _ in self._stored)
         self.entities = tuple(dict.fromkeys(entity for feature in needed.values() for entity in feature.entities))
 
-    def evaluate(self, rows: Mapping[str, Rows], asked: Asked, now_ms: int) -> Frame:
-        """All features at `now_ms`, from the rows of every family by name."""
+    def evaluate(self, states: Mapping[str, Rows | Totals], asked: Asked, now_ms: int) -> Frame:
+        """All features at `now_ms`, from the rows of every bundle by name, or their totals as of then."""
         found: dict[str, NDArray[np.bool_]] = {}
         last_event_ms: dict[str, NDArray[np.int64]] = {}
         values: dict[str, Values] = {}
-        for family, evaluator in self._evaluators:
-            state = rows[family.name]
-            latest = np.maximum(last_event_ms.get(family.entity, -1), state.last_event_ms)
-            last_event_ms[family.entity], found[family.entity] = latest, latest >= 0
+        for bundle, _, evaluator in self._stored:
+            state, entity = states[bundle.name], bundle.entity
+            latest = np.maximum(last_event_ms.get(entity, -1), state.last_event_ms)
+            last_event_ms[entity], found[entity] = latest, latest >= 0
             values |= evaluator(state, now_ms)
         for entity, fields in asked.overrides.items():
-            for field, column in fields.items():
-                if (entity, field) in self._last:
-                    name = self._last[entity, field].full_name
+            for event_field, column in fields.items():
+                if (entity, event_field) in self._last:
+                    name = self._last[entity, event_field].full_name
                     values[name] = _override(values[name], column)
         with np.errstate(all="ignore"):
             for feature in self._computed:
                 values[feature.full_name] = self._compute(feature, values, asked)
         return Frame(found, last_event_ms, values)
 
-    def explain(self, rows: Mapping[str, Rows], entity: str, row: int, now_ms: int) -> dict[str, dict[str, Any]]:
-        """How each stored feature of one row comes about: window bounds, entries, last event, version of the row."""
+    def explain(
+        self, states: Mapping[str, Rows | Totals], entity: str, row: int, now_ms: int
+    ) -> dict[str, dict[str, Any]]:
+        """How each stored feature of one row comes about: window bounds, entries, last event, version of the row.
+
+        The program must have been made with every family `alone`, and the states be rows.
+        """
         found: dict[str, dict[str, Any]] = {}
-        for family, features in self._stored:
-            if family.entity != entity:
+        for bundle, features, _ in self._stored:
+            if bundle.entity != entity:
                 continue
-            state = rows[family.name]
+            state, (family,) = states[bundle.name], bundle.families
+            assert isinstance(state, Rows)  # noqa: S101  # for the type checker: who asks for this reads rows
             last_ms = int(state.last_event_ms[row])
             for feature, slots in features:
                 assert feature.window is not None  # noqa: S101  # for the type checker: every aggregation has one
@@ -161,11 +187,11 @@ class Program:
         if target != (holder,):
             codes = codes[asked.pairs[holder]]
         owners = np.arange(len(asked.ids[owner])) if target == (owner,) else asked.pairs[owner]
-        at: Index = find(of.offsets, of.codes, *buffers(of.texts), owners, codes, *buffers(wanted))
-        if isinstance(of, Lists):
-            return (at >= 0).astype(np.float64)
-        # A place more, which -1 looks up.
-        return np.append(of.values, of.nothing)[at]
+        numbers, nothing = (of.values, of.nothing) if isinstance(of, Maps) else (np.ones(len(of.codes)), 0.0)
+        found: Floats = look_up(
+            of.rows, of.codes, numbers, *asked.buffers(of.texts), owners, codes, *asked.buffers(wanted), nothing
+        )
+        return found
 
 
 def _override(values: Values, column: Any) -> Values:

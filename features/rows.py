@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from features.layout import Family, TableLayout
+from features.layout import Bundle, Family, TableLayout
 from features.partials import Columns
 from features.texts import NO_TEXTS
 
@@ -98,7 +98,7 @@ class Entries:
 
 
 class Rows:
-    """All state of `n` entities in one family. Text columns and buckets are codes: positions in `texts`.
+    """All state of `n` entities in one family or bundle. Text columns and buckets are codes: positions in `texts`.
 
     Attributes:
         n: how many.
@@ -106,7 +106,7 @@ class Rows:
         texts: what codes stand for.
     """
 
-    _family: Family
+    _bundle: Bundle
 
     def __init__(self, n: int, last_event_ms: Ints, tables: tuple[Entries, ...], texts: pa.StringArray) -> None:
         self.n, self.last_event_ms, self.texts = n, last_event_ms, texts
@@ -114,25 +114,26 @@ class Rows:
 
     @classmethod
     def of_pool(
-        cls, family: Family, n: int, last_event_ms: Ints, pool: Ints, sizes: Ints, texts: pa.StringArray
+        cls, bundle: Bundle, n: int, last_event_ms: Ints, pool: Ints, sizes: Ints, texts: pa.StringArray
     ) -> Rows:
         """Rows whose tables stand in one array, the lines of each one after the other, with `sizes` entries each."""
         rows = cls.__new__(cls)
         rows.n, rows.last_event_ms, rows.texts = n, last_event_ms, texts
-        rows._family, rows.pool, rows.sizes = family, pool, sizes
+        rows._bundle, rows.pool, rows.sizes = bundle, pool, sizes
         return rows
 
     @classmethod
-    def empty(cls, family: Family, n: int) -> Rows:
+    def empty(cls, rows_of: Family | Bundle, n: int) -> Rows:
         """Rows of entities never seen."""
+        bundle = rows_of.alone if isinstance(rows_of, Family) else rows_of
         none = np.zeros(0, np.int64)
-        return cls.of_pool(family, n, np.full(n, -1, np.int64), none, np.zeros(len(family.tables), np.int64), NO_TEXTS)
+        return cls.of_pool(bundle, n, np.full(n, -1, np.int64), none, np.zeros(len(bundle.tables), np.int64), NO_TEXTS)
 
     @cached_property
     def tables(self) -> tuple[Entries, ...]:
         """The entries of each of the family's tables."""
         tables, at = [], 0
-        for layout, size in zip(self._family.tables, self.sizes.tolist(), strict=True):
+        for layout, size in zip(self._bundle.tables, self.sizes.tolist(), strict=True):
             end = at + layout.n_lines * size
             tables.append(Entries.of_lines(layout, self.pool[at:end].reshape(layout.n_lines, size)))
             at = end

@@ -17,6 +17,8 @@ from features.fold import compiled
 
 Ints = NDArray[np.int64]
 NO_TEXTS: Final = pa.array([], pa.string())
+_NO_OFFSETS: Final = np.zeros(1, np.int32)
+_NO_BYTES: Final = np.zeros(0, np.uint8)
 _MIX_A: Final = np.uint64(0x9E3779B97F4A7C15)
 _MIX_B: Final = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_C: Final = np.uint64(0x94D049BB133111EB)
@@ -34,14 +36,13 @@ def unify(arrays: list[pa.StringArray]) -> tuple[pa.StringArray, list[Ints]]:
     return encoded.dictionary.take(pa.array(order)), np.split(codes, ends[:-1]) if arrays else []
 
 
-def buffers(texts: pa.StringArray) -> tuple[Ints, NDArray[np.uint8]]:
-    """Offsets (int64[n + 1]) into the UTF-8 bytes (uint8[...]) of the texts."""
+def buffers(texts: pa.StringArray) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """Offsets (int32[n + 1]) into the UTF-8 bytes (uint8[...]) of the texts, as Arrow has them."""
     _, offsets_buffer, data_buffer = texts.buffers()
     if offsets_buffer is None or len(texts) == 0:
-        return np.zeros(1, np.int64), np.zeros(0, np.uint8)
+        return _NO_OFFSETS, _NO_BYTES
     offsets = np.frombuffer(offsets_buffer, np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    data = np.frombuffer(data_buffer, np.uint8) if data_buffer is not None else np.zeros(0, np.uint8)
-    return offsets.astype(np.int64) - int(offsets[0]), data[offsets[0] : offsets[-1]]
+    return offsets, _NO_BYTES if data_buffer is None else np.frombuffer(data_buffer, np.uint8)
 
 
 def from_buffers(offsets: NDArray[np.int32], data: NDArray[np.uint8]) -> pa.StringArray:
@@ -54,38 +55,47 @@ def from_buffers(offsets: NDArray[np.int32], data: NDArray[np.uint8]) -> pa.Stri
 
 
 @compiled  # type: ignore[untyped-decorator]  # numba has no types
-def find(
-    offsets: Ints,
+def look_up(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
+    rows: Ints,
     codes: Ints,
-    text_offsets: Ints,
+    values: NDArray[np.float64],
+    text_offsets: NDArray[np.int32],
     text_data: NDArray[np.uint8],
-    lists: Ints,
+    owners: Ints,
     wanted: Ints,
-    wanted_offsets: Ints,
+    wanted_offsets: NDArray[np.int32],
     wanted_data: NDArray[np.uint8],
-) -> Ints:
-    """Looks texts up in lists of texts.
+    nothing: float,
+) -> NDArray[np.float64]:
+    """Looks texts up in maps from text to number.
 
     Args:
-        offsets: int64[lists + 1], where each list begins in `codes`.
-        codes: int64[…], the lists' texts.
-        text_offsets: int64[texts + 1] into `text_data`, as `buffers` gives both.
+        rows: int64[entries], the map of each entry, ascending.
+        codes: int64[entries], each one's text.
+        values: float64[entries].
+        text_offsets: int32[texts + 1] into `text_data`, as `buffers` gives both.
         text_data: uint8[bytes].
-        lists: int64[n], the list to look in.
+        owners: int64[n], the map to look in.
         wanted: int64[n], the text to look for, by its place among the wanted texts; -1 for none.
         wanted_offsets: as `text_offsets`, of the wanted texts.
         wanted_data: uint8[bytes].
+        nothing: the number of a text that is not in the map.
 
     Returns:
-        int64[n], the first place in `codes`, -1 where the text is not in the list.
+        float64[n].
     """
-    places = np.full(len(wanted), -1, np.int64)
+    firsts = np.zeros(max(owners.max() if len(owners) else 0, rows[-1] if len(rows) else 0) + 2, np.int64)
+    for row in rows:
+        firsts[row + 1] += 1
+    for row in range(1, len(firsts)):
+        firsts[row] += firsts[row - 1]
+    found = np.full(len(wanted), nothing)
     for index in range(len(wanted)):
         if wanted[index] < 0:
             continue
         first = wanted_offsets[wanted[index]]
         length = wanted_offsets[wanted[index] + 1] - first
-        for place in range(offsets[lists[index]], offsets[lists[index] + 1]):
+        for place in range(firsts[owners[index]], firsts[owners[index] + 1]):
             begin = text_offsets[codes[place]]
             if text_offsets[codes[place] + 1] - begin != length:
                 continue
@@ -93,9 +103,9 @@ def find(
             while same < length and text_data[begin + same] == wanted_data[first + same]:
                 same += 1
             if same == length:
-                places[index] = place
+                found[index] = values[place]
                 break
-    return places
+    return found
 
 
 def hash64(texts: pa.StringArray) -> NDArray[np.uint64]:

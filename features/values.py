@@ -5,7 +5,6 @@ Numbers (also counts and bools) are float64[n] with NaN for null; the three othe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,39 +32,45 @@ class Texts:
 
 @dataclass(frozen=True)
 class Lists:
-    """A list of texts a row: row i has `codes[offsets[i]:offsets[i + 1]]`."""
+    """A list of texts a row.
 
-    offsets: Ints
+    Attributes:
+        rows: int64[entries], the row of each entry, ascending; a row's entries are in order.
+        n_rows: how many rows there are.
+        codes: int64[entries], each one's place in `texts`.
+        texts: what codes stand for.
+    """
+
+    rows: Ints
+    n_rows: int
     codes: Ints
     texts: pa.StringArray
 
     def array(self) -> pa.ListArray:
         """The lists as Arrow has them."""
-        return pa.ListArray.from_arrays(pa.array(self.offsets, pa.int32()), self.texts.take(pa.array(self.codes)))
+        offsets = pa.array(offsets_of(self.rows, self.n_rows), pa.int32())
+        return pa.ListArray.from_arrays(offsets, self.texts.take(pa.array(self.codes)))
 
 
 @dataclass(frozen=True)
-class Maps:
-    """A map from text to number a row, by bucket: entries as in `Lists`, each with a value.
+class Maps(Lists):
+    """A map from text to number a row, by bucket: entries as in `Lists`, each with a value (float64[entries]).
 
-    `nothing` is what a bucket that isn't there stands for: 0 of a count, NaN of a mean.
+    `nothing` is what a bucket that isn't there stands for: 0 of a count, NaN of a mean. Entries with it are left out.
     """
 
-    offsets: Ints
-    codes: Ints
-    texts: pa.StringArray
     values: Floats
     nothing: float
 
     def array(self) -> pa.MapArray:
         """The maps as Arrow has them."""
-        keys = self.texts.take(pa.array(self.codes))
-        return pa.MapArray.from_arrays(pa.array(self.offsets, pa.int32()), keys, pa.array(self.values))
+        some = np.flatnonzero(~np.isnan(self.values) & (self.values != self.nothing))
+        keys = self.texts.take(pa.array(self.codes[some]))
+        offsets = pa.array(offsets_of(self.rows[some], self.n_rows), pa.int32())
+        return pa.MapArray.from_arrays(offsets, keys, pa.array(self.values[some]))
 
 
 Values = Floats | Texts | Lists | Maps
-EachWindow = Floats | Sequence[Values]
-"""Values over several windows, shortest first: numbers as one array, float64[windows, n]."""
 
 
 def to_arrow(values: Values, value_type: Type) -> pa.Array:
@@ -82,10 +87,28 @@ def to_arrow(values: Values, value_type: Type) -> pa.Array:
 
 def to_python(values: Values, value_type: Type) -> list[Any]:
     """The values as JSON has them: whole numbers as int, null as None, lists and maps."""
-    result: list[Any] = to_arrow(values, value_type).to_pylist(
-        maps_as_pydicts="strict" if isinstance(values, Maps) else None
-    )
+    if isinstance(values, np.ndarray):
+        found = to_json(values, value_type)
+        null = np.isnan(values)
+        return (
+            [None if none else value for none, value in zip(null.tolist(), found, strict=True)] if null.any() else found
+        )
+    result: list[Any] = values.array().to_pylist(maps_as_pydicts="strict" if isinstance(values, Maps) else None)
     return result
+
+
+def to_json(values: Values, value_type: Type) -> list[Any]:
+    """As `to_python`, with NaN for null: orjson writes it as null."""
+    if not isinstance(values, np.ndarray):
+        return to_python(values, value_type)
+    if value_type == "float":
+        floats: list[Any] = values.tolist()
+        return floats
+    null = np.isnan(values)
+    whole: list[Any] = np.where(null, 0, values).astype(np.int64 if value_type == "int" else np.bool_).tolist()
+    if not null.any():
+        return whole
+    return [np.nan if none else value for none, value in zip(null.tolist(), whole, strict=True)]
 
 
 def offsets_of(rows: NDArray[np.intp] | Ints, n_rows: int) -> Ints:

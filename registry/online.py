@@ -196,7 +196,7 @@ class Reader:
 
     def _request(self, asked: Asked) -> Request:
         encoded = {entity: [text.encode() for text in ids.to_pylist()] for entity, ids in asked.ids.items()}
-        return Request(self._keyspace, tuple((family, encoded[family.entity]) for family in self.program.families))
+        return Request(self._keyspace, tuple((bundle, encoded[bundle.entity]) for bundle in self.program.bundles))
 
 
 class LazyResponse(OnlineResponse):

@@ -42,7 +42,11 @@ class Settings(BaseSettings):
     dedupe_s: int = Field(300, ge=0, description="An event_id seen again within so many seconds is a duplicate")
     host: str = Field("127.0.0.1", description="Address that the server listens on")
     port: int = Field(8000, ge=0, le=65535, description="Port that the server listens on; 0 for any free one")
+    server_processes: int = Field(1, ge=1, description="Server processes that share the port")
     request_timeout_s: float = Field(1.0, gt=0, description="Deadline of one HTTP request's read, seconds")
+    mirror_rows: int = Field(
+        50_000, ge=0, description="Item rows that each server process keeps while Redis has them unchanged; 0 for none"
+    )
     items_max: int = Field(1000, ge=1, description="Most candidate items of one request")
     log_json: bool = Field(default=False, description="Log lines as JSON, for machines")
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
-import redis.asyncio
 from redis.exceptions import RedisError
 
-from features.kernel import Rows
+from features.layout import families_of
 from features.plan import Feature, Plan
 from features.program import Asked, Frame, Program
+from features.rows import Rows
+from features.totals import Totals
 from serving.problems import Problem, invalid, unavailable
+from store.connection import Connection
 from store.keys import Keyspace
+from store.mirror import Mirror, Reading
 from store.read import ForeignValueError, Request
 
+MIRRORED: Final = "item"
+"""Candidates are few and asked for again and again; users are many, and each asks for itself."""
 Status = Literal["PRESENT", "NOT_FOUND", "UNAVAILABLE"]
 
 
@@ -27,7 +32,7 @@ class Answer:
     """Values of some features for the entities that were asked for; `degraded` counts rows that could not be read."""
 
     program: Program
-    rows: dict[str, Rows]
+    states: Mapping[str, Rows | Totals]
     frame: Frame
     as_of_ms: int
     degraded: int
@@ -39,7 +44,7 @@ class Answer:
 
     def explain(self, entity: str, row: int) -> dict[str, Any]:
         """How the features of one row come about."""
-        return self.program.explain(self.rows, entity, row, self.as_of_ms)
+        return self.program.explain(self.states, entity, row, self.as_of_ms)
 
     def statuses(self, entity: str) -> list[Status]:
         """Whether each row of an entity was found."""
@@ -54,19 +59,57 @@ class Answer:
 
 
 class Lookup:
-    """Reads and evaluates features of a plan; compiles each list of features once."""
+    """Reads and evaluates features of a plan; compiles each list of features once.
 
-    def __init__(self, plan: Plan, client: redis.asyncio.Redis, timeout_s: float) -> None:
+    Args:
+        plan: the applied plan.
+        connection: to Redis; see `connect`.
+        mirrors: by family name.
+    """
+
+    def __init__(self, plan: Plan, connection: Connection, mirrors: Mapping[str, Mirror]) -> None:
         self.plan = plan
-        self._redis: Any = client
-        self._timeout_s = timeout_s
+        self.connection = connection
+        self.mirrors = mirrors
         self._keyspace = Keyspace(plan.project, plan.shards)
+        self._families = [family.name for view in plan.views for family in families_of(plan, view)]
         self._programs: dict[tuple[str, ...], Program] = {}
+
+    @classmethod
+    def connect(cls, plan: Plan, url: str, timeout_s: float, mirror_rows: int) -> Lookup:
+        """A lookup of its own connection, with mirrors of up to `mirror_rows` items (0 for none)."""
+        families = [family for view in plan.views for family in families_of(plan, view)]
+        mirrors = {
+            family.name: Mirror(family, mirror_rows)
+            for family in families
+            if mirror_rows and family.entity == MIRRORED and not family.has_buckets
+        }
+        keyspace = Keyspace(plan.project, plan.shards)
+
+        def forget(keys: Sequence[bytes] | None) -> None:
+            if keys is None:
+                for mirror in mirrors.values():
+                    mirror.clear()
+            else:
+                for key in keys:
+                    name, entity_id = keyspace.row_of(key)
+                    mirrors[name].forget(entity_id.decode())
+
+        return cls(plan, Connection(url, timeout_s, on_invalidated=forget if mirrors else None), mirrors)
+
+    def warm_up(self) -> None:
+        """Compiles every service, and the loops that evaluate it: the first request shall wait for nothing."""
+        for spec in self.plan.services:
+            program = self.program(spec.features)
+            ids = {entity: ["?"] for entity in program.entities}
+            one = {entity: np.zeros(1, np.intp) for entity in program.entities}
+            rows = {bundle.name: Rows.empty(bundle, 1) for bundle in program.bundles}
+            program.evaluate(rows, _asked(ids, one, None), 0)
 
     def program(self, full_names: tuple[str, ...]) -> Program:
         """The features, ready to be evaluated."""
         if full_names not in self._programs:
-            self._programs[full_names] = Program(self.plan, full_names)
+            self._programs[full_names] = Program(self.plan, full_names, self.mirrors)
         return self._programs[full_names]
 
     def service(self, name: str) -> Program:
@@ -97,30 +140,60 @@ class Lookup:
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         *,
         defaults_on_error: bool = False,
+        explain: bool = False,
     ) -> Answer:
-        """Reads all rows in one round trip and evaluates them.
+        """Reads all rows in one round trip and evaluates them; to `explain`, all of them from Redis, family by family.
 
         Raises:
             Problem: 503 when Redis is away, slow or holds what is no row, unless defaults were asked for.
         """
-        asked = Asked({entity: pa.array(ids[entity], pa.string()) for entity in ids}, pairs, overrides or {})
+        if explain:
+            program = Program(self.plan, [feature.full_name for feature in program.features], self._families)
         encoded = {entity: [text.encode() for text in ids[entity]] for entity in ids}
-        request = Request(self._keyspace, tuple((family, encoded[family.entity]) for family in program.families))
         degraded = 0
         try:
-            async with asyncio.timeout(self._timeout_s):
-                blobs = await self._redis.mget(request.keys)
-            rows = request.rows(blobs)
-        except (RedisError, OSError, TimeoutError, ForeignValueError) as error:
+            states = await self._states(program, ids, encoded, now_ms, mirrored=not explain)
+        except (RedisError, OSError, ForeignValueError) as error:
             if not defaults_on_error:
                 detail = (
                     str(error) if isinstance(error, ForeignValueError) else f"Redis: {type(error).__name__}: {error}"
                 )
                 raise unavailable(detail.rstrip(": ")) from error
-            rows = {family.name: Rows.empty(family, len(encoded[family.entity])) for family in program.families}
+            states = {bundle.name: Rows.empty(bundle, len(encoded[bundle.entity])) for bundle in program.bundles}
             degraded = sum(len(each) for each in encoded.values())
-        frame = program.evaluate(rows, asked, now_ms)
-        return Answer(program, rows, frame, now_ms, degraded)
+        frame = program.evaluate(states, _asked(ids, pairs, overrides), now_ms)
+        return Answer(program, states, frame, now_ms, degraded)
+
+    async def _states(
+        self,
+        program: Program,
+        ids: Mapping[str, Sequence[str]],
+        encoded: Mapping[str, Sequence[bytes]],
+        now_ms: int,
+        *,
+        mirrored: bool,
+    ) -> dict[str, Rows | Totals]:
+        """The state of every bundle."""
+        with ExitStack() as stack:
+            readings: dict[str, Reading] = {}
+            plain, tracked = [], []
+            for bundle in program.bundles:
+                mirror = self.mirrors.get(bundle.name) if mirrored else None
+                if mirror is None:
+                    plain.append((bundle, encoded[bundle.entity]))
+                else:
+                    reading = stack.enter_context(mirror.reading(ids[bundle.entity], now_ms))
+                    readings[bundle.name] = reading
+                    tracked.append((bundle, [text.encode() for text in reading.missing]))
+            request = Request(self._keyspace, (*plain, *tracked))
+            n_plain = sum(len(own) * len(bundle.families) for bundle, own in plain)
+            blobs = await self.connection.mget(request.keys[:n_plain], tracked=request.keys[n_plain:])
+            rows = request.rows(blobs)
+            return {name: readings[name].totals(state) if name in readings else state for name, state in rows.items()}
+
+
+def _asked(ids: Mapping[str, Sequence[str]], pairs: Mapping[str, Any], overrides: Any) -> Asked:
+    return Asked({entity: pa.array(ids[entity], pa.string()) for entity in ids}, pairs, overrides or {})
 
 
 def pairs_of(n_items: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import orjson
 import pyarrow as pa
 
 from features.plan import Feature
-from features.values import to_arrow, to_python
+from features.values import to_arrow, to_json
 from serving.lookup import Answer
 
 JSON = "application/json"
@@ -31,7 +31,7 @@ def ranking_json(
     """The user's features once, and a list of values an item; if asked, how each feature comes about."""
     of_user = [feature for feature in answer.features if feature.entities == ("user",)]
     of_items = [feature for feature in answer.features if feature.entities != ("user",)]
-    columns = [to_python(answer.frame.values[feature.full_name], feature.value_type) for feature in of_items]
+    columns = [to_json(answer.frame.values[feature.full_name], feature.value_type) for feature in of_items]
     rows = zip(*columns, strict=True) if columns else iter([()] * len(item_ids))
     document: dict[str, Any] = {
         "service": service,
@@ -42,7 +42,7 @@ def ranking_json(
             "status": answer.statuses("user")[0] if "user" in answer.frame.found else None,
             "last_event_at": answer.last_event_ms("user")[0] if "user" in answer.frame.found else None,
             "features": {
-                feature.full_name: to_python(answer.frame.values[feature.full_name], feature.value_type)[0]
+                feature.full_name: to_json(answer.frame.values[feature.full_name], feature.value_type)[0]
                 for feature in of_user
             },
         },
@@ -103,7 +103,7 @@ def entity_json(answer: Answer, entity: str, entity_id: str, service: str | None
         "plan": plan,
         "service": service,
         "features": {
-            feature.full_name: to_python(answer.frame.values[feature.full_name], feature.value_type)[0]
+            feature.full_name: to_json(answer.frame.values[feature.full_name], feature.value_type)[0]
             for feature in answer.features
         },
     }

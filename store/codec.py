@@ -16,16 +16,15 @@ any byte. The loops over them are compiled: `store.packing`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from features.kernel import Entries, Rows
-from features.layout import Family
+from features.layout import Bundle, Family
 from features.partials import Physical
 from features.texts import NO_TEXTS, buffers, from_buffers
 from store import packing
@@ -36,7 +35,7 @@ Ints = NDArray[np.int64]
 
 
 class CorruptRowError(ValueError):
-    """Bytes that are no row of the family; `position` is the row's place in what was decoded."""
+    """Bytes that are no row of the family; `position` is the place of the bytes in what was decoded."""
 
     def __init__(self, family: Family, position: int, reason: str) -> None:
         super().__init__(f"not a row of {family.name}: {reason}")
@@ -45,38 +44,43 @@ class CorruptRowError(ValueError):
         self.reason = reason
 
 
-def decode(family: Family, blobs: Sequence[bytes | None]) -> Rows:
+def decode(rows_of: Family | Bundle, blobs: Sequence[bytes | None]) -> Rows:
     """Rows of n entities from their bytes; None is an entity never seen.
+
+    Of a bundle, all rows of its first family, then all of the next.
 
     Raises:
         CorruptRowError: if bytes have another version, layout or length than they should.
     """
-    n, shape = len(blobs), _shape(family)
+    bundle = rows_of.alone if isinstance(rows_of, Family) else rows_of
+    n, shape = len(blobs) // len(bundle.families), _shape(bundle)
     there = [blob or b"" for blob in blobs]
     data = np.frombuffer(b"".join(there), np.uint8)
     if len(data) == 0:
-        return Rows.empty(family, n)
-    ends = np.cumsum(np.fromiter(map(len, there), np.int64, n))
-    last_event_ms, text_counts = np.empty((2, n), np.int64)
-    counts, widths = np.zeros((2, len(family.tables), n), np.int64)
+        return Rows.empty(bundle, n)
+    ends = np.cumsum(np.fromiter(map(len, there), np.int64, len(there)))
+    last_event_ms, text_counts = np.full(n, -1, np.int64), np.empty(len(there), np.int64)
+    counts, widths = np.zeros((2, len(bundle.tables), n), np.int64)
     bad, reason, text_bytes = packing.scan(
-        data, ends, shape.first_bytes, shape.sizes, last_event_ms, text_counts, counts, widths
+        data, ends, shape.first_bytes, shape.parts, shape.sizes, last_event_ms, text_counts, counts, widths
     )
     if bad >= 0:
-        raise CorruptRowError(family, bad, _reason(shape, there[bad], reason))
+        raise CorruptRowError(bundle.families[bad // n], bad, _reason(shape.first_bytes[bad // n], there[bad], reason))
     entries = counts.sum(axis=1)
     pool = np.empty(int(entries @ shape.lines), np.int64)
-    offsets = np.zeros(int(text_counts.sum()) + 1, np.int32)
+    offsets = np.empty(int(text_counts.sum()) + 1, np.int32)
     text_data = np.empty(text_bytes, np.uint8)
-    bad = packing.unpack(data, ends, shape.sizes, shape.places, text_counts, counts, widths, pool, offsets, text_data)
+    bad = packing.unpack(
+        data, ends, shape.parts, shape.sizes, shape.places, text_counts, counts, widths, pool, offsets, text_data
+    )
     if bad >= 0:
-        raise CorruptRowError(family, bad, "an entry names a text or cell that there is not")
-    return Rows.of_pool(family, n, last_event_ms, pool, entries, _texts(family, offsets, text_data, text_counts))
+        raise CorruptRowError(bundle.families[bad // n], bad, "an entry names a text or cell that there is not")
+    return Rows.of_pool(bundle, n, last_event_ms, pool, entries, _texts(bundle, offsets, text_data, text_counts))
 
 
 def encode(family: Family, rows: Rows) -> list[bytes]:
     """The bytes of each row; empty ones for a row with no entry in any table."""
-    shape = _shape(family)
+    shape = _shape(family.alone)
     texts, first_texts, entries = _local_texts(family, rows)
     tables = [each.lines for each in entries]
     counts, widths = np.zeros((2, len(tables), rows.n), np.int64)
@@ -84,7 +88,7 @@ def encode(family: Family, rows: Rows) -> list[bytes]:
         packing.measure(table, shape.places[index], counts[index], widths[index])
     ends, table_at = np.empty(rows.n, np.int64), np.empty((len(tables), rows.n), np.int64)
     data = packing.pack_heads(
-        shape.first_bytes,
+        shape.first_bytes[0],
         shape.sizes,
         rows.last_event_ms,
         counts,
@@ -100,11 +104,11 @@ def encode(family: Family, rows: Rows) -> list[bytes]:
     return [whole[start:end] for start, end in zip([0, *ends_at], ends_at, strict=False)]
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """A family as the compiled loops take it."""
+class _Shape(NamedTuple):
+    """A bundle as the compiled loops take it."""
 
     first_bytes: NDArray[np.uint8]
+    parts: Ints
     places: Ints
     sizes: Ints
     lines: Ints
@@ -122,34 +126,35 @@ _BUCKETS: Final = {"text": packing.BUCKET, "hash": packing.WORD, "cell": packing
 _BYTES: Final = {packing.START: 4, packing.TIME: 6, packing.WORD: 8}
 
 
-@lru_cache
-def _shape(family: Family) -> _Shape:
+@lru_cache(maxsize=1024)
+def _shape(bundle: Bundle) -> _Shape:
     fields = []
-    for layout in family.tables:
+    for layout in bundle.tables:
         own = [packing.START] if layout.table.starts else []
         own += [_BUCKETS[layout.table.bucket]] if layout.table.bucket else []
         fields.append([*own, *(_KINDS[kind] for kind in layout.physical)])
     longest = max(map(len, fields))
     return _Shape(
-        np.frombuffer(bytes([VERSION]) + family.tag.to_bytes(2, "little"), np.uint8),
+        np.array([[VERSION, *family.tag.to_bytes(2, "little")] for family in bundle.families], np.uint8),
+        np.cumsum([len(family.tables) for family in bundle.families]),
         np.array([own + [-1] * (longest - len(own)) for own in fields], np.int64),
         np.array([[sum(_BYTES.get(kind, width) for kind in own) for width in packing.WIDTHS] for own in fields]),
-        np.array([layout.n_lines for layout in family.tables]),
+        np.array([layout.n_lines for layout in bundle.tables]),
     )
 
 
-def _reason(shape: _Shape, blob: bytes, reason: int) -> str:
+def _reason(first_bytes: NDArray[np.uint8], blob: bytes, reason: int) -> str:
     if reason == packing.TOO_SHORT:
         return f"{len(blob)} bytes are too few"
     if reason == packing.OTHER_LAYOUT:
         found, expected = (
-            f"{head[0]}, {int.from_bytes(head[1:3], 'little'):04x}" for head in (blob, shape.first_bytes.tobytes())
+            f"{head[0]}, {int.from_bytes(head[1:3], 'little'):04x}" for head in (blob, first_bytes.tobytes())
         )
         return f"version and layout {found} where version and layout {expected} is expected"
     return packing.REASONS[reason]
 
 
-def _texts(family: Family, offsets: NDArray[np.int32], data: NDArray[np.uint8], counts: Ints) -> pa.StringArray:
+def _texts(bundle: Bundle, offsets: NDArray[np.int32], data: NDArray[np.uint8], counts: Ints) -> pa.StringArray:
     """All rows' texts."""
     if len(offsets) == 1:
         return NO_TEXTS
@@ -158,7 +163,8 @@ def _texts(family: Family, offsets: NDArray[np.int32], data: NDArray[np.uint8], 
         texts.validate(full=True)
     except pa.ArrowInvalid as error:
         first = np.concatenate([[0], np.cumsum(counts)])
-        where = next(row for row in range(len(counts)) if not _is_utf8(texts[first[row] : first[row + 1]]))
+        where = next(blob for blob in range(len(counts)) if not _is_utf8(texts[first[blob] : first[blob + 1]]))
+        family = bundle.families[where // (len(counts) // len(bundle.families))]
         raise CorruptRowError(family, where, f"it holds text that is not UTF-8: {error}") from error
     return texts
 

@@ -10,8 +10,9 @@ key's place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from zlib import crc32
 
 import numpy as np
@@ -36,11 +37,20 @@ class Keyspace:
         """The key of a shard's commit record."""
         return f"{{{self.project}:{entity}:{shard}}}:commit".encode()
 
-    def rows(self, family: Family, ids: Sequence[bytes]) -> list[bytes]:
+    def rows(self, family: Family, ids: Iterable[bytes]) -> list[bytes]:
         """The keys of a family's rows, by the entities' ids in UTF-8."""
-        shards = self.shards
-        prefix = [f"{{{self.project}:{family.entity}:{shard}}}:{family.name}:".encode() for shard in range(shards)]
-        return [prefix[crc32(entity_id) % shards] + entity_id for entity_id in ids]
+        shards, prefixes = self.shards, _prefixes(self, family.entity, family.name)
+        return [prefixes[crc32(entity_id) % shards] + entity_id for entity_id in ids]
+
+    def row_of(self, key: bytes) -> tuple[str, bytes]:
+        """The inverse of `rows`: the name of the family and the entity's id."""
+        name, entity_id = key[key.index(b"}:") + 2 :].split(b":", 1)
+        return name.decode(), entity_id
+
+
+@lru_cache(maxsize=1024)
+def _prefixes(keyspace: Keyspace, entity: str, family: str) -> tuple[bytes, ...]:
+    return tuple(f"{{{keyspace.project}:{entity}:{shard}}}:{family}:".encode() for shard in range(keyspace.shards))
 
 
 def expire_at_ms(family: Family, last_event_ms: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,8 +1,7 @@
 """The compiled loops of the codec: see `store.codec` for the format.
 
-`places` say how a table's records are laid out: for each field its kind, or -1 beyond the last. `sizes` are the bytes of
-a record, for each of the four widths that small integers can have. A table in memory is int64[1 + fields, entries]:
-the row of each entry, then its fields, floats as their bits, texts and buckets as positions among all rows' texts.
+`places` say how a table's records are laid out: for each field its kind, or -1 beyond the last. `sizes` are the bytes
+of a record, for each of the four widths that small integers can have. Tables in memory are as `Rows.of_pool` has them.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
 START, COUNT, TIME, WORD, TEXT, BUCKET, CELL = range(7)
-"""Kinds of fields: u4; small; seconds u4 and ms u2; 8 bytes as they are; small, 0 for null; small, never null; small."""
+"""Kinds of fields: u4; small; seconds u4 and ms u2; 8 bytes; small, 0 for null; small, never null; small."""
 HEAD_BYTES: Final = 11
 TABLE_BYTES: Final = 5
 WIDTHS: Final = (1, 2, 4, 8)
@@ -38,7 +37,7 @@ def _read(data: Bytes, at: int, size: int) -> int:
     """A little-endian integer."""
     value = 0
     for index in range(size):
-        value |= np.int64(data[at + index]) << (8 * index)
+        value |= int(data[at + index]) << (8 * index)
     return value
 
 
@@ -49,63 +48,65 @@ def _write(data: Bytes, at: int, size: int, value: int) -> None:
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
-def scan(
+def scan(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
     data: Bytes,
     ends: Ints,
     first_bytes: Bytes,
+    parts: Ints,
     sizes: Ints,
     last_event_ms: Ints,
     text_counts: Ints,
     counts: Ints,
     widths: Ints,
 ) -> tuple[int, int, int]:
-    """Reads and checks the heads of all rows.
+    """Reads and checks the heads of all rows, and writes to its last four arguments.
 
     Args:
-        data: uint8[bytes], all rows one after the other.
-        ends: int64[rows], where each ends.
-        first_bytes: uint8[3], the version and layout that are expected.
+        data: uint8[bytes], all rows of the first part (family), then all of the next …
+        ends: int64[parts * rows], where each ends.
+        first_bytes: uint8[parts, 3], the version and layout that are expected.
+        parts: int64[parts], the tables up to the end of each part.
         sizes: int64[tables, 4].
-        last_event_ms, text_counts: int64[rows], written to.
-        counts: int64[tables, rows], entries; written to.
-        widths: int64[tables, rows], as indices into `WIDTHS`; written to.
+        last_event_ms: int64[rows], -1 before.
+        text_counts: int64[parts * rows].
+        counts: int64[tables, rows], entries; 0 before.
+        widths: int64[tables, rows], as indices into `WIDTHS`.
 
     Returns:
-        The first bad row (-1 for none), what is wrong with it, and the bytes of all texts.
+        The first that is bad (-1 for none), what is wrong with it, and the bytes of all texts.
     """
-    n_tables = len(sizes)
-    start = 0
-    text_bytes = 0
-    for row in range(len(ends)):
-        begin, end = start, ends[row]
-        start = end
-        last_event_ms[row], text_counts[row] = -1, 0
-        counts[:, row] = 0
+    n_rows = len(last_event_ms)
+    end = text_bytes = 0
+    for blob in range(len(ends)):
+        begin, end = end, ends[blob]
+        part, row = blob // n_rows, blob % n_rows
+        first_table, last_table = parts[part - 1] if part else 0, parts[part]
+        text_counts[blob] = 0
         if begin == end:
             continue
-        at = begin + HEAD_BYTES + n_tables * TABLE_BYTES
+        at = begin + HEAD_BYTES + (last_table - first_table) * TABLE_BYTES
         if at > end:
-            return row, _SHORT, 0
+            return blob, _SHORT, 0
         for index in range(3):
-            if data[begin + index] != first_bytes[index]:
-                return row, _OTHER, 0
-        last_event_ms[row] = _read_time(data, begin + 3)
+            if data[begin + index] != first_bytes[part, index]:
+                return blob, _OTHER, 0
+        last_event_ms[row] = max(last_event_ms[row], _read_time(data, begin + 3))
         n_texts = _read(data, begin + 9, 2)
-        text_counts[row] = n_texts
-        for table in range(n_tables):
-            head = begin + HEAD_BYTES + table * TABLE_BYTES
+        text_counts[blob] = n_texts
+        for table in range(first_table, last_table):
+            head = begin + HEAD_BYTES + (table - first_table) * TABLE_BYTES
             width = data[head + 4]
             if width >= len(WIDTHS):
-                return row, _WIDE, 0
+                return blob, _WIDE, 0
             counts[table, row], widths[table, row] = _read(data, head, 4), width
             at += counts[table, row] * sizes[table, width]
         if at + 2 * n_texts > end:
-            return row, _LONG, 0
+            return blob, _LONG, 0
         of_row = 0
         for index in range(n_texts):
             of_row += _read(data, at + 2 * index, 2)
         if at + 2 * n_texts + of_row != end:
-            return row, _UNEVEN, 0
+            return blob, _UNEVEN, 0
         text_bytes += of_row
     return -1, 0, text_bytes
 
@@ -117,53 +118,48 @@ def _read_time(data: Bytes, at: int) -> int:
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
-def _unpack_small(data: Bytes, at: int, step: int, width: int, values: Ints) -> None:
-    """Small integers that stand `step` bytes apart."""
-    if width == 0:
-        for entry in range(len(values)):
-            values[entry] = data[at + entry * step]
-    elif width == 1:
-        for entry in range(len(values)):
-            values[entry] = _read(data, at + entry * step, 2)
-    else:
-        for entry in range(len(values)):
-            values[entry] = _read(data, at + entry * step, 1 << width)
-
-
-@compiled  # type: ignore[untyped-decorator]  # as above
-def _unpack_field(
-    data: Bytes, at: int, step: int, kind: int, width: int, first_text: int, n_texts: int, values: Ints
+def _unpack_field(  # noqa: PLR0912, PLR0913, PLR0917  # cases, one a kind; slices would cost as much as reading
+    data: Bytes, at: int, step: int, n: int, kind: int, width: int, first_text: int, n_texts: int, pool: Ints, slot: int
 ) -> int:
-    """One field of a row's entries, which stand `step` bytes apart: its size, or -1 if one names what there is not."""
+    """One field of a row's n entries, `step` bytes apart: its size, or -1 if one names what there is not."""
     if kind == START:
-        for entry in range(len(values)):
-            values[entry] = _read(data, at + entry * step, 4)
+        for entry in range(n):
+            pool[slot + entry] = _read(data, at + entry * step, 4)
         return 4
     if kind == TIME:
-        for entry in range(len(values)):
-            values[entry] = _read_time(data, at + entry * step)
+        for entry in range(n):
+            pool[slot + entry] = _read_time(data, at + entry * step)
         return 6
     if kind == WORD:
-        for entry in range(len(values)):
-            values[entry] = _read(data, at + entry * step, 8)
+        for entry in range(n):
+            pool[slot + entry] = _read(data, at + entry * step, 8)
         return 8
-    _unpack_small(data, at, step, width, values)
+    if width == 0:
+        for entry in range(n):
+            pool[slot + entry] = data[at + entry * step]
+    elif width == 1:
+        for entry in range(n):
+            pool[slot + entry] = _read(data, at + entry * step, 2)
+    else:
+        for entry in range(n):
+            pool[slot + entry] = _read(data, at + entry * step, 1 << width)
     if kind == CELL:
-        for entry in range(len(values)):
-            if not 0 <= values[entry] < CELLS:
+        for entry in range(slot, slot + n):
+            if not 0 <= pool[entry] < CELLS:
                 return -1
     elif kind != COUNT:
-        for entry in range(len(values)):
-            if not (kind == BUCKET) <= values[entry] <= n_texts:
+        for entry in range(slot, slot + n):
+            if not (kind == BUCKET) <= pool[entry] <= n_texts:
                 return -1
-            values[entry] = first_text + values[entry] - 1 if values[entry] else -1
+            pool[entry] = first_text + pool[entry] - 1 if pool[entry] else -1
     return 1 << width
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
-def unpack(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
+def unpack(  # noqa: PLR0913, PLR0917  # as above
     data: Bytes,
     ends: Ints,
+    parts: Ints,
     sizes: Ints,
     places: Ints,
     text_counts: Ints,
@@ -176,11 +172,12 @@ def unpack(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
     """Reads all tables and texts of rows that `scan` found right, and writes them to its last three arguments.
 
     Args:
-        data: as in `scan`, like the next four.
+        data: as in `scan`, like the next three.
         ends: as in `scan`.
+        parts: as in `scan`.
         sizes: as in `scan`.
         places: int64[tables, fields].
-        text_counts: as in `scan`.
+        text_counts: as in `scan`, like the next two.
         counts: as in `scan`.
         widths: as in `scan`.
         pool: int64[…], all tables in memory, one after the other.
@@ -188,7 +185,7 @@ def unpack(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
         text_data: uint8[bytes].
 
     Returns:
-        The first row with an entry that names a text or cell that there is not; -1 for none.
+        The first with an entry that names a text or cell that there is not; -1 for none.
     """
     n_tables, n_rows = counts.shape
     totals = np.zeros(n_tables, np.int64)
@@ -198,33 +195,41 @@ def unpack(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
         slots[table] = slot
         totals[table] = counts[table].sum()
         slot += totals[table] * (1 + np.sum(places[table] >= 0))
-    first_text = text_byte = begin = 0
-    for row in range(n_rows):
-        at = begin + HEAD_BYTES + n_tables * TABLE_BYTES
-        begin = ends[row]
-        n_texts = text_counts[row]
-        for table in range(n_tables):
+    first_text = text_byte = end = 0
+    text_offsets[0] = 0
+    for blob in range(len(ends)):
+        begin, end = end, ends[blob]
+        if begin == end:
+            continue
+        part, row = blob // n_rows, blob % n_rows
+        first_table, last_table = parts[part - 1] if part else 0, parts[part]
+        at = begin + HEAD_BYTES + (last_table - first_table) * TABLE_BYTES
+        n_texts = text_counts[blob]
+        for table in range(first_table, last_table):
             n, width, slot = counts[table, row], widths[table, row], slots[table]
             if n == 0:
                 continue
             step = sizes[table, width]
-            pool[slot : slot + n] = row
+            for entry in range(slot, slot + n):
+                pool[entry] = row
             field_at = at
-            for kind in places[table]:
+            for field in range(places.shape[1]):
+                kind = places[table, field]
                 if kind < 0:
                     break
                 slot += totals[table]
-                size = _unpack_field(data, field_at, step, kind, width, first_text, n_texts, pool[slot : slot + n])
+                size = _unpack_field(data, field_at, step, n, kind, width, first_text, n_texts, pool, slot)
                 if size < 0:
-                    return row
+                    return blob
                 field_at += size
             at += n * step
             slots[table] += n
         for index in range(n_texts):
             text_byte += _read(data, at + 2 * index, 2)
             text_offsets[first_text + index + 1] = text_byte
-        of_row = text_byte - text_offsets[first_text]
-        text_data[text_byte - of_row : text_byte] = data[begin - of_row : begin]
+        behind = end - text_byte
+        for position in range(text_offsets[first_text], text_byte):
+            text_data[position] = data[position + behind]
         first_text += n_texts
     return -1
 
@@ -243,7 +248,7 @@ def measure(table: Ints, places: Ints, counts: Ints, widths: Ints) -> None:
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
-def pack_heads(
+def pack_heads(  # noqa: PLR0913, PLR0917  # as above
     first_bytes: Bytes,
     sizes: Ints,
     last_event_ms: Ints,
@@ -258,7 +263,11 @@ def pack_heads(
     """All rows with everything but their entries.
 
     Args:
-        first_bytes, sizes, last_event_ms, counts, widths: as in `scan`.
+        first_bytes: as in `scan`, like the next four.
+        sizes: as in `scan`.
+        last_event_ms: as in `scan`.
+        counts: as in `scan`.
+        widths: as in `scan`.
         first_texts: int64[rows + 1], each row's first among the texts.
         text_offsets: int64[texts + 1] into `text_data`.
         text_data: uint8[bytes].

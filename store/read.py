@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from features.kernel import Rows
-from features.layout import Family
+from features.layout import Bundle
+from features.rows import Rows
 from store.codec import CorruptRowError, decode
 from store.keys import Keyspace
 
@@ -20,30 +20,33 @@ class ForeignValueError(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """Which rows are wanted: families of some entities, by the entities' ids in UTF-8."""
+    """Which rows are wanted: bundles of some entities, by the entities' ids in UTF-8."""
 
     keyspace: Keyspace
-    wanted: tuple[tuple[Family, Sequence[bytes]], ...]
+    wanted: tuple[tuple[Bundle, Sequence[bytes]], ...]
 
     @cached_property
     def keys(self) -> list[bytes]:
-        """All keys, family by family: for one MGET."""
-        return [key for family, ids in self.wanted for key in self.keyspace.rows(family, ids)]
+        """All keys, bundle by bundle and family by family: for one MGET."""
+        return [
+            key for bundle, ids in self.wanted for family in bundle.families for key in self.keyspace.rows(family, ids)
+        ]
 
     def rows(self, blobs: Sequence[Blob]) -> dict[str, Rows]:
-        """The answer of MGET as rows, by family name.
+        """The answer of MGET as rows, by the bundle's name.
 
         Raises:
             ForeignValueError: if a value is no row.
         """
         found = {}
         at = 0
-        for family, ids in self.wanted:
+        for bundle, ids in self.wanted:
+            end = at + len(ids) * len(bundle.families)
             try:
-                found[family.name] = decode(family, blobs[at : at + len(ids)])
+                found[bundle.name] = decode(bundle, blobs[at:end])
             except CorruptRowError as error:
                 key = self.keys[at + error.position].decode(errors="backslashreplace")
                 msg = f"Redis key {key!r}: {error}; it was written by something else or by another version of its view"
                 raise ForeignValueError(msg) from error
-            at += len(ids)
+            at = end
         return found

@@ -139,7 +139,7 @@ class Lane:
             if mine:
                 touched[family.name] = np.unique(np.concatenate(mine))
         wanted = tuple(
-            (family, [ids[row] for row in touched[family.name].tolist()])
+            (family.alone, [ids[row] for row in touched[family.name].tolist()])
             for family in families
             if family.name in touched
         )
@@ -147,7 +147,7 @@ class Lane:
         blobs: list[bytes | None] = self._redis.mget(request.keys) if request.keys else []
         rows = request.rows(blobs)
         at = evicted = 0
-        for family, family_ids in wanted:
+        for (family,), family_ids in ((bundle.families, own) for bundle, own in wanted):
             renumbered = {
                 name: Events(np.searchsorted(touched[family.name], each.rows), each.times_ms, each.fields)
                 for name, each in events.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, Protocol
@@ -12,9 +13,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from features.expressions import AnyCondition
+from features.formulas import Formula
 from features.partials import AnyPartial
 from features.times import ALL, TICK_MS, Window
-from features.values import EachWindow, Floats, Type
+from features.values import Type, Values
 
 DEFAULT_BUCKETS = 64
 
@@ -94,6 +96,8 @@ class Part(Protocol):
 class Aggregation(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", omit_defaults=True):
     """A declared aggregation, as plain data: what the plan keeps and the kernel runs."""
 
+    formula: ClassVar[Formula | None] = None
+    """How its number follows from its partials; None where it is no number, or takes more than a formula."""
     nothing: ClassVar[float] = 0.0
     """The number for no events; NaN reads as null."""
 
@@ -149,16 +153,18 @@ class Aggregation(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", omi
         """The partials that it keeps."""
         raise NotImplementedError
 
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
-        """The feature over each of its windows, shortest first, for all rows (groups where `by` is set).
+    @property
+    def constants(self) -> tuple[float, float]:
+        """The constants p and q of its formula."""
+        return 0.0, 0.0
 
-        Numbers are one array, float64[windows, rows].
-        """
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> Sequence[Values]:
+        """The feature over each of its windows, shortest first, for all rows: of one that has no formula."""
         raise NotImplementedError
 
-    def begins_ms(self, now_ms: int) -> NDArray[np.int64]:
-        """int64[windows, 1]: when each of its windows begins."""
-        return np.array([[window.tail_ticks(now_ms) * TICK_MS] for window in self.windows], np.int64)
+    def begins_ms(self, now_ms: int) -> list[int]:
+        """When each of its windows begins."""
+        return [window.tail_ticks(now_ms) * TICK_MS for window in self.windows]
 
 
 @cache
@@ -168,8 +174,3 @@ def _windows(over: tuple[str, ...]) -> tuple[Window, ...]:
 
 LATEST = Table(row="", windows=(Window.parse(ALL),), starts=False)
 """Where partials without a window live: one entry a row."""
-
-
-def null_if(condition: NDArray[np.bool_], values: Floats) -> Floats:
-    """The values, NaN where the condition holds."""
-    return np.where(condition, np.nan, values)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from features.aggregations.base import Aggregation, Part, Slot
+from typing import ClassVar
+
+from features.aggregations.base import Aggregation, Slot
+from features.formulas import Formula
 from features.partials import Tally
-from features.values import EachWindow, Floats, Type
+from features.values import Type
 
 
 class Count(Aggregation, frozen=True, kw_only=True, tag="count"):
@@ -15,6 +18,8 @@ class Count(Aggregation, frozen=True, kw_only=True, tag="count"):
     2
     """
 
+    formula: ClassVar[Formula | None] = Formula.TOTAL
+
     @property
     def value_type(self) -> Type:
         """See `Aggregation.value_type`."""
@@ -23,8 +28,3 @@ class Count(Aggregation, frozen=True, kw_only=True, tag="count"):
     def slots(self) -> tuple[Slot, ...]:
         """See `Aggregation.slots`."""
         return (Slot(self.tiles(), Tally(), self.measure),)
-
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
-        """See `Aggregation.values`."""
-        total: Floats = parts[0].totals[0]
-        return total

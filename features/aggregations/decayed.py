@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import ClassVar
 
-from features.aggregations.base import LATEST, Aggregation, Part, Slot, Table
+from features.aggregations.base import LATEST, Aggregation, Slot, Table
+from features.formulas import Formula
 from features.partials import Decay
 from features.times import ALL, Window, duration_ms
-from features.values import EachWindow
 
 
 class Decayed(Aggregation, frozen=True, kw_only=True, tag="decayed"):
@@ -20,6 +19,8 @@ class Decayed(Aggregation, frozen=True, kw_only=True, tag="decayed"):
     0.75
     """
 
+    formula: ClassVar[Formula | None] = Formula.DECAYED
+
     half_life: str
 
     def slots(self) -> tuple[Slot, ...]:
@@ -30,8 +31,7 @@ class Decayed(Aggregation, frozen=True, kw_only=True, tag="decayed"):
         )
         return (Slot(by_bucket if self.by else LATEST, Decay(duration_ms(self.half_life)), self.measure),)
 
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
-        """See `Aggregation.values`."""
-        times_ms, amplitude = parts[0].totals
-        decayed: NDArray[np.float64] = amplitude * np.exp2((times_ms - now_ms) / duration_ms(self.half_life))
-        return decayed
+    @property
+    def constants(self) -> tuple[float, float]:
+        """See `Aggregation.constants`."""
+        return duration_ms(self.half_life), 0.0

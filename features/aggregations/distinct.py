@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from features import sketch
 from features.aggregations.base import Aggregation, Part, Slot, Table
 from features.partials import SeenTick
-from features.values import EachWindow, Floats, Type
+from features.values import Floats, Type, Values
 
 EXACT_MAX: Final = 64
 
@@ -38,7 +39,7 @@ class Distinct(Aggregation, frozen=True, kw_only=True, tag="distinct"):
         cells = Table(self.name, self.windows, starts=False, by=self.field, bucket="cell")
         return Slot(exact, SeenTick(), self.measure), Slot(cells, SeenTick(), self.measure)
 
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> Sequence[Values]:
         """See `Aggregation.values`."""
         exact, cells = parts
         return [self._over(window.tail_ticks(now_ms), exact, cells) for window in self.windows]

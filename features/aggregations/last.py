@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
 
-from features.aggregations.base import LATEST, Aggregation, Part, Slot, null_if
+from features.aggregations.base import LATEST, Aggregation, Part, Slot
+from features.formulas import Formula
 from features.partials import LatestNumber, LatestText
-from features.values import EachWindow, Texts, Type
+from features.values import Texts, Type, Values
 
 
 class Last(Aggregation, frozen=True, kw_only=True, tag="last"):
@@ -33,11 +35,15 @@ class Last(Aggregation, frozen=True, kw_only=True, tag="last"):
         """See `Aggregation.slots`."""
         return (Slot(LATEST, LatestText() if self.kind == "str" else LatestNumber(), self.measure),)
 
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+    @property
+    def formula(self) -> Formula | None:  # type: ignore[override]  # as the field's kind has it
+        """See `Aggregation.formula`."""
+        return None if self.kind == "str" else Formula.LATEST
+
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> Sequence[Values]:
         """See `Aggregation.values`."""
-        times_ms, values = parts[0].totals
-        outside = (times_ms < 0) | (times_ms < self.begins_ms(now_ms))
-        if self.kind == "str":
-            codes = np.where(outside, -1, values).astype(np.int64)
-            return [Texts(of_window, parts[0].texts) for of_window in codes]
-        return null_if(outside, values)
+        times_ms, codes = parts[0].totals[:, 0]
+        return [
+            Texts(np.where((times_ms < 0) | (times_ms < begin_ms), -1, codes).astype(np.int64), parts[0].texts)
+            for begin_ms in self.begins_ms(now_ms)
+        ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from features.aggregations.base import Aggregation, Part, Slot, Table
 from features.partials import Seen
 from features.times import ALL, Window
-from features.values import EachWindow, Lists, Type, offsets_of
+from features.values import Lists, Type, Values
 
 
 class LastK(Aggregation, frozen=True, kw_only=True, tag="last_k"):
@@ -35,13 +37,13 @@ class LastK(Aggregation, frozen=True, kw_only=True, tag="last_k"):
         table = Table(self.name, (Window.parse(ALL),), starts=False, by=self.field, bucket="text", bound=self.k)
         return (Slot(table, Seen(), self.measure),)
 
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> Sequence[Values]:
         """See `Aggregation.values`."""
         part = parts[0]
         seen_ms = part.totals[0, 0]
         newest = np.lexsort((-part.buckets, -seen_ms, part.rows))
         found = []
-        for (begin_ms,) in self.begins_ms(now_ms):
+        for begin_ms in self.begins_ms(now_ms):
             inside = newest[seen_ms[newest] >= begin_ms]
-            found.append(Lists(offsets_of(part.rows[inside], part.n_rows), part.buckets[inside], part.texts))
+            found.append(Lists(part.rows[inside], part.n_rows, part.buckets[inside], part.texts))
         return found

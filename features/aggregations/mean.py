@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from features.aggregations.base import Aggregation, Part, Slot, null_if
+from features.aggregations.base import Aggregation, Slot
+from features.formulas import Formula
 from features.partials import Moments
-from features.values import EachWindow
 
 
 class Mean(Aggregation, frozen=True, kw_only=True, tag="mean"):
@@ -19,13 +19,9 @@ class Mean(Aggregation, frozen=True, kw_only=True, tag="mean"):
     >>> worked(price, {}, at="00:45")
     """
 
+    formula: ClassVar[Formula | None] = Formula.MEAN
     nothing: ClassVar[float] = float("nan")
 
     def slots(self) -> tuple[Slot, ...]:
         """See `Aggregation.slots`."""
         return (Slot(self.tiles(), Moments(), self.measure),)
-
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
-        """See `Aggregation.values`."""
-        n, mean, _ = parts[0].totals
-        return null_if(n == 0, mean)

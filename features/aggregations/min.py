@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
-
-from features.aggregations.base import Aggregation, Part, Slot, null_if
+from features.aggregations.base import Aggregation, Slot
+from features.formulas import Formula
 from features.partials import Least
-from features.values import EachWindow
 
 
 class Min(Aggregation, frozen=True, kw_only=True, tag="min"):
@@ -20,13 +18,9 @@ class Min(Aggregation, frozen=True, kw_only=True, tag="min"):
     2.0
     """
 
+    formula: ClassVar[Formula | None] = Formula.EXTREME
     nothing: ClassVar[float] = float("nan")
 
     def slots(self) -> tuple[Slot, ...]:
         """See `Aggregation.slots`."""
         return (Slot(self.tiles(), Least(), self.measure),)
-
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
-        """See `Aggregation.values`."""
-        (value,) = parts[0].totals
-        return null_if(np.isinf(value), value)

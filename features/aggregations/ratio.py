@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import ClassVar
 
-from features.aggregations.base import Aggregation, Measure, Part, Slot
+from features.aggregations.base import Aggregation, Measure, Slot
 from features.expressions import AnyCondition
+from features.formulas import Formula
 from features.partials import Tally
-from features.values import EachWindow
 
 
 class Ratio(Aggregation, frozen=True, kw_only=True, tag="ratio"):
@@ -22,6 +22,8 @@ class Ratio(Aggregation, frozen=True, kw_only=True, tag="ratio"):
     >>> worked(rate, {"00:00": {}, "00:30": {}}, at="00:45")
     0.25
     """
+
+    formula: ClassVar[Formula | None] = Formula.RATIO
 
     of: str
     of_where: AnyCondition | None = None
@@ -43,9 +45,7 @@ class Ratio(Aggregation, frozen=True, kw_only=True, tag="ratio"):
         tiles = self.tiles()
         return tuple(Slot(tiles, Tally(), measure) for measure in self.counted)
 
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
-        """See `Aggregation.values`."""
-        hits, trials = (part.totals[0] for part in parts)
-        rate = (hits + self.prior * self.strength) / (trials + self.strength)
-        # Exactly the prior: `by` leaves such buckets out.
-        return np.where((hits == 0) & (trials == 0), self.prior, rate)
+    @property
+    def constants(self) -> tuple[float, float]:
+        """See `Aggregation.constants`."""
+        return self.prior, self.strength

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
-
-from features.aggregations.base import Aggregation, Part, Slot, null_if
+from features.aggregations.base import Aggregation, Slot
+from features.formulas import Formula
 from features.partials import Moments
-from features.values import EachWindow
 
 
 class Std(Aggregation, frozen=True, kw_only=True, tag="std"):
@@ -20,13 +18,9 @@ class Std(Aggregation, frozen=True, kw_only=True, tag="std"):
     1.5
     """
 
+    formula: ClassVar[Formula | None] = Formula.STD
     nothing: ClassVar[float] = float("nan")
 
     def slots(self) -> tuple[Slot, ...]:
         """See `Aggregation.slots`."""
         return (Slot(self.tiles(), Moments(), self.measure),)
-
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
-        """See `Aggregation.values`."""
-        n, _, m2 = parts[0].totals
-        return null_if(n == 0, np.sqrt(m2 / np.maximum(n, 1)))

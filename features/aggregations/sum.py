@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from features.aggregations.base import Aggregation, Part, Slot
+from typing import ClassVar
+
+from features.aggregations.base import Aggregation, Slot
+from features.formulas import Formula
 from features.partials import Total
-from features.values import EachWindow, Floats
 
 
 class Sum(Aggregation, frozen=True, kw_only=True, tag="sum"):
@@ -16,11 +18,8 @@ class Sum(Aggregation, frozen=True, kw_only=True, tag="sum"):
     7.5
     """
 
+    formula: ClassVar[Formula | None] = Formula.TOTAL
+
     def slots(self) -> tuple[Slot, ...]:
         """See `Aggregation.slots`."""
         return (Slot(self.tiles(), Total(), self.measure),)
-
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
-        """See `Aggregation.values`."""
-        total: Floats = parts[0].totals[0]
-        return total

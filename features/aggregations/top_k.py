@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from features.aggregations.base import Aggregation, Part, Slot
 from features.partials import Tally
-from features.values import EachWindow, Lists, Type, offsets_of
+from features.values import Lists, Type, Values, offsets_of
 
 
 class TopK(Aggregation, frozen=True, kw_only=True, tag="top_k"):
@@ -31,7 +33,7 @@ class TopK(Aggregation, frozen=True, kw_only=True, tag="top_k"):
         """See `Aggregation.slots`."""
         return (Slot(self.tiles(by=self.field), Tally(), self.measure),)
 
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> EachWindow:
+    def values(self, parts: tuple[Part, ...], now_ms: int) -> Sequence[Values]:
         """See `Aggregation.values`."""
         part = parts[0]
         found = []
@@ -40,5 +42,5 @@ class TopK(Aggregation, frozen=True, kw_only=True, tag="top_k"):
             ranked = some[np.lexsort((part.buckets[some], -count[some], part.rows[some]))]
             offsets = offsets_of(part.rows[ranked], part.n_rows)
             best = ranked[np.arange(len(ranked)) - offsets[part.rows[ranked]] < self.k]
-            found.append(Lists(offsets_of(part.rows[best], part.n_rows), part.buckets[best], part.texts))
+            found.append(Lists(part.rows[best], part.n_rows, part.buckets[best], part.texts))
         return found

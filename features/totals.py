@@ -1,0 +1,119 @@
+"""Folded rows: the partials of many rows over every window, from which aggregations compute their values."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from features.fold import fold_tables, next_changes
+from features.formulas import finish
+from features.layout import Bundle
+from features.rows import Entries, Index, Ints, Rows
+
+Floats = NDArray[np.float64]
+
+
+class Totals:
+    """The partials of all groups of `n` rows over every window, as of some time.
+
+    A group is a row, or a (row, bucket) pair of a table with buckets.
+
+    Attributes:
+        n: how many rows.
+        last_event_ms: int64[n], the time of each row's last event; -1 for none.
+        texts: what codes of texts stand for.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        folded: tuple[Floats, Ints, Ints],
+        last_event_ms: Ints,
+        texts: pa.StringArray,
+        rows: Rows | None = None,
+    ) -> None:
+        self.n, self.last_event_ms, self.texts = len(last_event_ms), last_event_ms, texts
+        self._bundle, self._rows = bundle, rows
+        self._totals, self._n_groups, self._firsts = folded
+
+    @classmethod
+    def of(cls, bundle: Bundle, rows: Rows, now_ms: int, wanted: NDArray[np.bool_]) -> Totals:
+        """The totals at `now_ms` of those tables that are wanted: bool[tables]."""
+        folded = fold_tables(rows.pool, rows.sizes, wanted, *bundle.folding, now_ms, rows.n)
+        return cls(bundle, folded, rows.last_event_ms, rows.texts, rows)
+
+    @classmethod
+    def of_matrix(cls, bundle: Bundle, matrix: Floats, last_event_ms: Ints, texts: pa.StringArray) -> Totals:
+        """The inverse of `flat`."""
+        n_groups = np.full(len(bundle.tables), len(last_event_ms))
+        return cls(bundle, (matrix.ravel(), n_groups, np.zeros(0, np.int64)), last_event_ms, texts)
+
+    def finish(self, formulas: tuple[Ints, Floats], n: int, now_ms: int) -> Floats:
+        """float64[features, n]: the values of numeric features, see `features.formulas`."""
+        values: Floats = finish(self._totals, self._n_groups, self._bundle.folding.shapes, *formulas, now_ms, n)
+        return values
+
+    def slot(self, table: int, partial: int) -> SlotTotals:
+        """One slot of a table."""
+        return SlotTotals(self, table, self._bundle.tables[table].slices[partial])
+
+    def of_table(self, table: int) -> Floats:
+        """float64[columns, windows, groups] of a table."""
+        columns, windows = self._bundle.tables[table].totals_shape
+        begin, end = self._ends[table : table + 2]
+        return self._totals[begin:end].reshape(columns, windows, -1 if end > begin else 0)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Where each table's totals begin, and where the last's end."""
+        return [0, *np.cumsum(self._bundle.n_totals * self._n_groups).tolist()]
+
+    def groups(self, table: int) -> tuple[Entries, Index]:
+        """The entries of a table with buckets, and which of them is the first of each group."""
+        assert self._rows is not None  # noqa: S101  # for the type checker: asked of tables with buckets only
+        begin = int(self._n_groups[:table] @ self._bundle.folding.shapes[:table, 2])
+        return self._rows.tables[table], self._firsts[begin : begin + int(self._n_groups[table])]
+
+
+class SlotTotals:
+    """One slot of a table: the kernel's side of `features.aggregations.base.Part`."""
+
+    def __init__(self, of: Totals, table: int, columns: slice) -> None:
+        self.n_rows, self.texts = of.n, of.texts
+        self._of, self._table, self._columns = of, table, columns
+
+    @cached_property
+    def totals(self) -> Floats:
+        """See `Part.totals`."""
+        return self._of.of_table(self._table)[self._columns]
+
+    @cached_property
+    def rows(self) -> Index:
+        """See `Part.rows`."""
+        entries, first = self._of.groups(self._table)
+        return entries.rows[first]
+
+    @cached_property
+    def buckets(self) -> NDArray[Any]:
+        """See `Part.buckets`."""
+        entries, first = self._of.groups(self._table)
+        assert entries.buckets is not None  # noqa: S101  # as above
+        return entries.buckets[first]
+
+
+def flat(bundle: Bundle, rows: Rows, now_ms: int) -> Floats:
+    """float64[numbers, n]: all totals of a bundle without buckets, each row's in a column."""
+    every = np.ones(len(bundle.tables), bool)
+    totals: Floats = fold_tables(rows.pool, rows.sizes, every, *bundle.folding, now_ms, rows.n)[0]
+    return totals.reshape(-1, rows.n)
+
+
+def stay_until_ms(bundle: Bundle, rows: Rows, now_ms: int) -> Ints:
+    """int64[n]: until when the totals of each row stay as they are at `now_ms`, if no event comes."""
+    shapes, windows = bundle.folding.shapes, bundle.folding.windows
+    until: Ints = next_changes(rows.pool, rows.sizes, shapes, windows, now_ms, rows.n)
+    return until
