@@ -65,49 +65,41 @@ def _fold(  # noqa: PLR0912  # a list of cases, one an operation
 ) -> None:
     """Adds the partial in each entry of `table` to that in its slot (-1 for none) of `into`, one after the other."""
     op, c = operation[0], operation[1]
-    n = len(slots)
+    to, of, to_floats, of_floats = into[c], table[c], into_floats[c], floats[c]
     if op == _TALLY:
-        for at in range(n):
-            to = slots[at]
-            if to >= 0:
-                into[c, to] += table[c, at]
+        for at in range(len(slots)):
+            if slots[at] >= 0:
+                to[np.uint64(slots[at])] += of[np.uint64(at)]
     elif op == _TOTAL:
-        for at in range(n):
-            to = slots[at]
-            if to >= 0:
-                into_floats[c, to] += floats[c, at]
+        for at in range(len(slots)):
+            if slots[at] >= 0:
+                to_floats[slots[at]] += of_floats[at]
     elif op == _SEEN:
-        for at in range(n):
-            to = slots[at]
-            if to >= 0:
-                into[c, to] = max(into[c, to], table[c, at])
+        for at in range(len(slots)):
+            if slots[at] >= 0:
+                to[slots[at]] = max(to[slots[at]], of[at])
     elif op == _LEAST:
-        for at in range(n):
-            to = slots[at]
-            if to >= 0:
-                into_floats[c, to] = min(into_floats[c, to], floats[c, at])
+        for at in range(len(slots)):
+            if slots[at] >= 0:
+                to_floats[slots[at]] = min(to_floats[slots[at]], of_floats[at])
     elif op == _GREATEST:
-        for at in range(n):
-            to = slots[at]
-            if to >= 0:
-                into_floats[c, to] = max(into_floats[c, to], floats[c, at])
+        for at in range(len(slots)):
+            if slots[at] >= 0:
+                to_floats[slots[at]] = max(to_floats[slots[at]], of_floats[at])
     elif op == _MOMENTS:
         _fold_moments(c, into, into_floats, slots, table, floats)
     elif op == _NUMBER:
-        for at in range(n):
-            to = slots[at]
-            if to >= 0 and (
-                table[c, at] > into[c, to]
-                or (table[c, at] == into[c, to] and floats[c + 1, at] > into_floats[c + 1, to])
-            ):
-                into[c, to], into_floats[c + 1, to] = table[c, at], floats[c + 1, at]
+        to_number, number = into_floats[c + 1], floats[c + 1]
+        for at in range(len(slots)):
+            slot = slots[at]
+            if slot >= 0 and (of[at] > to[slot] or (of[at] == to[slot] and number[at] > to_number[slot])):
+                to[slot], to_number[slot] = of[at], number[at]
     elif op == _TEXT:
-        for at in range(n):
-            to = slots[at]
-            if to >= 0 and (
-                table[c, at] > into[c, to] or (table[c, at] == into[c, to] and table[c + 1, at] > into[c + 1, to])
-            ):
-                into[c, to], into[c + 1, to] = table[c, at], table[c + 1, at]
+        to_text, text = into[c + 1], table[c + 1]
+        for at in range(len(slots)):
+            slot = slots[at]
+            if slot >= 0 and (of[at] > to[slot] or (of[at] == to[slot] and text[at] > to_text[slot])):
+                to[slot], to_text[slot] = of[at], text[at]
     else:
         _fold_decayed(c, operation[2], into, into_floats, slots, table, floats)
 
@@ -198,12 +190,14 @@ def _slots(starts: Ints, groups: Ints, n_groups: int, windows: Ints, now_ms: int
     now_tick = now_ms // TICK_MS
     slots = np.empty(len(groups), np.int64)
     for entry in range(len(groups)):
+        p = np.uint64(entry)
         # Longer windows begin earlier: the first that holds the tile is the finest, and all after it hold it too.
-        start, window = starts[entry], 0
-        while window < len(tails) and start < tails[window]:
-            window += 1
+        window = 0
+        for tail in tails:
+            window += starts[p] < tail
         # Of the future, only the tile that holds now has begun.
-        slots[entry] = -1 if window == len(tails) or start > now_tick else window * n_groups + groups[entry]
+        held = window < len(tails) and starts[p] <= now_tick
+        slots[p] = window * n_groups + groups[p] if held else -1
     return slots
 
 
@@ -323,3 +317,36 @@ def next_changes(pool: Ints, sizes: Ints, shapes: Ints, windows: Ints, now_ms: i
         pool_at += n_lines * sizes[index]
         first_window += n_windows
     return changes
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def ranked(rows: Ints, keys: NDArray[Any], ties: Ints, least: float, k: int) -> Ints:
+    """Up to k entries of each row, those of the largest keys, largest first.
+
+    Args:
+        rows: int64[entries], ascending.
+        keys: [entries].
+        ties: int64[entries], by which entries of equal keys are ordered, largest first.
+        least: entries with smaller keys are left out.
+        k: how many of a row.
+
+    Returns:
+        int64[…], their places among the entries, by row.
+    """
+    order = np.empty(len(rows), np.int64)
+    n = first = 0
+    for entry in range(len(rows)):
+        if entry and rows[entry] != rows[entry - 1]:
+            first = n = min(n, first + k)
+        if keys[entry] < least:
+            continue
+        at = n
+        while at > first:
+            before = order[at - 1]
+            if keys[before] > keys[entry] or (keys[before] == keys[entry] and ties[before] > ties[entry]):
+                break
+            order[at] = before
+            at -= 1
+        order[at] = entry
+        n += 1
+    return order[: min(n, first + k)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ class Rows:
         texts: what codes stand for.
     """
 
-    _bundle: Bundle
+    _bundle: Bundle | None = None
 
     def __init__(self, n: int, last_event_ms: Ints, tables: tuple[Entries, ...], texts: pa.StringArray) -> None:
         self.n, self.last_event_ms, self.texts = n, last_event_ms, texts
@@ -132,12 +133,19 @@ class Rows:
     @cached_property
     def tables(self) -> tuple[Entries, ...]:
         """The entries of each of the family's tables."""
-        tables, at = [], 0
-        for layout, size in zip(self._bundle.tables, self.sizes.tolist(), strict=True):
-            end = at + layout.n_lines * size
-            tables.append(Entries.of_lines(layout, self.pool[at:end].reshape(layout.n_lines, size)))
-            at = end
-        return tuple(tables)
+        layouts = self._bundle.tables if self._bundle else ()
+        return tuple(Entries.of_lines(layout, self.lines(index)) for index, layout in enumerate(layouts))
+
+    def lines(self, table: int) -> Ints:
+        """int64[lines, entries]: a table in memory, see `Entries.of_lines`."""
+        if self._bundle is None:
+            return self.tables[table].lines
+        return self.pool[self._ends[table] : self._ends[table + 1]].reshape(self._bundle.tables[table].n_lines, -1)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        lines = [layout.n_lines for layout in self._bundle.tables] if self._bundle else []
+        return [0, *accumulate(n * size for n, size in zip(lines, self.sizes.tolist(), strict=True))]
 
     @cached_property
     def pool(self) -> Ints:

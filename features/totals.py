@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from features.fold import fold_tables, next_changes
 from features.formulas import finish
-from features.layout import Bundle
-from features.rows import Entries, Index, Ints, Rows
+from features.layout import Bundle, TableLayout
+from features.rows import Index, Ints, Rows
 
 Floats = NDArray[np.float64]
 
@@ -59,7 +59,7 @@ class Totals:
 
     def slot(self, table: int, partial: int) -> SlotTotals:
         """One slot of a table."""
-        return SlotTotals(self, table, self._bundle.tables[table].slices[partial])
+        return SlotTotals(self, table, self._bundle.tables[table], partial)
 
     def of_table(self, table: int) -> Floats:
         """float64[columns, windows, groups] of a table."""
@@ -72,19 +72,20 @@ class Totals:
         """Where each table's totals begin, and where the last's end."""
         return [0, *np.cumsum(self._bundle.n_totals * self._n_groups).tolist()]
 
-    def groups(self, table: int) -> tuple[Entries, Index]:
-        """The entries of a table with buckets, and which of them is the first of each group."""
-        assert self._rows is not None  # noqa: S101  # for the type checker: asked of tables with buckets only
+    def groups(self, table: int) -> Ints:
+        """int64[…, groups]: the first lines of each group of a table with buckets: the row first, the bucket last."""
         begin = int(self._n_groups[:table] @ self._bundle.folding.shapes[:table, 2])
-        return self._rows.tables[table], self._firsts[begin : begin + int(self._n_groups[table])]
+        firsts = self._firsts[begin : begin + int(self._n_groups[table])]
+        assert self._rows is not None  # noqa: S101  # for the type checker: asked of tables with buckets only
+        return self._rows.lines(table)[: 2 + self._bundle.tables[table].table.starts][:, firsts]
 
 
 class SlotTotals:
     """One slot of a table: the kernel's side of `features.aggregations.base.Part`."""
 
-    def __init__(self, of: Totals, table: int, columns: slice) -> None:
+    def __init__(self, of: Totals, table: int, layout: TableLayout, partial: int) -> None:
         self.n_rows, self.texts = of.n, of.texts
-        self._of, self._table, self._columns = of, table, columns
+        self._of, self._table, self._layout, self._columns = of, table, layout, layout.slices[partial]
 
     @cached_property
     def totals(self) -> Floats:
@@ -92,17 +93,20 @@ class SlotTotals:
         return self._of.of_table(self._table)[self._columns]
 
     @cached_property
+    def _groups(self) -> Ints:
+        return self._of.groups(self._table)
+
+    @property
     def rows(self) -> Index:
         """See `Part.rows`."""
-        entries, first = self._of.groups(self._table)
-        return entries.rows[first]
+        rows: Index = self._groups[0]
+        return rows
 
-    @cached_property
+    @property
     def buckets(self) -> NDArray[Any]:
         """See `Part.buckets`."""
-        entries, first = self._of.groups(self._table)
-        assert entries.buckets is not None  # noqa: S101  # as above
-        return entries.buckets[first]
+        buckets: NDArray[Any] = self._groups[-1]
+        return buckets.view(np.uint64) if self._layout.table.bucket == "hash" else buckets
 
 
 def flat(bundle: Bundle, rows: Rows, now_ms: int) -> Floats:

@@ -5,7 +5,8 @@ Numbers (also counts and bools) are float64[n] with NaN for null; the three othe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -62,12 +63,17 @@ class Maps(Lists):
     values: Floats
     nothing: float
 
+    @property
+    def some(self) -> Maps:
+        """The maps without entries that stand for nothing."""
+        kept = np.flatnonzero(~np.isnan(self.values) & (self.values != self.nothing))
+        return replace(self, rows=self.rows[kept], codes=self.codes[kept], values=self.values[kept])
+
     def array(self) -> pa.MapArray:
         """The maps as Arrow has them."""
-        some = np.flatnonzero(~np.isnan(self.values) & (self.values != self.nothing))
-        keys = self.texts.take(pa.array(self.codes[some]))
-        offsets = pa.array(offsets_of(self.rows[some], self.n_rows), pa.int32())
-        return pa.MapArray.from_arrays(offsets, keys, pa.array(self.values[some]))
+        some = self.some
+        offsets = pa.array(offsets_of(some.rows, self.n_rows), pa.int32())
+        return pa.MapArray.from_arrays(offsets, self.texts.take(pa.array(some.codes)), pa.array(some.values))
 
 
 Values = Floats | Texts | Lists | Maps
@@ -87,28 +93,44 @@ def to_arrow(values: Values, value_type: Type) -> pa.Array:
 
 def to_python(values: Values, value_type: Type) -> list[Any]:
     """The values as JSON has them: whole numbers as int, null as None, lists and maps."""
-    if isinstance(values, np.ndarray):
-        found = to_json(values, value_type)
-        null = np.isnan(values)
-        return (
-            [None if none else value for none, value in zip(null.tolist(), found, strict=True)] if null.any() else found
-        )
-    result: list[Any] = values.array().to_pylist(maps_as_pydicts="strict" if isinstance(values, Maps) else None)
-    return result
+    if not isinstance(values, np.ndarray):
+        return to_json(values, value_type)
+    found, null = to_json(values, value_type), np.isnan(values)
+    return [None if none else value for none, value in zip(null.tolist(), found, strict=True)] if null.any() else found
 
 
 def to_json(values: Values, value_type: Type) -> list[Any]:
     """As `to_python`, with NaN for null: orjson writes it as null."""
-    if not isinstance(values, np.ndarray):
-        return to_python(values, value_type)
+    if isinstance(values, Texts):
+        return _strings(values.texts, values.codes)
+    if isinstance(values, Maps):
+        values = values.some
+    if isinstance(values, Lists):
+        strings = _strings(values.texts, values.codes)
+        each = [slice(*ends) for ends in pairwise(offsets_of(values.rows, values.n_rows).tolist())]
+        if isinstance(values, Maps):
+            numbers = values.values.tolist()
+            return [dict(zip(strings[own], numbers[own], strict=True)) for own in each]
+        return [strings[own] for own in each]
+    floats: list[Any] = values.tolist()
     if value_type == "float":
-        floats: list[Any] = values.tolist()
         return floats
+    whole = int if value_type == "int" else bool
+    if len(floats) == 1:
+        return [whole(value) if value == value else value for value in floats]  # noqa: PLR0124  # NaN is unlike itself
     null = np.isnan(values)
-    whole: list[Any] = np.where(null, 0, values).astype(np.int64 if value_type == "int" else np.bool_).tolist()
-    if not null.any():
-        return whole
-    return [np.nan if none else value for none, value in zip(null.tolist(), whole, strict=True)]
+    wholes: list[Any] = np.where(null, 0, values).astype(np.int64 if whole is int else np.bool_).tolist()
+    return (
+        [np.nan if none else value for none, value in zip(null.tolist(), wholes, strict=True)] if null.any() else wholes
+    )
+
+
+def _strings(texts: pa.StringArray, codes: Ints) -> list[str | None]:
+    """The texts of codes, None for -1."""
+    if len(codes) <= 32:  # Below, one by one is faster than Arrow's machinery.
+        return [texts[code].as_py() if code >= 0 else None for code in codes.tolist()]
+    found: list[str | None] = texts.take(pa.array(codes, mask=codes < 0)).to_pylist()
+    return found
 
 
 def offsets_of(rows: NDArray[np.intp] | Ints, n_rows: int) -> Ints:

@@ -39,6 +39,9 @@ class Settings(BaseSettings):
     partitions: int = Field(4, ge=1, description="Partitions of a topic that apply creates")
     replication: int = Field(1, ge=1, description="Replication factor of a topic that apply creates")
     chunk_events: int = Field(10_000, ge=1, description="Most records that a stream takes from a partition at once")
+    row_cache_mb: int = Field(
+        256, ge=0, description="Rows that the stream keeps instead of reading them again, megabytes; 0 for none"
+    )
     dedupe_s: int = Field(300, ge=0, description="An event_id seen again within so many seconds is a duplicate")
     host: str = Field("127.0.0.1", description="Address that the server listens on")
     port: int = Field(8000, ge=0, le=65535, description="Port that the server listens on; 0 for any free one")

@@ -58,23 +58,13 @@ def decode(rows_of: Family | Bundle, blobs: Sequence[bytes | None]) -> Rows:
     data = np.frombuffer(b"".join(there), np.uint8)
     if len(data) == 0:
         return Rows.empty(bundle, n)
-    ends = np.cumsum(np.fromiter(map(len, there), np.int64, len(there)))
-    last_event_ms, text_counts = np.full(n, -1, np.int64), np.empty(len(there), np.int64)
-    counts, widths = np.zeros((2, len(bundle.tables), n), np.int64)
-    bad, reason, text_bytes = packing.scan(
-        data, ends, shape.first_bytes, shape.parts, shape.sizes, last_event_ms, text_counts, counts, widths
+    lengths = np.fromiter(map(len, there), np.int64, len(there))
+    bad, reason, last_event_ms, pool, entries, offsets, text_data, text_counts = packing.unpack(
+        data, lengths, n, *shape
     )
     if bad >= 0:
-        raise CorruptRowError(bundle.families[bad // n], bad, _reason(shape.first_bytes[bad // n], there[bad], reason))
-    entries = counts.sum(axis=1)
-    pool = np.empty(int(entries @ shape.lines), np.int64)
-    offsets = np.empty(int(text_counts.sum()) + 1, np.int32)
-    text_data = np.empty(text_bytes, np.uint8)
-    bad = packing.unpack(
-        data, ends, shape.parts, shape.sizes, shape.places, text_counts, counts, widths, pool, offsets, text_data
-    )
-    if bad >= 0:
-        raise CorruptRowError(bundle.families[bad // n], bad, "an entry names a text or cell that there is not")
+        first_bytes = shape.first_bytes[bad // n].tobytes()
+        raise CorruptRowError(bundle.families[bad // n], bad, _reason(first_bytes, there[bad], reason))
     return Rows.of_pool(bundle, n, last_event_ms, pool, entries, _texts(bundle, offsets, text_data, text_counts))
 
 
@@ -105,14 +95,13 @@ def encode(family: Family, rows: Rows) -> list[bytes]:
 
 
 class _Shape(NamedTuple):
-    """A bundle as the compiled loops take it."""
+    """A bundle as `store.packing.unpack` takes it."""
 
     first_bytes: NDArray[np.uint8]
     parts: Ints
-    places: Ints
     sizes: Ints
+    places: Ints
     lines: Ints
-    """How many numbers an entry of each table is in memory."""
 
 
 _KINDS: Final[dict[Physical, int]] = {
@@ -137,19 +126,17 @@ def _shape(bundle: Bundle) -> _Shape:
     return _Shape(
         np.array([[VERSION, *family.tag.to_bytes(2, "little")] for family in bundle.families], np.uint8),
         np.cumsum([len(family.tables) for family in bundle.families]),
-        np.array([own + [-1] * (longest - len(own)) for own in fields], np.int64),
         np.array([[sum(_BYTES.get(kind, width) for kind in own) for width in packing.WIDTHS] for own in fields]),
+        np.array([own + [-1] * (longest - len(own)) for own in fields], np.int64),
         np.array([layout.n_lines for layout in bundle.tables]),
     )
 
 
-def _reason(first_bytes: NDArray[np.uint8], blob: bytes, reason: int) -> str:
+def _reason(first_bytes: bytes, blob: bytes, reason: int) -> str:
     if reason == packing.TOO_SHORT:
         return f"{len(blob)} bytes are too few"
     if reason == packing.OTHER_LAYOUT:
-        found, expected = (
-            f"{head[0]}, {int.from_bytes(head[1:3], 'little'):04x}" for head in (blob, first_bytes.tobytes())
-        )
+        found, expected = (f"{head[0]}, {int.from_bytes(head[1:3], 'little'):04x}" for head in (blob, first_bytes))
         return f"version and layout {found} where version and layout {expected} is expected"
     return packing.REASONS[reason]
 

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any, Final
+from itertools import chain
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import redis
@@ -74,8 +75,7 @@ class CommitRecord(msgspec.Struct, frozen=True):
         return CommitRecord(writer, self.positions | positions)
 
 
-@dataclass(frozen=True)
-class RowWrite:
+class RowWrite(NamedTuple):
     """A row's new bytes (empty to delete it) and when it expires, ms since the epoch."""
 
     key: bytes
@@ -155,11 +155,10 @@ class Writer:
         self._sha = self._sha or self._redis.script_load(_COMMIT_LUA)
         pipeline = self._redis.pipeline(transaction=False)
         for commit in commits:
-            arguments: list[bytes | int] = [commit.expected.encode(), commit.new.encode()]
-            for row in commit.rows:
-                arguments += (row.value, row.expire_at_ms)
-            keys = [commit.record_key, *(row.key for row in commit.rows)]
-            pipeline.evalsha(self._sha, len(keys), *keys, *arguments)
+            keys, values, expires = zip(*commit.rows, strict=True) if commit.rows else ((), (), ())
+            records = (commit.expected.encode(), commit.new.encode())
+            arguments = chain.from_iterable(zip(values, expires, strict=True))
+            pipeline.evalsha(self._sha, 1 + len(keys), commit.record_key, *keys, *records, *arguments)
         answers = pipeline.execute(raise_on_error=False)
         again = []
         for commit, answer in zip(commits, answers, strict=True):

@@ -27,8 +27,6 @@ OnInvalidated = Callable[[Sequence[bytes] | None], None]
 Argument = bytes | str | int
 
 CLIENT_NAME: Final = "headrace"
-BACK_OFF_S: Final = 0.01
-"""How long calls fail at once after Redis could not be reached."""
 IDLE_S: Final = 0.9
 """A connection that tracks keys and has heard nothing for so long is pinged."""
 GRACE_S: Final = 0.05
@@ -47,9 +45,10 @@ class Connection:
     """Reads from one Redis node (6.2 or later, a primary), for all tasks of one event loop.
 
     The first call connects, and so does the next call after the connection was lost; many at once share one attempt.
-    After a failed attempt calls fail at once for `BACK_OFF_S`. Every call has an answer or an error within `timeout_s`
-    (and `GRACE_S`) of being made, connecting included. A call that got none shows that the connection hangs: it is
-    dropped, and all that wait on it fail. Nothing is sent twice; a call whose answer was lost may have been done.
+    Every call has an answer or an error within `timeout_s`
+    of being made, connecting included, with `GRACE_S` more for each late answer that still comes in. A call that got
+    none shows that the connection hangs: it is dropped, and all that wait on it fail. Nothing is sent twice; a call
+    whose answer was lost may have been done.
 
     A task that is cancelled while it waits disturbs nobody: its answer is dropped when it comes.
 
@@ -89,8 +88,6 @@ class Connection:
         self._link: _Link | None = None
         self._links: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._failure: RedisError | None = None
-        self._retry_at_s = -math.inf
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "connected" if self.connected else "away"
@@ -172,21 +169,13 @@ class Connection:
         if self._closed:
             msg = f"the connection to Redis at {self._node} was closed; make a new one"
             raise RedisConnectionError(msg)
-        if self._failure is not None and time.monotonic() < self._retry_at_s:
-            raise _copy(self._failure)
         self._link = link = _Link(self._node, self._timeout_s, self._on_invalidated, self._ended)
         self._links.add(link.task)
         link.task.add_done_callback(self._links.discard)
         return link
 
-    def _ended(self, error: RedisError, *, was_ready: bool) -> None:
+    def _ended(self) -> None:
         self._link = None
-        if was_ready:
-            self._failure = None
-        else:
-            # What comes next has waited for nothing, so it has not timed out.
-            self._failure = RedisConnectionError(str(error)) if isinstance(error, RedisTimeoutError) else error
-            self._retry_at_s = time.monotonic() + BACK_OFF_S
 
 
 class _Node:
@@ -269,7 +258,7 @@ class _Link(asyncio.Protocol):
         node: _Node,
         timeout_s: float,
         on_invalidated: OnInvalidated | None,
-        on_ended: Callable[..., None],
+        on_ended: Callable[[], None],
     ) -> None:
         self.is_ready = False
         self._node = node
@@ -313,7 +302,7 @@ class _Link(asyncio.Protocol):
         if self._has_ended:
             return
         self._has_ended = True
-        self._on_ended(error, was_ready=self.is_ready)
+        self._on_ended()
         self.is_ready = False
         if self._timer is not None:
             self._timer.cancel()
@@ -432,7 +421,7 @@ class _Link(asyncio.Protocol):
 
 
 def _mget_request(keys: Sequence[bytes]) -> bytes:
-    """MGET of many keys, packed in half the time that hiredis takes: it is a fifth of what a read costs here."""
+    """MGET of many keys: hiredis packs them so slowly that it shows in every read."""
     parts: list[bytes] = [b""] * (2 * len(keys))
     try:
         parts[::2] = [_LENGTHS[len(key)] for key in keys]

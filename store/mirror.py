@@ -49,7 +49,8 @@ class Mirror:
         self._lines = np.zeros((rows_max, int(family.alone.n_totals.sum()) + 3))
         self._used = np.zeros(rows_max, bool)
         self._place_of: dict[str, int] = {}
-        self._id_at: list[str | None] = [None] * rows_max
+        self._id_at = [""] * rows_max
+        self._free = list(range(rows_max))
         self._hand = 0
         self._readings: list[Reading] = []
         self._texts = _Texts()
@@ -65,14 +66,14 @@ class Mirror:
         """The entity's row has changed."""
         place = self._place_of.pop(entity_id, None)
         if place is not None:
-            self._id_at[place] = None
+            self._free.append(place)
         for reading in self._readings:
             reading.fresh.discard(entity_id)
 
     def clear(self) -> None:
         """Any row may have changed."""
         self._place_of.clear()
-        self._id_at = [None] * self._rows_max
+        self._free = list(range(self._rows_max))
         self._texts = _Texts()
         for reading in self._readings:
             reading.fresh.clear()
@@ -105,16 +106,19 @@ class Mirror:
             self.clear()
 
     def _room(self) -> int:
-        """A place for one more row: the next that was not used since the hand of the clock came by last."""
+        """A place for one more row: a free one, or the next that was not used since the hand of the clock came by last.
+
+        Without regard to free ones the hand would throw out rows while up to half of the places were empty.
+        """
+        if self._free:
+            return self._free.pop()
         for _ in range(_PASSED_MAX):
-            if self._id_at[self._hand] is None or not self._used[self._hand]:
+            if not self._used[self._hand]:
                 break
             self._used[self._hand] = False
             self._hand = (self._hand + 1) % self._rows_max
         place = self._hand
-        before = self._id_at[place]
-        if before is not None:
-            del self._place_of[before]
+        del self._place_of[self._id_at[place]]
         self._hand = (place + 1) % self._rows_max
         return place
 

@@ -125,7 +125,8 @@ class LaneSink(FixedPartitionedSink[Part, None]):
 
     def build_part(self, step_id: str, for_part: str, resume_state: None) -> StatefulSinkPartition[Part, None]:
         client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
-        lane = Lane(self._plan, int(for_part), self._settings.lanes, client)
+        cache_bytes_max = self._settings.row_cache_mb * 1_000_000 // self._settings.lanes
+        lane = Lane(self._plan, int(for_part), self._settings.lanes, client, cache_bytes_max=cache_bytes_max)
         log.info("lane_claimed", lane=for_part, plan=self._plan.fingerprint)
         return _LanePartition(lane)
 
@@ -136,7 +137,7 @@ class _LanePartition(StatefulSinkPartition[Part, None]):
 
     def write_batch(self, items: list[Part]) -> None:
         try:
-            written = self._lane.write(items)
+            written = self._lane.start(items)
         except FencedError as error:
             log.critical("writer_stops", reason=str(error))
             # At once, with a status that the supervisor knows: all that matters is in Redis.

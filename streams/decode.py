@@ -124,21 +124,13 @@ class ContractDecoder:
         self._kinds = {
             field: kind for field, kind in contract.kinds().items() if field not in ("event_id", "occurred_at")
         }
-        self.fast: Callable[[bytes], Any] | None = _compile(contract)
+        self.fast: _Fast | None = _compile(contract)
 
     def decode(
         self, values: list[bytes | None], record_ms: NDArray[np.int64]
     ) -> tuple[Accepted, list[tuple[int, str]]]:
         """Columns of the accepted records, and (position, reason) of the refused ones."""
-        found: list[Any] = []
-        index: list[int] = []
-        refused: list[tuple[int, str]] = []
-        for at, value in enumerate(values):
-            try:
-                found.append(self.check(value))
-                index.append(at)
-            except ValueError as error:
-                refused.append((at, str(error)[:_REASON_LENGTH_MAX]))
+        found, index, refused = self._all(values) or self._each(values)
         accepted = self._columns(found, index)
         early = accepted.times_ms > record_ms[accepted.index] + DAY_MS
         if early.any():
@@ -155,6 +147,28 @@ class ContractDecoder:
             kept = np.flatnonzero(~early).tolist()
             accepted = self._columns([found[at] for at in kept], [index[at] for at in kept])
         return accepted, refused
+
+    def _all(self, values: list[bytes | None]) -> tuple[list[Any], list[int], list[tuple[int, str]]] | None:
+        """All values as events, if the fast decoder takes every one."""
+        if self.fast is None or None in values:
+            return None
+        try:
+            return self.fast.all(values), list(range(len(values))), []  # type: ignore[arg-type]  # there is no None
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return None
+
+    def _each(self, values: list[bytes | None]) -> tuple[list[Any], list[int], list[tuple[int, str]]]:
+        """The events of those that are accepted, where they stand, and where and why others are refused."""
+        found: list[Any] = []
+        index: list[int] = []
+        refused: list[tuple[int, str]] = []
+        for at, value in enumerate(values):
+            try:
+                found.append(self.check(value))
+                index.append(at)
+            except ValueError as error:
+                refused.append((at, str(error)[:_REASON_LENGTH_MAX]))
+        return found, index, refused
 
     def check(self, value: bytes | None) -> Any:
         """The event in a record.
@@ -223,7 +237,7 @@ def _reason(error: ValidationError) -> str:
     return f"{where + ': ' if where else ''}{first['msg']}{shown}{more}"
 
 
-def _compile(contract: type[Event]) -> Callable[[bytes], Any] | None:
+def _compile(contract: type[Event]) -> _Fast | None:
     """A msgspec decoder that accepts a subset of what the contract does; None if the contract has code of its own."""
     own = contract.__pydantic_decorators__
     if own.model_validators or own.root_validators or own.validators or set(own.field_validators) != {"_storable"}:
@@ -243,22 +257,39 @@ def _compile(contract: type[Event]) -> Callable[[bytes], Any] | None:
             return None
         fields.append((name, annotation) if info.is_required() else (name, annotation, info.get_default()))
     struct = msgspec.defstruct(contract.__name__, fields, gc=False, kw_only=True)
-    decode = msgspec.json.Decoder(struct).decode
+    return _Fast(msgspec.json.Decoder(struct).decode)
 
-    def fast(value: bytes) -> Any:
-        # msgspec passes over fields that it does not know; pydantic looks at their encoding, nesting and digits.
-        if (
-            b"\\u0000" in value
-            or len(value) > _FAST_BYTES_MAX
-            or value.count(b"[") + value.count(b"{") > _FAST_NESTING_MAX
-        ):
+
+class _Fast:
+    """A compiled decoder of records.
+
+    msgspec passes over fields that it does not know; pydantic looks at their encoding, nesting and digits. Where these
+    could matter, the contract judges.
+    """
+
+    def __init__(self, decode: Callable[[bytes], Any]) -> None:
+        self._decode = decode
+
+    def __call__(self, value: bytes) -> Any:
+        """The event in one record."""
+        return self.all([value])[0]
+
+    def all(self, values: list[bytes]) -> list[Any]:
+        """The events in records: of all, or an error."""
+        joined = b"".join(values)
+        nesting = joined.count(b"[") + joined.count(b"{")
+        # Each record is an object, or is refused below: so if no record is nested, none is too deep.
+        if nesting - len(values) >= _FAST_NESTING_MAX:
+            nesting = max(value.count(b"[") + value.count(b"{") for value in values)
+        else:
+            nesting = 0
+        if b"\\u0000" in joined or nesting > _FAST_NESTING_MAX or max(map(len, values), default=0) > _FAST_BYTES_MAX:
             msg = "for the contract to judge"
             raise ValueError(msg)
-        if not value.isascii():
-            value.decode()
-        return decode(value)
-
-    return fast
+        if not joined.isascii():
+            for value in values:
+                value.decode()
+        return list(map(self._decode, values))
 
 
 def _fast_type(name: str, info: FieldInfo) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,14 @@ from features.layout import Family, families_of
 from features.plan import Plan
 from store.codec import encode
 from store.commit import CommitRecord, Position, RowWrite, ShardCommit, Writer
-from store.keys import Keyspace, expire_at_ms, shard_of
+from store.keys import Keyspace, expire_at_ms
 from store.read import Request
 from streams.chunk import Happened, Part, Partition
 
 IDLE_COMMIT_S = 1.0
 """A shard without events has its offsets committed this often."""
+_CACHED_OVERHEAD_BYTES = 250
+"""Of a kept row, besides its bytes: key, tuple, expiry, entry."""
 
 
 class GapError(RuntimeError):
@@ -45,7 +49,8 @@ class _Shard:
 class Lane:
     """The shards `s` of every entity with `s % lanes == lane`.
 
-    Making one claims its shards: from then on no other writer can commit to them.
+    Making one claims its shards: from then on no other writer can commit to them, so rows that were read or written
+    once can be kept and need not be read again: up to `cache_bytes_max` bytes of them.
     """
 
     def __init__(
@@ -55,6 +60,8 @@ class Lane:
         lanes: int,
         client: redis.Redis,
         clock: Callable[[], float] = time.time,
+        *,
+        cache_bytes_max: int = 0,
     ) -> None:
         self._redis: Any = client
         self._clock = clock
@@ -70,7 +77,11 @@ class Lane:
             for entity in self._families
             for shard in range(lane, plan.shards, lanes)
         }
+        self._numbers = range(lane, plan.shards, lanes)
         self._received: dict[Partition, Position] = {}
+        self._cache = RowCache(cache_bytes_max)
+        self._committer = ThreadPoolExecutor(1, f"commit-{lane}")
+        self._pending: Future[None] | None = None
 
     def write(self, parts: Sequence[Part]) -> Written:
         """Merges the parts' events into their rows and commits them.
@@ -79,19 +90,38 @@ class Lane:
             GapError: if a part does not follow on what was received before.
             FencedError: if another writer has claimed a shard, or Redis holds other data.
         """
+        written = self.start(parts)
+        self.settle()
+        return written
+
+    def settle(self) -> None:
+        """Returns once the last commit is done; raises what it raised."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+            self._cache.settled()
+
+    def start(self, parts: Sequence[Part]) -> Written:
+        """As `write`, but returns while Redis still works on the commit: the next call, or `settle`, waits for it.
+
+        A commit that failed raises there, and then so does every later one: what follows on it must never be written.
+        """
         for part in parts:
             self._receive(part)
         latest_ms = max((part.record_ms_max for part in parts), default=-1)
         now_ms = min(int(self._clock() * 1000), latest_ms) - SLACK_MS
         writes: dict[tuple[str, int], list[RowWrite]] = {}
+        kept: list[tuple[list[bytes], list[bytes], list[int]]] = []
         evicted = 0
         for entity, families in self._families.items():
             happened = [
                 new for part in parts if entity in part.events and len((new := self._new_to_shards(entity, part)).ids)
             ]
             if happened:
-                evicted += self._merge(entity, families, happened, now_ms, writes)
+                evicted += self._merge(entity, families, happened, now_ms, writes, kept)
         self._commit(writes)
+        for keys, rows, expires_ms in kept:
+            self._cache.keep(keys, rows, expires_ms)
         return Written(sum(len(rows) for rows in writes.values()), evicted)
 
     def _receive(self, part: Part) -> None:
@@ -115,8 +145,9 @@ class Lane:
         """The part's events of an entity that their shards haven't committed yet."""
         happened = part.events[entity]
         committed = np.zeros(self._keyspace.shards, np.int64)
-        for (name, number), shard in self._shards.items():
-            if name == entity and (position := shard.record.position(*part.partition)) is not None:
+        for number in self._numbers:
+            position = self._shards[entity, number].record.position(*part.partition)
+            if position is not None:
                 committed[number] = position.next
         return happened.take(happened.offsets >= committed[happened.shards])
 
@@ -127,8 +158,9 @@ class Lane:
         happened: list[Happened],
         now_ms: int,
         writes: dict[tuple[str, int], list[RowWrite]],
+        kept: list[tuple[list[bytes], list[bytes], list[int]]],
     ) -> int:
-        """Adds the rows to write to `writes`; returns how many buckets were evicted."""
+        """Adds the rows to write to `writes`, and all to `kept`; returns how many buckets were evicted."""
         encoded = pa.concat_arrays([each.ids for each in happened]).dictionary_encode()
         ids = [text.encode() for text in encoded.dictionary.to_pylist()]
         index = np.asarray(encoded.indices).astype(np.intp)
@@ -144,8 +176,10 @@ class Lane:
             if family.name in touched
         )
         request = Request(self._keyspace, wanted)
-        blobs: list[bytes | None] = self._redis.mget(request.keys) if request.keys else []
+        blobs = self._cache.read(request.keys, self._redis.mget, self._clock() * 1000)
         rows = request.rows(blobs)
+        shards = np.empty(len(ids), np.int64)
+        shards[index] = np.concatenate([each.shards for each in happened])
         at = evicted = 0
         for (family,), family_ids in ((bundle.families, own) for bundle, own in wanted):
             renumbered = {
@@ -155,16 +189,19 @@ class Lane:
             }
             merged = merge(family, rows[family.name], renumbered, now_ms)
             evicted += merged.evicted
-            expires = expire_at_ms(family, merged.rows.last_event_ms)
-            new = zip(
-                family_ids, request.keys[at:], blobs[at:], encode(family, merged.rows), expires.tolist(), strict=False
-            )
-            for entity_id, key, before, value, expire in new:
-                if value != (before or b""):
-                    writes.setdefault((entity, shard_of(entity_id, self._keyspace.shards)), []).append(
-                        RowWrite(key, value, expire)
-                    )
-            at += len(family_ids)
+            end = at + len(family_ids)
+            new = encode(family, merged.rows)
+            expires = expire_at_ms(family, merged.rows.last_event_ms).tolist()
+            changed = [at for at, (row, old) in enumerate(zip(new, blobs[at:end], strict=True)) if row != (old or b"")]
+            every = list(map(RowWrite, request.keys[at:end], new, expires))
+            of_shard = shards[touched[family.name][changed]]
+            order = np.argsort(of_shard, kind="stable")
+            bounds = np.flatnonzero(np.diff(of_shard[order], prepend=-1, append=-1)).tolist()
+            for first, last in pairwise(bounds):
+                rows_of_shard = [every[changed[place]] for place in order[first:last].tolist()]
+                writes.setdefault((entity, int(of_shard[order[first]])), []).extend(rows_of_shard)
+            kept.append((request.keys[at:end], new, expires))
+            at = end
         return evicted
 
     def _commit(self, writes: Mapping[tuple[str, int], list[RowWrite]]) -> None:
@@ -185,9 +222,50 @@ class Lane:
             # Also one that changes nothing: only so does an idle writer notice that it was superseded, or that Redis
             # came back with less.
             commits[name] = ShardCommit(self._keyspace.commit_record(*name), shard.record, new, rows)
-        self._writer.commit(list(commits.values()))
+        self.settle()
+        self._pending = self._committer.submit(self._writer.commit, list(commits.values()))
+        # As if it were done: if it isn't, nothing of what follows will be either.
         for name, commit in commits.items():
             self._shards[name].record = commit.new
+
+
+class RowCache:
+    """Bytes of rows by key, up to a total size; those used least lately go first. All of the last commit are there,
+    however many, until it is settled: before that Redis may still answer with what they were.
+
+    Two generations: what is written goes to the young one, and when that is half of all, the old one is dropped for it.
+    """
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._young: dict[bytes, tuple[bytes, int]] = {}
+        self._old: dict[bytes, tuple[bytes, int]] = {}
+        self._young_bytes = 0
+
+    def read(
+        self, keys: list[bytes], mget: Callable[[list[bytes]], list[bytes | None]], now_ms: float
+    ) -> list[bytes | None]:
+        """The rows of keys: those that are not kept, or have expired meanwhile, by one `mget`."""
+        young, old = self._young, self._old
+        found = [young.get(key) or old.get(key) for key in keys]
+        missing = [at for at, row in enumerate(found) if row is None or row[1] <= now_ms]
+        blobs = [None if row is None else row[0] for row in found]
+        if missing:
+            for at, blob in zip(missing, mget([keys[at] for at in missing]), strict=True):
+                blobs[at] = blob
+        return blobs
+
+    def keep(self, keys: list[bytes], rows: list[bytes], expires_ms: list[int]) -> None:
+        """Keeps rows as they will be once their commit is done."""
+        self._young.update(zip(keys, zip(rows, expires_ms, strict=True), strict=True))
+        self._young_bytes += sum(map(len, rows)) + len(keys) * _CACHED_OVERHEAD_BYTES
+
+    def settled(self) -> None:
+        """The commit of all that was kept is done: Redis has it."""
+        if self._young_bytes > self._bytes_max // 2:
+            self._old, self._young, self._young_bytes = self._young, {}, 0
+        if not self._bytes_max:
+            self._old = {}
 
 
 def _by_contract(happened: list[Happened], rows: list[Any]) -> dict[str, Events]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from features.aggregations.base import Aggregation, Part, Slot, Table
+from features.fold import ranked
 from features.partials import Seen
 from features.times import ALL, Window
 from features.values import Lists, Type, Values
@@ -40,10 +39,6 @@ class LastK(Aggregation, frozen=True, kw_only=True, tag="last_k"):
     def values(self, parts: tuple[Part, ...], now_ms: int) -> Sequence[Values]:
         """See `Aggregation.values`."""
         part = parts[0]
-        seen_ms = part.totals[0, 0]
-        newest = np.lexsort((-part.buckets, -seen_ms, part.rows))
-        found = []
-        for begin_ms in self.begins_ms(now_ms):
-            inside = newest[seen_ms[newest] >= begin_ms]
-            found.append(Lists(part.rows[inside], part.n_rows, part.buckets[inside], part.texts))
-        return found
+        rows, buckets, seen_ms = part.rows, part.buckets, part.totals[0, 0]
+        newest = [ranked(rows, seen_ms, buckets, begin_ms, self.k) for begin_ms in self.begins_ms(now_ms)]
+        return [Lists(rows[places], part.n_rows, buckets[places], part.texts) for places in newest]

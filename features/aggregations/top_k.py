@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from features.aggregations.base import Aggregation, Part, Slot
+from features.fold import ranked
 from features.partials import Tally
-from features.values import Lists, Type, Values, offsets_of
+from features.values import Lists, Type, Values
 
 
 class TopK(Aggregation, frozen=True, kw_only=True, tag="top_k"):
@@ -36,11 +35,6 @@ class TopK(Aggregation, frozen=True, kw_only=True, tag="top_k"):
     def values(self, parts: tuple[Part, ...], now_ms: int) -> Sequence[Values]:
         """See `Aggregation.values`."""
         part = parts[0]
-        found = []
-        for count in part.totals[0]:
-            some = np.flatnonzero(count)
-            ranked = some[np.lexsort((part.buckets[some], -count[some], part.rows[some]))]
-            offsets = offsets_of(part.rows[ranked], part.n_rows)
-            best = ranked[np.arange(len(ranked)) - offsets[part.rows[ranked]] < self.k]
-            found.append(Lists(part.rows[best], part.n_rows, part.buckets[best], part.texts))
-        return found
+        rows, buckets = part.rows, part.buckets
+        best = [ranked(rows, counts, -buckets, 1, self.k) for counts in part.totals[0]]
+        return [Lists(rows[places], part.n_rows, buckets[places], part.texts) for places in best]
