@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.fold import compiled
+from features.texts import look_up
 from features.times import TICK_MS, Window, hop_ms
 
 Ints = NDArray[np.int64]
@@ -63,10 +64,59 @@ def formulas(numerics: Iterable[Numeric]) -> tuple[Ints, Floats]:
 
 
 @compiled  # type: ignore[untyped-decorator]  # numba has no types
-def finish(  # noqa: PLR0912  # a list of cases, one a formula
-    totals: Floats, n_groups: Ints, shapes: Ints, plain: Ints, constants: Floats, now_ms: int, n: int
-) -> Floats:
-    """The values of features.
+def _value(  # noqa: PLR0913, PLR0917  # compiled code takes numbers, not objects
+    totals: Floats, formula: int, x: int, y: int, z: int, p: float, q: float, begin_ms: int, now_ms: int
+) -> float:
+    """One value; x, y and z are places among the totals."""
+    first, second = totals[x], totals[y]
+    value = np.nan
+    if formula == Formula.TOTAL:
+        value = first
+    elif formula == Formula.EXTREME:
+        value = np.nan if np.isinf(first) else first
+    elif formula == Formula.MEAN:
+        value = second if first else np.nan
+    elif formula == Formula.STD:
+        value = np.sqrt(totals[z] / first) if first else np.nan
+    elif formula == Formula.RATIO:
+        # Exactly the prior where there is nothing: maps leave such buckets out.
+        value = p if first == 0 and second == 0 else (first + p * q) / (second + q)
+    elif formula == Formula.DECAYED:
+        value = second * 2.0 ** ((first - now_ms) / p) if second else 0.0
+    elif first >= max(begin_ms, 0):
+        value = second if formula == Formula.LATEST else max(now_ms - first, 0) / 1000
+    return value
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _finish_one(
+    totals: Floats, n_groups: Ints, shapes: Ints, plain: Ints, constants: Floats, now_ms: int, values: Floats
+) -> None:
+    formula, table, column, other_table, other_column, window, width_ms, hop_ms = plain
+    p, q, default = constants
+    place = other_place = 0
+    for each in range(max(table, other_table)):
+        size = shapes[each, 3] * shapes[each, 4] * n_groups[each]
+        place += size if each < table else 0
+        other_place += size if each < other_table else 0
+    n, step = n_groups[table], shapes[table, 4] * n_groups[table]
+    x = place + column * step + window * n
+    # A partial of one column has no second one to look at.
+    y = x + step if shapes[table, 3] > column + 1 else x
+    z = y + step if shapes[table, 3] > column + 2 else y
+    if formula == Formula.RATIO:
+        y = other_place + (other_column * shapes[other_table, 4] + window) * n
+    begin_ms = max(0, (now_ms - width_ms) // hop_ms * (hop_ms // TICK_MS)) * TICK_MS
+    for at in range(len(values)):
+        value = _value(totals, formula, x + at, y + at, z + at, p, q, begin_ms, now_ms)
+        values[at] = default if np.isnan(value) else value
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def finish(
+    totals: Floats, n_groups: Ints, shapes: Ints, plain: Ints, constants: Floats, now_ms: int, values: Floats
+) -> None:
+    """Computes features.
 
     Args:
         totals: as `features.fold.fold_tables` gives them, like the next.
@@ -75,45 +125,80 @@ def finish(  # noqa: PLR0912  # a list of cases, one a formula
         plain: see `formulas`.
         constants: see `formulas`.
         now_ms: query time.
-        n: how many groups the features' tables have.
-
-    Returns:
-        float64[features, n], NaN for null.
+        values: float64[features, groups of their tables], NaN for null; written to.
     """
-    places = np.zeros(len(shapes) + 1, np.int64)
-    for table in range(len(shapes)):
-        places[table + 1] = places[table] + shapes[table, 3] * shapes[table, 4] * n_groups[table]
-    values = np.empty((len(plain), n))
     for feature in range(len(plain)):
-        formula, table, column, other_table, other_column, window, width_ms, hop_ms = plain[feature]
-        p, q, default = constants[feature]
-        step = shapes[table, 4] * n_groups[table]
-        x = places[table] + column * step + window * n_groups[table]
-        if formula == Formula.RATIO:
-            y = places[other_table] + (other_column * shapes[other_table, 4] + window) * n_groups[other_table]
-        else:
-            y = x + step
-        begin_ms = max(0, (now_ms - width_ms) // hop_ms * (hop_ms // TICK_MS)) * TICK_MS
-        for at in range(n):
-            value = np.nan
-            first = totals[x + at]
-            if formula == Formula.TOTAL:
-                value = first
-            elif formula == Formula.EXTREME:
-                value = np.nan if np.isinf(first) else first
-            elif formula == Formula.MEAN:
-                value = totals[y + at] if first else np.nan
-            elif formula == Formula.STD:
-                value = np.sqrt(totals[y + step + at] / first) if first else np.nan
-            elif formula == Formula.RATIO:
-                second = totals[y + at]
-                # Exactly the prior where there is nothing: `by` leaves such buckets out.
-                value = p if first == 0 and second == 0 else (first + p * q) / (second + q)
-            elif formula == Formula.DECAYED:
-                value = totals[y + at]
-                if value != 0:
-                    value *= 2.0 ** ((first - now_ms) / p)
-            elif first >= max(begin_ms, 0):
-                value = totals[y + at] if formula == Formula.LATEST else max(now_ms - first, 0) / 1000
-            values[feature, at] = default if np.isnan(value) else value
-    return values
+        _finish_one(totals, n_groups, shapes, plain[feature], constants[feature], now_ms, values[feature])
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def look_ups(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
+    keys: Ints,
+    plain: Ints,
+    constants: Floats,
+    nothing: Floats,
+    totals: Floats,
+    n_groups: Ints,
+    firsts: Ints,
+    shapes: Ints,
+    pool: Ints,
+    sizes: Ints,
+    text_offsets: NDArray[np.int32],
+    text_data: NDArray[np.uint8],
+    owners: Ints,
+    wanted: Ints,
+    wanted_offsets: NDArray[np.int32],
+    wanted_data: NDArray[np.uint8],
+    now_ms: int,
+    values: Floats,
+) -> None:
+    """Looks texts up in maps by bucket, whose numbers are finished here, or in lists of what was seen last.
+
+    Args:
+        keys: int64[lookups], which of the `wanted` texts each looks for.
+        plain: int64[lookups, 8], the maps' formulas, see `formulas`; SINCE stands for a list.
+        constants: float64[lookups, 3], as above.
+        nothing: float64[lookups], the number of a text that is not in the map.
+        totals: of the owners' bundle, as `fold_tables` gives them, like the next two.
+        n_groups: int64[tables].
+        firsts: int64[…].
+        shapes: int64[tables, 6], as `fold_tables` takes them, like the next two.
+        pool: int64[…].
+        sizes: int64[tables].
+        text_offsets: of the owners' texts, see `features.texts.buffers`, like the next.
+        text_data: uint8[bytes].
+        owners: int64[n], the row whose map to look in.
+        wanted: int64[keys, n], the text to look for, by its place among the wanted texts; -1 for none.
+        wanted_offsets: as `text_offsets`, of the wanted texts.
+        wanted_data: uint8[bytes].
+        now_ms: query time.
+        values: float64[lookups, n], written to: the number, or whether the text is in the list.
+    """
+    for index in range(len(plain)):
+        table = plain[index, 1]
+        first_at = pool_at = 0
+        for each in range(table):
+            first_at += n_groups[each] if shapes[each, 2] else 0
+            pool_at += shapes[each, 0] * sizes[each]
+        rows, buckets = np.empty(n_groups[table], np.int64), np.empty(n_groups[table], np.int64)
+        for group in range(n_groups[table]):
+            entry = firsts[first_at + group]
+            rows[group] = pool[pool_at + entry]
+            buckets[group] = pool[pool_at + (1 + shapes[table, 1]) * sizes[table] + entry]
+        numbers = np.empty(n_groups[table])
+        _finish_one(totals, n_groups, shapes, plain[index], constants[index], now_ms, numbers)
+        if plain[index, 0] == Formula.SINCE:
+            numbers = np.where(np.isnan(numbers), 0.0, 1.0)
+        look_up(
+            rows,
+            buckets,
+            numbers,
+            text_offsets,
+            text_data,
+            owners,
+            wanted[keys[index]],
+            wanted_offsets,
+            wanted_data,
+            nothing[index],
+            values[index],
+        )

@@ -86,60 +86,83 @@ Wanted = tuple[Feature, list[tuple[int, int]]]
 
 
 class Evaluator:
-    """Features of one bundle, ready to be evaluated for any rows."""
+    """Features of one bundle, ready to be evaluated for any rows.
+
+    Numbers of rows, and codes of texts, are written into a block: float64[len(names), n]. The others (lists, maps) are
+    made from the totals when they are asked for.
+
+    Attributes:
+        names: the full names of the features in the block, in order.
+        wanted: bool[tables], the tables that are read.
+    """
 
     def __init__(self, bundle: Bundle, features: Iterable[Wanted]) -> None:
-        numbers: dict[str, Numeric] = {}
+        self.wanted = np.zeros(len(bundle.tables), bool)
         self._bundle = bundle
-        self._maps: list[tuple[str, Aggregation, tuple[int, int], tuple[Any, Any]]] = []
-        self._others: dict[str, tuple[Aggregation, list[tuple[int, int]], dict[str, int]]] = {}
-        self._wanted = np.zeros(len(bundle.tables), bool)
+        self._features: dict[str, tuple[Aggregation, int, list[tuple[int, int]]]] = {}
+        numbers: dict[str, Numeric] = {}
+        counted: list[str] = []
         for feature, slots in features:
             spec, name = feature.spec, feature.full_name
             assert isinstance(spec, Aggregation)  # noqa: S101  # for the type checker: slots_of has no others
             assert feature.window is not None  # noqa: S101  # as above
-            self._wanted[[table for table, _ in slots]] = True
-            if spec.formula is None:
-                _, _, names = self._others.setdefault(spec.name, (spec, slots, {}))
-                names[name] = spec.windows.index(feature.window)
-            elif spec.by is None:
-                numbers[name] = _numeric(bundle, spec, feature.window, slots)
-            else:
-                formula = formulas([_numeric(bundle, spec, feature.window, slots)])
-                self._maps.append((name, spec, slots[0], formula))
-        self._numbers, self._formulas = tuple(numbers), formulas(numbers.values())
+            self.wanted[[table for table, _ in slots]] = True
+            self._features[name] = spec, spec.windows.index(feature.window), slots
+            if spec.formula is not None and spec.by is None:
+                numbers[name] = numeric(bundle, spec, feature.window, slots)
+            elif spec.value_type == "int":
+                counted.append(name)
+        self.names = (*numbers, *counted)
+        self._counted = tuple(counted)
+        self._row_of = {name: row for row, name in enumerate(self.names)}
+        self._formulas = formulas(numbers.values())
 
-    def __call__(self, state: Rows | Totals, now_ms: int) -> dict[str, Values]:
-        """The values at `now_ms` by full name: of rows (not before the `now_ms` of any merge that made them), or of
-        totals as of `now_ms`.
-        """
-        totals = Totals.of(self._bundle, state, now_ms, self._wanted) if isinstance(state, Rows) else state
-        values: dict[str, Values] = dict(
-            zip(self._numbers, totals.finish(self._formulas, totals.n, now_ms), strict=True)
-        )
-        for name, spec, slot, formula in self._maps:
-            part = totals.slot(*slot)
-            (numbers,) = totals.finish(formula, len(part.rows), now_ms)
-            values[name] = Maps(part.rows, part.n_rows, part.buckets, part.texts, numbers, spec.without_events)
-        for spec, slots, names in self._others.values():
-            found = spec.values(tuple(totals.slot(*slot) for slot in slots), now_ms)
-            for name, window in names.items():
-                values[name] = fill_default(found[window], spec.default)
-        return values
+    def fold(self, state: Rows | Totals, now_ms: int) -> Totals:
+        """The totals at `now_ms`: not before the `now_ms` of any merge that made the rows."""
+        return Totals.of(self._bundle, state, now_ms, self.wanted) if isinstance(state, Rows) else state
+
+    def write(self, totals: Totals, now_ms: int, block: NDArray[np.float64]) -> None:
+        """Writes the numbers at `now_ms` into the block."""
+        totals.finish(self._formulas, now_ms, block[: len(self.names) - len(self._counted)])
+        for name in self._counted:
+            spec, window, slots = self._features[name]
+            parts = tuple(totals.slot(*slot) for slot in slots)
+            counts = fill_default(spec.values(parts, now_ms)[window], spec.default)
+            block[self._row_of[name]] = counts  # type: ignore[assignment]  # of an aggregation whose type is int
+
+    def value(self, name: str, totals: Totals, now_ms: int, block: NDArray[np.float64]) -> Values:
+        """The values of one feature."""
+        spec, window, slots = self._features[name]
+        if name in self._row_of:
+            row: NDArray[np.float64] = block[self._row_of[name]]
+            if spec.value_type != "str":
+                return row
+            return fill_default(Texts(np.where(np.isnan(row), -1, row).astype(np.int64), totals.texts), spec.default)
+        if spec.by is None:
+            return spec.values(tuple(totals.slot(*slot) for slot in slots), now_ms)[window]
+        part = totals.slot(*slots[0])
+        numbers = np.empty((1, len(part.rows)))
+        totals.finish(formulas([numeric(self._bundle, spec, spec.windows[window], slots)]), now_ms, numbers)
+        return Maps(part.rows, part.n_rows, part.buckets, part.texts, numbers[0], spec.without_events)
 
 
-def _numeric(bundle: Bundle, spec: Aggregation, window: Window, slots: list[tuple[int, int]]) -> Numeric:
+def numeric(bundle: Bundle, spec: Aggregation, window: Window, slots: list[tuple[int, int]]) -> Numeric:
+    """A feature of the bundle as formulas have it."""
     assert spec.formula is not None  # noqa: S101  # for the type checker: asked of those that have one only
     columns = [(table, bundle.tables[table].slices[partial].start) for table, partial in slots]
     windows = bundle.tables[columns[0][0]].table.windows
     index = windows.index(window) if bundle.tables[columns[0][0]].table.starts else 0
-    default = None if spec.default is None else float(spec.default)
+    default = None if spec.default is None or spec.value_type == "str" else float(spec.default)
     return Numeric(spec.formula, columns[0], columns[-1], index, window, spec.constants, default)
 
 
 def evaluate(family: Family, rows: Rows, features: Iterable[Wanted], now_ms: int) -> dict[str, Values]:
     """The values of features at `now_ms`, by full name: see `Evaluator`, which does it again and again."""
-    return Evaluator(family.alone, features)(rows, now_ms)
+    features = list(features)
+    evaluator = Evaluator(family.alone, features)
+    totals, block = evaluator.fold(rows, now_ms), np.empty((len(evaluator.names), rows.n))
+    evaluator.write(totals, now_ms, block)
+    return {each.full_name: evaluator.value(each.full_name, totals, now_ms, block) for each, _ in features}
 
 
 def fill_default(values: Values, default: float | str | None) -> Values:

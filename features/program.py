@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -11,30 +12,26 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from features.aggregations import Last
-from features.kernel import Evaluator, fill_default
+from features.aggregations import Last, LastK
+from features.aggregations.base import Aggregation
+from features.formulas import Formula, Numeric, formulas
+from features.kernel import Evaluator, Wanted, numeric
 from features.layout import Bundle, Family, slots_of
 from features.plan import At, Contains, Derived, Feature, Plan, arguments, find_function
 from features.rows import Rows
 from features.texts import buffers, look_up
 from features.times import TICK_MS
 from features.totals import Totals
-from features.values import Floats, Lists, Maps, Texts, Values
+from features.values import Floats, Lists, Texts, Values
 
+Ints = NDArray[np.int64]
 Index = NDArray[np.intp]
+Target = tuple[str, ...]
+"""What values are about: the rows of one entity, or pairs of two."""
 
 
 class DerivedFeatureError(RuntimeError):
     """A derived feature's function raised, or answered with something else than one value a row."""
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The answer: an entity's features have a value for each of its rows, cross features one for each pair."""
-
-    found: dict[str, NDArray[np.bool_]]
-    last_event_ms: dict[str, NDArray[np.int64]]
-    values: dict[str, Values]
 
 
 @dataclass(frozen=True)
@@ -45,20 +42,18 @@ class Asked:
     cross features are about; `overrides` values by entity and event field that stand in for what `last` knows.
     """
 
-    ids: Mapping[str, pa.StringArray]
+    ids: Mapping[str, Sequence[str]]
     pairs: Mapping[str, Index]
     overrides: Mapping[str, Mapping[str, Any]]
-    _buffers: dict[int, tuple[pa.StringArray, Any]] = field(default_factory=dict)
-
-    def buffers(self, texts: pa.StringArray) -> Any:
-        """`features.texts.buffers`, made once a request: several features look texts up in the same ones."""
-        if id(texts) not in self._buffers:
-            self._buffers[id(texts)] = texts, buffers(texts)
-        return self._buffers[id(texts)][1]
 
 
 class Program:
     """Some features of a plan, ready to be evaluated. Families named in `alone` are read apart from the others.
+
+    Attributes:
+        features: what was asked for, in order.
+        bundles: the rows that are read.
+        entities: what they are about.
 
     Raises:
         CodeChangedError: if the code of a derived feature is not what was applied.
@@ -69,58 +64,39 @@ class Program:
         needed: dict[str, Feature] = {}
         for feature in self.features:
             _collect(plan, feature, needed)
-        slots = slots_of(plan)
-        families = {slots[name][0].name: slots[name][0] for name in needed if name in slots}
-        together: dict[str, list[Family]] = {}
-        for family in families.values():
-            together.setdefault(family.name if family.name in alone else family.entity, []).append(family)
-        self.bundles = tuple(Bundle(tuple(own)) for own in together.values())
-        self._stored = []
-        for bundle in self.bundles:
-            first_table = dict(
-                zip(
-                    bundle.families, accumulate((len(each.tables) for each in bundle.families), initial=0), strict=False
-                )
-            )
-            own = [
-                (feature, [(first_table[slots[name][0]] + table, partial) for table, partial in slots[name][1]])
-                for name, feature in needed.items()
-                if name in slots and slots[name][0] in first_table
-            ]
-            self._stored.append((bundle, own, Evaluator(bundle, own)))
-        self._computed = tuple(feature for name, feature in needed.items() if name not in slots)
-        self._entities = {name: feature.entities for name, feature in needed.items()}
-        self._functions: dict[str, Callable[..., Any]] = {
-            feature.full_name: find_function(feature.spec)
-            for feature in self._computed
-            if isinstance(feature.spec, Derived)
-        }
+        self.entities = tuple(dict.fromkeys(entity for feature in needed.values() for entity in feature.entities))
+        self._targets: dict[str, Target] = {name: feature.entities for name, feature in needed.items()}
+        self._row_of: dict[str, int] = {}
+        """Of numbers (and codes of texts): the row in their target's block."""
+        self._n_rows: dict[Target, int] = {}
+        self._stages = _stages(plan, needed, alone)
+        self._stage_of = {name: stage for stage in self._stages for name in stage.names}
+        for stage in self._stages:
+            stage.first_row = self._n_rows.setdefault((stage.bundle.entity,), 0)
+            for name in stage.evaluator.names:
+                self._place(name, (stage.bundle.entity,))
+        computed = [feature for name, feature in needed.items() if name not in self._stage_of]
+        self._look_ups = self._gather_look_ups(computed)
+        self._derived: list[tuple[Feature, Derived, Callable[..., Any], list[tuple[Target, int]]]] = []
+        for feature in computed:
+            if isinstance(feature.spec, Derived):
+                self._place(feature.full_name, feature.entities)
+                args = [self._argument(arg, feature.entities) for arg in feature.spec.args]
+                self._derived.append((feature, feature.spec, find_function(feature.spec), args))
         self._last = {
-            (feature.entities[0], feature.spec.field): feature
+            (feature.entities[0], feature.spec.field): feature.full_name
             for feature in needed.values()
             if isinstance(feature.spec, Last) and not feature.spec.over
         }
-        self.entities = tuple(dict.fromkeys(entity for feature in needed.values() for entity in feature.entities))
+
+    @property
+    def bundles(self) -> tuple[Bundle, ...]:
+        """What is read: families of one entity together."""
+        return tuple(stage.bundle for stage in self._stages)
 
     def evaluate(self, states: Mapping[str, Rows | Totals], asked: Asked, now_ms: int) -> Frame:
         """All features at `now_ms`, from the rows of every bundle by name, or their totals as of then."""
-        found: dict[str, NDArray[np.bool_]] = {}
-        last_event_ms: dict[str, NDArray[np.int64]] = {}
-        values: dict[str, Values] = {}
-        for bundle, _, evaluator in self._stored:
-            state, entity = states[bundle.name], bundle.entity
-            latest = np.maximum(last_event_ms.get(entity, -1), state.last_event_ms)
-            last_event_ms[entity], found[entity] = latest, latest >= 0
-            values |= evaluator(state, now_ms)
-        for entity, fields in asked.overrides.items():
-            for event_field, column in fields.items():
-                if (entity, event_field) in self._last:
-                    name = self._last[entity, event_field].full_name
-                    values[name] = _override(values[name], column)
-        with np.errstate(all="ignore"):
-            for feature in self._computed:
-                values[feature.full_name] = self._compute(feature, values, asked)
-        return Frame(found, last_event_ms, values)
+        return Frame(self, states, asked, now_ms)
 
     def explain(
         self, states: Mapping[str, Rows | Totals], entity: str, row: int, now_ms: int
@@ -130,13 +106,13 @@ class Program:
         The program must have been made with every family `alone`, and the states be rows.
         """
         found: dict[str, dict[str, Any]] = {}
-        for bundle, features, _ in self._stored:
-            if bundle.entity != entity:
+        for stage in self._stages:
+            if stage.bundle.entity != entity:
                 continue
-            state, (family,) = states[bundle.name], bundle.families
+            state, (family,) = states[stage.bundle.name], stage.bundle.families
             assert isinstance(state, Rows)  # noqa: S101  # for the type checker: who asks for this reads rows
             last_ms = int(state.last_event_ms[row])
-            for feature, slots in features:
+            for feature, slots in stage.features:
                 assert feature.window is not None  # noqa: S101  # for the type checker: every aggregation has one
                 entries, tail = state.tables[slots[0][0]], feature.window.tail_ticks(now_ms)
                 inside = entries.rows == row
@@ -151,61 +127,298 @@ class Program:
                 }
         return found
 
-    def _compute(self, feature: Feature, values: Mapping[str, Values], asked: Asked) -> Values:
-        spec, target = feature.spec, feature.entities
-        if isinstance(spec, At | Contains):
-            return self._look_up(spec, target, values, asked)
-        assert isinstance(spec, Derived)  # noqa: S101  # for the type checker: nothing else is computed
-        args = [
-            _gather(values[arg], arg, self._entities[arg], target, asked)
-            if isinstance(arg, str)
-            else self._look_up(arg, target, values, asked)
-            for arg in spec.args
-        ]
-        n = len(args[0]) if args else 0
-        try:
-            result = np.asarray(self._functions[feature.full_name](*args), np.float64)
-            column = result if result.shape == (n,) else np.broadcast_to(result, (n,))
-        except Exception as error:
-            msg = f"{feature.full_name}: its function failed on {n} rows: {type(error).__name__}: {error}"
-            raise DerivedFeatureError(msg) from error
-        return fill_default(np.where(np.isinf(column), np.nan, column), spec.default)
+    def _place(self, name: str, target: Target) -> None:
+        """Gives a number its row."""
+        self._targets[name] = target
+        self._row_of[name] = self._n_rows.get(target, 0)
+        self._n_rows[target] = self._row_of[name] + 1
 
-    def _look_up(
-        self, spec: At | Contains, target: tuple[str, ...], values: Mapping[str, Values], asked: Asked
-    ) -> Floats:
-        """A map's value at a text, or whether a list holds an id, for each row or pair of the target."""
-        of, owner = values[spec.of], self._entities[spec.of][0]
-        assert isinstance(of, Maps | Lists)  # noqa: S101  # for the type checker: checked when the plan is compiled
-        if isinstance(spec, Contains):
-            holder, wanted = spec.entity, asked.ids[spec.entity]
-            codes = np.arange(len(wanted))
+    def _argument(self, arg: str | At | Contains, target: Target) -> tuple[Target, int]:
+        """Where an argument of a derived feature stands."""
+        name = arg if isinstance(arg, str) else _anonymous(arg, target)
+        if name not in self._row_of or (name in self._stage_of and self._stage_of[name].is_text(name)):
+            msg = f"{name} is no number"
+            raise TypeError(msg)
+        return self._targets[name], self._row_of[name]
+
+    @cached_property
+    def matrix_names(self) -> tuple[str, ...]:
+        """The features that a matrix holds: numbers and truth values, in order."""
+        return tuple(each.full_name for each in self.features if each.value_type in ("int", "float", "bool"))
+
+    def _gather_look_ups(self, computed: list[Feature]) -> list[_LookUps]:
+        """Lookups, those together that look in the same bundle for texts of the same kind."""
+        found: dict[Any, _LookUps] = {}
+        for feature in computed:
+            inner = feature.spec.args if isinstance(feature.spec, Derived) else (feature.spec,)
+            for spec in inner:
+                if isinstance(spec, At | Contains):
+                    stage, key = self._stage_of[spec.of], spec.key if isinstance(spec, At) else None
+                    holder = spec.entity if isinstance(spec, Contains) else self._targets[spec.key][0]
+                    name = feature.full_name if spec is feature.spec else _anonymous(spec, feature.entities)
+                    compiled = stage.look_up(spec)
+                    # What has to be ranked first is looked up by itself.
+                    kind = (stage.bundle.name, feature.entities, holder, key is None, compiled is None and name)
+                    found.setdefault(kind, _LookUps(stage, feature.entities, holder)).add(name, spec, key, compiled)
+        for group in found.values():
+            group.first_row = self._n_rows.get(group.target, 0)
+            for name in group.names:
+                self._place(name, group.target)
+        return list(found.values())
+
+
+class Frame:
+    """The answer: an entity's features have a value for each of its rows, cross features one for each pair.
+
+    Attributes:
+        found: by entity, bool[n]: which rows have ever had an event.
+        last_event_ms: by entity, int64[n]: the last one's time; -1 for none.
+    """
+
+    def __init__(self, program: Program, states: Mapping[str, Rows | Totals], asked: Asked, now_ms: int) -> None:
+        self.found: dict[str, NDArray[np.bool_]] = {}
+        self.last_event_ms: dict[str, Ints] = {}
+        self._program, self._asked, self._now_ms = program, asked, now_ms
+        self._totals: dict[str, Totals] = {}
+        self._others: dict[str, Values] = {}
+        n_pairs = len(next(iter(asked.pairs.values()), ()))
+        self._blocks: dict[Target, Floats] = {
+            target: np.empty((n_rows, len(asked.ids[target[0]]) if len(target) == 1 else n_pairs))
+            for target, n_rows in program._n_rows.items()
+        }
+        for stage in program._stages:
+            state, entity = states[stage.bundle.name], stage.bundle.entity
+            latest = state.last_event_ms
+            if entity in self.last_event_ms:
+                latest = np.maximum(latest, self.last_event_ms[entity])
+            self.last_event_ms[entity], self.found[entity] = latest, latest >= 0
+            totals = self._totals[stage.bundle.name] = stage.evaluator.fold(state, now_ms)
+            stage.evaluator.write(totals, now_ms, self._block_of(stage))
+        for entity, fields in asked.overrides.items():
+            for field, column in fields.items():
+                if (name := program._last.get((entity, field))) is not None:
+                    self._override(name, column)
+        for group in program._look_ups:
+            self._look_up(group)
+        if program._derived:
+            with np.errstate(all="ignore"):
+                for derived in program._derived:
+                    self._derive(*derived)
+
+    @cached_property
+    def values(self) -> Mapping[str, Values]:
+        """Values by full name; lists and maps are made when they are asked for."""
+        return _FrameValues(self)
+
+    def matrix(self, n: int) -> NDArray[np.float32]:
+        """float32[n, features]: numbers, each pair's in a row; those of an entity's only row stand in all."""
+        names = self._program.matrix_names
+        columns = np.empty((len(names), n), np.float32)
+        for column, name in zip(columns, names, strict=True):
+            column[:] = self._number(name)
+        return columns.T
+
+    def _number(self, name: str) -> Floats:
+        program = self._program
+        row: Floats = self._blocks[program._targets[name]][program._row_of[name]]
+        return row
+
+    def _block_of(self, stage: _Stage) -> Floats:
+        first = stage.first_row
+        return self._blocks[stage.bundle.entity,][first : first + len(stage.evaluator.names)]
+
+    def _value(self, name: str) -> Values:
+        program = self._program
+        if name in self._others:
+            return self._others[name]
+        stage = program._stage_of.get(name)
+        if stage is None:
+            return self._number(name)
+        totals = self._totals[stage.bundle.name]
+        value = stage.evaluator.value(name, totals, self._now_ms, self._block_of(stage))
+        if not isinstance(value, np.ndarray):
+            self._others[name] = value
+        return value
+
+    def _override(self, name: str, column: Any) -> None:
+        """Puts the values of `column` (None for none) in place of a feature's."""
+        values = self._value(name)
+        if isinstance(values, Texts):
+            given = pa.array(column, pa.string())
+            own = np.arange(len(column)) + len(values.texts)
+            self._others[name] = Texts(
+                np.where(np.asarray(given.is_valid()), own, values.codes),
+                pa.concat_arrays([values.texts, given.fill_null("")]),
+            )
         else:
-            key, holder = values[spec.key], self._entities[spec.key][0]
-            assert isinstance(key, Texts)  # noqa: S101  # as above
-            wanted, codes = key.texts, key.codes
-        if target != (holder,):
-            codes = codes[asked.pairs[holder]]
-        owners = np.arange(len(asked.ids[owner])) if target == (owner,) else asked.pairs[owner]
-        numbers, nothing = (of.values, of.nothing) if isinstance(of, Maps) else (np.ones(len(of.codes)), 0.0)
-        found: Floats = look_up(
-            of.rows, of.codes, numbers, *asked.buffers(of.texts), owners, codes, *asked.buffers(wanted), nothing
-        )
-        return found
+            numbers = np.array([np.nan if value is None else value for value in column], np.float64)
+            row = self._number(name)
+            row[:] = np.where(np.isnan(numbers), row, numbers)
+
+    def _look_up(self, group: _LookUps) -> None:
+        asked, target, owner = self._asked, group.target, group.stage.bundle.entity
+        n = self._blocks[target].shape[1]
+        owners = np.arange(n) if target == (owner,) else asked.pairs[owner]
+        texts: list[pa.StringArray] = []
+        codes: list[Ints] = []
+        for key in group.keys:
+            if key is None:
+                texts.append(pa.array(asked.ids[group.holder], pa.string()))
+                codes.append(np.arange(len(texts[0])))
+            else:
+                values = self._value(key)
+                assert isinstance(values, Texts)  # noqa: S101  # for the type checker: checked when the plan is compiled
+                texts.append(values.texts)
+                codes.append(values.codes)
+        if any(each is not texts[0] for each in texts):
+            # Overridden ones have texts of their own.
+            starts = accumulate([0, *map(len, texts[:-1])])
+            codes = [np.where(each < 0, -1, each + start) for each, start in zip(codes, starts, strict=True)]
+            texts = [pa.concat_arrays(texts)]
+        wanted = np.array(codes)
+        if target != (group.holder,):
+            wanted = wanted[:, asked.pairs[group.holder]]
+        block = self._blocks[target][group.first_row : group.first_row + len(group.names)]
+        if group.ranked is None:
+            totals = self._totals[group.stage.bundle.name]
+            totals.look_ups(group.arrays, owners, wanted, buffers(texts[0]), self._now_ms, block)
+        else:
+            lists = self._value(group.ranked)
+            assert isinstance(lists, Lists)  # noqa: S101  # as above
+            ones = np.ones(len(lists.codes))
+            look_up(
+                lists.rows,
+                lists.codes,
+                ones,
+                *buffers(lists.texts),
+                owners,
+                wanted[0],
+                *buffers(texts[0]),
+                0.0,
+                block[0],
+            )
+
+    def _derive(
+        self, feature: Feature, spec: Derived, function: Callable[..., Any], places: list[tuple[Target, int]]
+    ) -> None:
+        target, blocks = feature.entities, self._blocks
+        args = [
+            blocks[own][row] if own == target else blocks[own][row, self._asked.pairs[own[0]]] for own, row in places
+        ]
+        out = self._number(feature.full_name)
+        try:
+            result = np.asarray(function(*args), np.float64)
+            if result.shape != out.shape:
+                result = np.broadcast_to(result, out.shape)
+        except Exception as error:
+            msg = f"{feature.full_name}: its function failed on {len(out)} rows: {type(error).__name__}: {error}"
+            raise DerivedFeatureError(msg) from error
+        out[:] = result
+        out[np.isinf(out)] = np.nan
+        if spec.default is not None:
+            out[np.isnan(out)] = spec.default
 
 
-def _override(values: Values, column: Any) -> Values:
-    """The values, with those of `column` (None for none) in their place."""
-    if isinstance(values, Texts):
-        given = pa.array(column, pa.string())
-        own = np.arange(len(column)) + len(values.texts)
-        return Texts(
-            np.where(np.asarray(given.is_valid()), own, values.codes),
-            pa.concat_arrays([values.texts, given.fill_null("")]),
-        )
-    assert isinstance(values, np.ndarray)  # noqa: S101  # for the type checker: `last` is a text or a number
-    numbers = np.array([np.nan if value is None else value for value in column], np.float64)
-    return np.where(np.isnan(numbers), values, numbers)
+class _FrameValues(Mapping[str, Values]):
+    """See `Frame.values`."""
+
+    def __init__(self, frame: Frame) -> None:
+        self._frame = frame
+
+    def __getitem__(self, name: str) -> Values:
+        if name not in self._frame._program._targets:
+            raise KeyError(name)
+        return self._frame._value(name)
+
+    def __iter__(self) -> Iterator[str]:
+        program = self._frame._program
+        return iter(dict.fromkeys([*program._stage_of, *(name for name in program._row_of if "(" not in name)]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+class _Stage:
+    """A bundle of a program, and what is evaluated of it; `first_row` is where its numbers stand in the block."""
+
+    def __init__(self, bundle: Bundle, features: Sequence[Wanted]) -> None:
+        self.bundle, self.features = bundle, features
+        self.evaluator = Evaluator(bundle, features)
+        self.names = {feature.full_name: (feature, slots) for feature, slots in features}
+        self.first_row = 0
+
+    def is_text(self, name: str) -> bool:
+        """Whether a feature is a text."""
+        return self.names[name][0].value_type == "str"
+
+    def look_up(self, spec: At | Contains) -> tuple[Numeric, float] | None:
+        """The number that a lookup finds, and the one where it finds nothing; None if a list must be ranked first."""
+        feature, slots = self.names[spec.of]
+        of = feature.spec
+        assert isinstance(of, Aggregation)  # noqa: S101  # for the type checker: stages have no others
+        assert feature.window is not None  # noqa: S101  # as above
+        if isinstance(spec, At):
+            return numeric(self.bundle, of, feature.window, slots), of.without_events
+        if not isinstance(of, LastK):
+            return None
+        table, partial = slots[0]
+        place = (table, self.bundle.tables[table].slices[partial].start)
+        return Numeric(Formula.SINCE, place, place, 0, feature.window, (0.0, 0.0), None), 0.0
+
+
+class _LookUps:
+    """Lookups in the maps and lists of one bundle, for one target; `first_row` is where they stand in its block.
+
+    Attributes:
+        keys: features whose texts are looked for; None for the ids of the holder.
+        ranked: the list feature that must be ranked first, if there is one.
+    """
+
+    def __init__(self, stage: _Stage, target: Target, holder: str) -> None:
+        self.stage, self.target, self.holder = stage, target, holder
+        self.names: list[str] = []
+        self.keys: list[str | None] = []
+        self.ranked: str | None = None
+        self.first_row = 0
+        self._found: list[tuple[int, Numeric, float]] = []
+
+    def add(self, name: str, spec: At | Contains, key: str | None, compiled: tuple[Numeric, float] | None) -> None:
+        """One more lookup."""
+        if name in self.names:
+            return
+        self.names.append(name)
+        if key not in self.keys:
+            self.keys.append(key)
+        if compiled is None:
+            self.ranked = spec.of
+        else:
+            self._found.append((self.keys.index(key), *compiled))
+
+    @cached_property
+    def arrays(self) -> tuple[Ints, Ints, Floats, Floats]:
+        """As `features.formulas.look_ups` takes them."""
+        keys, numerics, nothing = zip(*self._found, strict=True)
+        return np.array(keys), *formulas(numerics), np.array(nothing, np.float64)
+
+
+def _stages(plan: Plan, needed: Mapping[str, Feature], alone: Container[str]) -> list[_Stage]:
+    slots = slots_of(plan)
+    together: dict[str, dict[Family, None]] = {}
+    for name in needed:
+        if name in slots:
+            family = slots[name][0]
+            together.setdefault(family.name if family.name in alone else family.entity, {})[family] = None
+    stages = []
+    for families in together.values():
+        ends = accumulate(len(family.tables) for family in families)
+        first_table = dict(zip(families, [0, *ends], strict=False))
+        features = [
+            (feature, [(first_table[slots[name][0]] + table, partial) for table, partial in slots[name][1]])
+            for name, feature in needed.items()
+            if name in slots and slots[name][0] in first_table
+        ]
+        stages.append(_Stage(Bundle(tuple(families)), features))
+    return stages
 
 
 def _collect(plan: Plan, feature: Feature, needed: dict[str, Feature]) -> None:
@@ -216,9 +429,6 @@ def _collect(plan: Plan, feature: Feature, needed: dict[str, Feature]) -> None:
     needed.setdefault(feature.full_name, feature)
 
 
-def _gather(values: Values, name: str, entities: tuple[str, ...], target: tuple[str, ...], asked: Asked) -> Floats:
-    """Numbers of one entity's rows as numbers of the target's rows or pairs."""
-    if not isinstance(values, np.ndarray):
-        msg = f"{name} is no number"
-        raise TypeError(msg)
-    return values if entities == target else values[asked.pairs[entities[0]]]
+def _anonymous(spec: At | Contains, target: Target) -> str:
+    """What a lookup that is only an argument is called: as no feature can be."""
+    return f"{spec}({','.join(target)})"

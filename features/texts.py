@@ -66,7 +66,8 @@ def look_up(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not object
     wanted_offsets: NDArray[np.int32],
     wanted_data: NDArray[np.uint8],
     nothing: float,
-) -> NDArray[np.float64]:
+    found: NDArray[np.float64],
+) -> None:
     """Looks texts up in maps from text to number.
 
     Args:
@@ -80,9 +81,7 @@ def look_up(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not object
         wanted_offsets: as `text_offsets`, of the wanted texts.
         wanted_data: uint8[bytes].
         nothing: the number of a text that is not in the map.
-
-    Returns:
-        float64[n].
+        found: float64[n], written to.
     """
     firsts = np.zeros(max(owners.max() if len(owners) else 0, rows[-1] if len(rows) else 0) + 2, np.int64)
     for row in rows:
@@ -92,8 +91,8 @@ def look_up(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not object
     words = np.empty(len(codes), np.int64)
     for place in range(len(codes)):
         words[place] = _word(text_offsets, text_data, codes[place])
-    found = np.full(len(wanted), nothing)
     for index in range(len(wanted)):
+        found[index] = nothing
         if wanted[index] < 0:
             continue
         word = _word(wanted_offsets, wanted_data, wanted[index])
@@ -103,7 +102,6 @@ def look_up(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not object
             ):
                 found[index] = values[place]
                 break
-    return found
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above

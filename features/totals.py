@@ -10,9 +10,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from features.fold import fold_tables, next_changes
-from features.formulas import finish
+from features.formulas import finish, look_ups
 from features.layout import Bundle, TableLayout
 from features.rows import Index, Ints, Rows
+from features.texts import buffers
 
 Floats = NDArray[np.float64]
 
@@ -52,10 +53,27 @@ class Totals:
         n_groups = np.full(len(bundle.tables), len(last_event_ms))
         return cls(bundle, (matrix.ravel(), n_groups, np.zeros(0, np.int64)), last_event_ms, texts)
 
-    def finish(self, formulas: tuple[Ints, Floats], n: int, now_ms: int) -> Floats:
-        """float64[features, n]: the values of numeric features, see `features.formulas`."""
-        values: Floats = finish(self._totals, self._n_groups, self._bundle.folding.shapes, *formulas, now_ms, n)
-        return values
+    def finish(self, formulas: tuple[Ints, Floats], now_ms: int, values: Floats) -> None:
+        """Computes numeric features: see `features.formulas.finish`."""
+        finish(self._totals, self._n_groups, self._bundle.folding.shapes, *formulas, now_ms, values)
+
+    def look_ups(
+        self,
+        maps: tuple[Ints, Ints, Floats, Floats],
+        owners: Ints,
+        wanted: Ints,
+        texts: Any,
+        now_ms: int,
+        values: Floats,
+    ) -> None:
+        """Looks texts up in maps and lists of these rows: see `features.formulas.look_ups`.
+
+        `maps` are its first four arguments, `texts` the buffers of those that are wanted.
+        """
+        rows = self._rows
+        assert rows is not None  # noqa: S101  # for the type checker: asked of tables with buckets only
+        folded = (self._totals, self._n_groups, self._firsts, self._bundle.folding.shapes, rows.pool, rows.sizes)
+        look_ups(*maps, *folded, *buffers(self.texts), owners, wanted, *texts, now_ms, values)
 
     def slot(self, table: int, partial: int) -> SlotTotals:
         """One slot of a table."""

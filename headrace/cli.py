@@ -72,16 +72,14 @@ def stream(
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Server processes that share the port")] = None,
 ) -> None:
     """Serve features over HTTP."""
     from serving.run import run
 
-    settings = Settings()
-    run(
-        settings.model_copy(
-            update={key: value for key, value in {"host": host, "port": port}.items() if value is not None}
-        )
-    )
+    options = {"host": host, "port": port, "server_processes": processes}
+    given = {name: value for name, value in options.items() if value is not None}
+    raise typer.Exit(run(Settings().model_copy(update=given)))
 
 
 @app.command()

@@ -190,12 +190,12 @@ class Reader:
             texts = pa.array([None if value is None else str(value) for value in columns[key]], pa.string())
             # A null id is that of an entity never seen: no event can have an empty one.
             encoded = texts.fill_null("").dictionary_encode()
-            ids[entity] = encoded.dictionary
+            ids[entity] = encoded.dictionary.to_pylist()
             pairs[entity] = np.asarray(encoded.indices).astype(np.intp)
         return Asked(ids, pairs, {}), pairs
 
     def _request(self, asked: Asked) -> Request:
-        encoded = {entity: [text.encode() for text in ids.to_pylist()] for entity, ids in asked.ids.items()}
+        encoded = {entity: [text.encode() for text in ids] for entity, ids in asked.ids.items()}
         return Request(self._keyspace, tuple((bundle, encoded[bundle.entity]) for bundle in self.program.bundles))
 
 

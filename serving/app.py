@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import orjson
-import redis.asyncio
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from redis.exceptions import RedisError
-from starlette.exceptions import HTTPException
 
 from features.events import TEXT_LENGTH_MAX
 from features.kernel import SLACK_MS
-from features.plan import CodeChangedError, Plan
-from features.program import DerivedFeatureError
+from features.plan import Plan
+from features.program import Program
 from registry.online import Reader
 from registry.settings import Settings
 from serving import wire
+from serving.front import Bytes, DirectRoute, Server
 from serving.lookup import Lookup, pairs_of
+from serving.metrics import Metrics
 from serving.problems import Problem, invalid, unavailable
-from store.connect import connect_async
 from store.keys import Keyspace
 from store.read import ForeignValueError
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=TEXT_LENGTH_MAX, pattern=r"^[^\x00]*$")]
 _NAMES_HEADER_BYTES_MAX = 4096
 _EXPLAINED_ITEMS_MAX = 5
+_ONE_ROW = np.zeros(1, np.intp)
 
 
 class Item(BaseModel):
@@ -82,132 +79,87 @@ class FeastRequest(BaseModel):
     full_feature_names: bool = False
 
 
-@dataclass
-class Context:
-    """What routes share: made once, when the app is."""
+class EntityQuery(BaseModel):
+    """What may follow an entity's path."""
 
-    plan: Plan
-    client: redis.asyncio.Redis
-    lookup: Lookup
-    feast: Callable[[tuple[str, ...]], Reader]
-    items_max: int
-    timeout_s: float
-    clock: Callable[[], float]
-
-    def now_ms(self, as_of: int | None = None) -> int:
-        """The query time, or a problem when `as_of` is not within the last 10 s."""
-        now = int(self.clock() * 1000)
-        if as_of is not None and not now - SLACK_MS <= as_of <= now:
-            raise invalid(
-                "as_of", f"{as_of} is not within the last {SLACK_MS // 1000} s before {now} (ms since the epoch)"
-            )
-        return now if as_of is None else as_of
+    service: str | None = None
+    as_of: int | None = Field(None, description="Query time, ms, within the last 10 s")
 
 
-def create_app(settings: Settings, plan: Plan, clock: Callable[[], float] = time.time) -> FastAPI:
+class ServiceQuery(BaseModel):
+    """What may follow a service's path."""
+
+    plan: str | None = Field(None, description="Fingerprint: answer only if this plan runs")
+
+
+def create_app(settings: Settings, plan: Plan, clock: Callable[[], float] = time.time) -> Server:
     """The server of an applied plan; `clock` gives seconds since the epoch."""
-    metrics = CollectorRegistry()
-    requests = Counter("headrace_requests", "Requests answered", ["route", "status"], registry=metrics)
-    seconds = Histogram("headrace_request_seconds", "Time to answer", ["route"], registry=metrics, buckets=_BUCKETS)
+    metrics = Metrics()
+    routes = _Routes(settings, plan, metrics, clock)
+    return Server(
+        metrics,
+        [
+            DirectRoute("GET", "/v1/entities/{entity}/{entity_id:path}", routes.entity, [wire.JSON]),
+            DirectRoute("POST", "/v1/features", routes.features, wire.FORMATS),
+            DirectRoute("POST", "/get-online-features", routes.get_online_features, [wire.JSON]),
+            DirectRoute("GET", "/v1/services/{name}", routes.service, [wire.JSON]),
+            DirectRoute("GET", "/healthz", routes.healthz, [wire.JSON]),
+            DirectRoute("GET", "/readyz", routes.readyz, [wire.JSON]),
+            DirectRoute("GET", "/metrics", routes.prometheus, [CONTENT_TYPE_LATEST]),
+        ],
+        title="Headrace",
+        version="1",
+        lifespan=routes.running,
+    )
+
+
+class _Routes:
+    """What each route asks of lookup and wire."""
+
+    def __init__(self, settings: Settings, plan: Plan, metrics: Metrics, clock: Callable[[], float]) -> None:
+        self._settings = settings
+        self._plan = plan
+        self._metrics = metrics
+        self._clock = clock
+        of_plan = (b"x-plan", plan.fingerprint.encode())
+        self._headers = {format_: [(b"content-type", format_.encode()), of_plan] for format_ in wire.FORMATS}
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        client = connect_async(settings.redis_url.get_secret_value(), settings.redis_timeout_s)
-        lookup = Lookup(plan, client, settings.request_timeout_s)
-        for service in plan.services:
-            lookup.service(service.name)
-        app.state.context = Context(
-            plan,
-            client,
-            lookup,
-            lru_cache(maxsize=256)(partial(Reader, plan)),
-            settings.items_max,
-            settings.request_timeout_s,
-            clock,
+    async def running(self, _app: FastAPI) -> AsyncIterator[None]:
+        """Ready to answer: connected, every service compiled."""
+        settings = self._settings
+        self._lookup = Lookup.connect(
+            self._plan, settings.redis_url.get_secret_value(), settings.request_timeout_s, settings.mirror_rows
         )
+        self._redis = self._lookup.connection
+        self._of_entity = cache(self._lookup.of_entity)  # It raises where there is no such, so it holds what there is.
+        self._ranking = cache(self._ranking_of)
+        self._reader = lru_cache(maxsize=256)(partial(Reader, self._plan))
+        self._lookup.warm_up()
         yield
-        await client.aclose()
+        await self._redis.aclose()
 
-    app = FastAPI(title="Headrace", version="1", lifespan=lifespan)
+    async def entity(
+        self, _request: Request, entity: str, entity_id: str, query: Annotated[EntityQuery, Query()]
+    ) -> Response:
+        """One entity's features, of a service or of all its views."""
+        if not 1 <= len(entity_id) <= TEXT_LENGTH_MAX or "\0" in entity_id:
+            raise invalid("id", f"an id has 1 to {TEXT_LENGTH_MAX} characters and no NUL")
+        program = self._of_entity(entity, query.service)
+        answer = await self._lookup.read(program, {entity: [entity_id]}, {entity: _ONE_ROW}, self._now_ms(query.as_of))
+        return self._answer(wire.entity_json(answer, entity, entity_id, query.service, self._plan.fingerprint))
 
-    @app.middleware("http")
-    async def measure(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        began = time.perf_counter()
-        response = await call_next(request)
-        route = getattr(request.scope.get("route"), "path", "unknown")
-        requests.labels(route, response.status_code).inc()
-        seconds.labels(route).observe(time.perf_counter() - began)
-        return response
-
-    _add_problems(app)
-    _add_ranking(app)
-    _add_reads(app)
-    _add_operations(app, metrics)
-    return app
-
-
-_BUCKETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-
-
-def _add_problems(app: FastAPI) -> None:
-    @app.exception_handler(Problem)
-    async def problem(_request: Request, error: Problem) -> Response:
-        return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def refused(_request: Request, error: RequestValidationError) -> Response:
-        errors = [
-            {
-                "field": "body"
-                if each["type"] == "json_invalid"
-                else ".".join(str(part) for part in each["loc"][1:]) or "body",
-                "detail": each["msg"],
-            }
-            for each in error.errors()
-        ]
-        return Problem(
-            422,
-            "Invalid request",
-            "; ".join(f"{each['field']}: {each['detail']}" for each in errors[:3]),
-            errors=errors,
-        ).response()
-
-    @app.exception_handler(HTTPException)
-    async def other(request: Request, error: HTTPException) -> Response:
-        return Problem(
-            error.status_code,
-            str(error.detail),
-            f"{request.method} {request.url.path}",
-            headers=dict(error.headers or {}),
-        ).response()
-
-    @app.exception_handler(CodeChangedError)
-    async def changed(_request: Request, error: CodeChangedError) -> Response:
-        return Problem(500, "Code changed", str(error)).response()
-
-    @app.exception_handler(DerivedFeatureError)
-    async def derived(_request: Request, error: DerivedFeatureError) -> Response:
-        return Problem(500, "Derived feature failed", str(error)).response()
-
-
-def _add_ranking(app: FastAPI) -> None:
-    @app.post("/v1/features")
-    async def features(body: FeaturesRequest, request: Request) -> Response:
+    async def features(self, request: Request, body: FeaturesRequest) -> Response:
         """The features of one user and candidate items, as JSON, Arrow or npy by `Accept`."""
-        context: Context = request.app.state.context
         accepted = _format(request.headers.get("accept", wire.JSON))
-        program = context.lookup.service(body.service)
-        if "item" not in program.entities or not set(program.entities) <= {"user", "item"}:
-            about = " and ".join(program.entities)
-            raise invalid(
-                "service", f"{body.service} is about {about}: read it at /v1/entities/{program.entities[0]}/{{id}}"
-            )
+        program, names = self._ranking(body.service)
         if body.context:
             raise invalid("context", f"{body.service} declares no context; it was given {', '.join(body.context)}")
         item_ids = body.item_ids if body.item_ids is not None else [item.id for item in body.items or []]
-        if len(item_ids) > context.items_max:
+        if len(item_ids) > self._settings.items_max:
             raise invalid(
-                "item_ids", f"{len(item_ids)} items are more than the {context.items_max} of one request; split it"
+                "item_ids",
+                f"{len(item_ids)} items are more than the {self._settings.items_max} of one request; split it",
             )
         if body.explain and (accepted != wire.JSON or len(item_ids) > _EXPLAINED_ITEMS_MAX):
             raise invalid("explain", f"is for {wire.JSON} and at most {_EXPLAINED_ITEMS_MAX} items")
@@ -216,138 +168,128 @@ def _add_ranking(app: FastAPI) -> None:
             overrides["item"] = {
                 name: [getattr(item, name) for item in body.items] for name in ("category", "seller_id", "price")
             }
-        answer = await context.lookup.read(
+        answer = await self._lookup.read(
             program,
             # An anonymous user is one whose id no event can have.
             {"user": [body.user_id or ""], "item": item_ids},
             pairs_of(len(item_ids)),
-            context.now_ms(body.as_of),
+            self._now_ms(body.as_of),
             overrides,
             defaults_on_error=body.on_error == "defaults",
+            explain=body.explain,
         )
-        headers = {"X-Plan": context.plan.fingerprint}
         if accepted == wire.NPY:
-            names = ",".join(feature.full_name for feature in wire.matrix_features(answer.features))
-            if len(names) < _NAMES_HEADER_BYTES_MAX:
-                headers["X-Feature-Names"] = names
-            return Response(wire.ranking_npy(answer, len(item_ids)), headers=headers, media_type=wire.NPY)
+            named = [(b"x-feature-names", names)] if len(names) < _NAMES_HEADER_BYTES_MAX else []
+            return self._answer(wire.ranking_npy(answer, len(item_ids)), wire.NPY, named)
         if accepted == wire.ARROW:
-            return Response(wire.ranking_arrow(answer, item_ids), headers=headers, media_type=wire.ARROW)
+            return self._answer(wire.ranking_arrow(answer, item_ids), wire.ARROW)
         content = wire.ranking_json(
-            answer, body.service, context.plan.fingerprint, body.user_id, item_ids, explain=body.explain
+            answer, body.service, self._plan.fingerprint, body.user_id, item_ids, explain=body.explain
         )
-        return Response(content, headers=headers, media_type=wire.JSON)
+        return self._answer(content)
 
-
-def _add_reads(app: FastAPI) -> None:
-    @app.get("/v1/entities/{entity}/{entity_id:path}")
-    async def entity(
-        entity: str,
-        entity_id: str,
-        request: Request,
-        service: str | None = None,
-        as_of: Annotated[int | None, Query()] = None,
-    ) -> Response:
-        """One entity's features, of a service or of all its views."""
-        context: Context = request.app.state.context
-        if not 1 <= len(entity_id) <= TEXT_LENGTH_MAX or "\0" in entity_id:
-            raise invalid("id", f"an id has 1 to {TEXT_LENGTH_MAX} characters and no NUL")
-        program = context.lookup.of_entity(entity, service)
-        answer = await context.lookup.read(
-            program, {entity: [entity_id]}, {entity: np.zeros(1, np.intp)}, context.now_ms(as_of)
-        )
-        content = wire.entity_json(answer, entity, entity_id, service, context.plan.fingerprint)
-        return Response(content, headers={"X-Plan": context.plan.fingerprint}, media_type=wire.JSON)
-
-    @app.get("/v1/services/{name}")
-    async def service(name: str, request: Request, plan: str | None = None) -> Response:
-        """Names, types and order of a service's features."""
-        context: Context = request.app.state.context
-        if plan is not None and plan != context.plan.fingerprint:
-            raise Problem(
-                404, "Unknown plan", f"plan: {plan!r} is not what this server runs, which is {context.plan.fingerprint}"
+    def _ranking_of(self, service: str) -> tuple[Program, bytes]:
+        """A service that is about users and items, and the names of a matrix's columns."""
+        program = self._lookup.service(service)
+        if "item" not in program.entities or not set(program.entities) <= {"user", "item"}:
+            about = " and ".join(program.entities)
+            raise invalid(
+                "service", f"{service} is about {about}: read it at /v1/entities/{program.entities[0]}/{{id}}"
             )
-        made = context.lookup.service(name).features
+        return program, ",".join(program.matrix_names).encode()
+
+    async def service(self, _request: Request, name: str, query: Annotated[ServiceQuery, Query()]) -> Response:
+        """Names, types and order of a service's features."""
+        runs = self._plan.fingerprint
+        if query.plan not in (None, runs):
+            raise Problem(404, "Unknown plan", f"plan: {query.plan!r} is not what this server runs, which is {runs}")
+        program = self._lookup.service(name)
         document = {
             "service": name,
-            "plan": context.plan.fingerprint,
+            "plan": runs,
             "features": [
                 {"name": each.full_name, "type": each.value_type, "entities": each.entities, "doc": each.doc}
-                for each in made
+                for each in program.features
             ],
-            "matrix": [each.full_name for each in wire.matrix_features(made)],
+            "matrix": program.matrix_names,
         }
-        return Response(orjson.dumps(document), media_type=wire.JSON)
+        return self._answer(orjson.dumps(document))
 
-    @app.post("/get-online-features")
-    async def get_online_features(body: FeastRequest, request: Request) -> Response:
+    async def get_online_features(self, _request: Request, body: FeastRequest) -> Response:
         """Feast's own request and answer: for its unmodified `remote` online store."""
-        context: Context = request.app.state.context
         if body.feature_service is not None:
-            names = [feature.full_name for feature in context.lookup.service(body.feature_service).features]
+            names = [feature.full_name for feature in self._lookup.service(body.feature_service).features]
         elif body.features:
             names = [reference.replace(":", "__", 1) for reference in body.features]
         else:
             raise invalid("features", "name features as view:feature, or a feature_service")
-        unknown = [name for name in names if name not in context.plan.features]
+        unknown = [name for name in names if name not in self._plan.features]
         if unknown:
             raise Problem(404, "Unknown feature", f"features: not applied: {', '.join(unknown)}")
         try:
-            reader = context.feast(tuple(names))
-            async with asyncio.timeout(context.timeout_s):
-                document = await reader.answer(
-                    context.client.mget, body.entities, context.now_ms(), full=body.full_feature_names
-                )
+            reader = self._reader(tuple(names))
+            document = await reader.answer(
+                self._redis.mget, body.entities, self._now_ms(), full=body.full_feature_names
+            )
         except ValueError as error:
             raise invalid("entities", str(error)) from error
         except ForeignValueError as error:
             raise unavailable(str(error)) from error
-        except (RedisError, OSError, TimeoutError) as error:
+        except (RedisError, OSError) as error:
             raise unavailable(f"Redis: {type(error).__name__}: {error}") from error
-        return Response(orjson.dumps(document), headers={"X-Plan": context.plan.fingerprint}, media_type=wire.JSON)
+        return self._answer(orjson.dumps(document))
 
-
-def _add_operations(app: FastAPI, metrics: CollectorRegistry) -> None:
-    @app.get("/healthz")
-    async def healthz() -> dict[str, str]:
+    async def healthz(self, _request: Request) -> Response:
         """Whether the process lives."""
-        return {"status": "ok"}
+        return self._answer(orjson.dumps({"status": "ok"}))
 
-    @app.get("/readyz")
-    async def readyz(request: Request) -> dict[str, str]:
+    async def readyz(self, _request: Request) -> Response:
         """Whether it can answer exactly: Redis is there, keeps every row, and the plan's streams were initialised."""
-        context: Context = request.app.state.context
         try:
-            async with asyncio.timeout(context.timeout_s):
-                reasons = await _unready(context)
-        except (RedisError, OSError, TimeoutError) as error:
+            reasons = await self._unready()
+        except (RedisError, OSError) as error:
             reasons = [f"Redis: {type(error).__name__}: {error}"]
         if reasons:
             raise unavailable("; ".join(reasons))
-        return {"status": "ready", "plan": context.plan.fingerprint}
+        return self._answer(orjson.dumps({"status": "ready", "plan": self._plan.fingerprint}))
 
-    @app.get("/metrics", response_class=Response)
-    async def prometheus() -> Response:
+    async def _unready(self) -> list[str]:
+        memory = (await self._redis.execute("INFO", "memory")).decode()
+        reasons = []
+        policy = memory.partition("maxmemory_policy:")[2].partition("\r\n")[0]
+        if policy not in ("", "noeviction"):
+            reasons.append(
+                f"Redis has maxmemory-policy {policy}, which drops single rows and so breaks counts; set noeviction"
+            )
+        keyspace = Keyspace(self._plan.project, self._plan.shards)
+        entities = {view.entities[0] for view in self._plan.views if len(view.entities) == 1}
+        records = [keyspace.commit_record(entity, shard) for entity in entities for shard in range(self._plan.shards)]
+        if missing := len(records) - await self._redis.execute("EXISTS", *records):
+            reasons.append(
+                f"Redis lacks {missing} of {len(records)} commit records of this project; run `headrace apply`"
+            )
+        return reasons
+
+    async def prometheus(self, _request: Request) -> Response:
         """Counters and latencies, for Prometheus."""
-        return Response(generate_latest(metrics), media_type=CONTENT_TYPE_LATEST)
+        return Bytes(self._metrics.text(), [(b"content-type", CONTENT_TYPE_LATEST.encode())])
+
+    def _answer(
+        self, content: bytes, media_type: str = wire.JSON, more: Sequence[tuple[bytes, bytes]] = ()
+    ) -> Response:
+        return Bytes(content, [*self._headers[media_type], *more])
+
+    def _now_ms(self, as_of: int | None = None) -> int:
+        """The query time, or a problem when `as_of` is not within the last 10 s."""
+        now = int(self._clock() * 1000)
+        if as_of is not None and not now - SLACK_MS <= as_of <= now:
+            raise invalid(
+                "as_of", f"{as_of} is not within the last {SLACK_MS // 1000} s before {now} (ms since the epoch)"
+            )
+        return now if as_of is None else as_of
 
 
-async def _unready(context: Context) -> list[str]:
-    memory: Any = await context.client.info("memory")
-    reasons = []
-    policy = memory.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction":
-        reasons.append(
-            f"Redis has maxmemory-policy {policy}, which drops single rows and so breaks counts; set noeviction"
-        )
-    keyspace = Keyspace(context.plan.project, context.plan.shards)
-    entities = {view.entities[0] for view in context.plan.views if len(view.entities) == 1}
-    records = [keyspace.commit_record(entity, shard) for entity in entities for shard in range(context.plan.shards)]
-    if missing := len(records) - await context.client.exists(*records):
-        reasons.append(f"Redis lacks {missing} of {len(records)} commit records of this project; run `headrace apply`")
-    return reasons
-
-
+@lru_cache(maxsize=16)
 def _format(accept: str) -> str:
     """The first format of the Accept header that there is."""
     for part in accept.split(","):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
-import pyarrow as pa
 from redis.exceptions import RedisError
 
 from features.layout import families_of
@@ -193,7 +192,7 @@ class Lookup:
 
 
 def _asked(ids: Mapping[str, Sequence[str]], pairs: Mapping[str, Any], overrides: Any) -> Asked:
-    return Asked({entity: pa.array(ids[entity], pa.string()) for entity in ids}, pairs, overrides or {})
+    return Asked(ids, pairs, overrides or {})
 
 
 def pairs_of(n_items: int) -> dict[str, Any]:

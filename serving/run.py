@@ -1,26 +1,187 @@
-"""The server's process."""
+"""The server's processes: one, or several that share a port.
+
+Each of several has a listening socket of its own, over which the kernel spreads connections (SO_REUSEPORT). Of
+processes that accept from one common socket, as uvicorn's workers do, often one took all of 16 connections that came
+at once, and the other stood idle.
+"""
 
 from __future__ import annotations
 
-import uvicorn
+import gc
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from multiprocessing.synchronize import Event
+from types import FrameType
+from typing import Any, Final
 
+import structlog
+import uvicorn
+from prometheus_client.multiprocess import mark_process_dead
+
+from features.plan import Plan
 from registry.logs import set_up_logs
 from registry.settings import Settings
 from registry.store import load_plan
 from serving.app import create_app
+from serving.metrics import SHARED_FOLDER
+
+UVICORN: Final[dict[str, Any]] = {
+    "loop": "uvloop",
+    "http": "httptools",
+    "ws": "none",
+    "lifespan": "on",
+    "access_log": False,
+    "log_level": "info",
+    # Nobody here asks who the client is.
+    "proxy_headers": False,
+    "server_header": False,
+    "backlog": 2048,
+    # Longer than load balancers and pools of clients keep idle connections: closed by us, one may just be in use again.
+    "timeout_keep_alive": 75,
+    "timeout_graceful_shutdown": 5,
+}
+_AGAIN_S = 1.0
+_LOOK_S = 0.2
+_STOP_S = 10.0
+_SPAWN: Final = multiprocessing.get_context("spawn")
+
+log = structlog.get_logger()
 
 
-def run(settings: Settings) -> None:
-    """Serves the applied plan until told to stop."""
+def run(settings: Settings) -> int:
+    """Serves the applied plan until told to stop; returns the exit status.
+
+    Raises:
+        NotAppliedPlanError: if nothing was applied.
+        OSError: if the port can't be had.
+    """
     set_up_logs(as_json=settings.log_json)
-    app = create_app(settings, load_plan(settings))
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        loop="uvloop",
-        http="httptools",
-        access_log=False,
-        log_level="info",
-        timeout_graceful_shutdown=5,
-    )
+    plan = load_plan(settings)
+    with _reserve(settings.host, settings.port) as reserved:
+        host, port = reserved.getsockname()[:2]
+        log.info("server_starts", host=host, port=port, processes=settings.server_processes)
+        if settings.server_processes == 1:
+            return _serve(settings, plan, reserved)
+        # It was bound without these, so nobody else has the port; with them, our processes can have it too. It does
+        # not listen: it gets no connections, and holds the port while processes are replaced.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with tempfile.TemporaryDirectory(prefix="headrace-metrics-") as folder:
+            os.environ[SHARED_FOLDER] = folder
+            return _supervise(settings.model_copy(update={"host": host, "port": port}), plan)
+
+
+def _reserve(host: str, port: int) -> socket.socket:
+    """A socket bound to the port, which nobody else has."""
+    made = _socket(host)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # Connections of an earlier server may linger.
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        message = f"{host}:{port}: {error.strerror}; --host and --port, or HEADRACE_HOST and HEADRACE_PORT, say where"
+        raise OSError(message) from error
+    return made
+
+
+def _socket(host: str) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
+def _serve(settings: Settings, plan: Plan, listener: socket.socket, on_ready: Callable[[], None] = lambda: None) -> int:
+    """Serves in this process; returns the exit status."""
+
+    async def ready() -> None:  # uvicorn calls it as serving begins, and again every 30 s.
+        if gc.get_freeze_count() == 0:
+            # What was made until now stays. Left to the collector, it would go through these 250,000 objects again and
+            # again, for 0.1 s each time; without them a full collection takes no longer than a young one.
+            gc.collect()
+            gc.freeze()
+        on_ready()
+
+    server = uvicorn.Server(uvicorn.Config(create_app(settings, plan), callback_notify=ready, **UVICORN))
+    with suppress(KeyboardInterrupt):  # Raised when all has been answered.
+        server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def _supervise(settings: Settings, plan: Plan) -> int:
+    """Keeps the processes running until told to stop; returns the exit status.
+
+    All run the same plan, whatever is applied while they run: a process that takes another's place gets it from here.
+    """
+    stopping: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        stopping.append(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    ready = _SPAWN.Event()
+    workers = [_start(settings, plan, ready) for _ in range(settings.server_processes)]
+    try:
+        while not stopping:
+            wait([worker.sentinel for worker in workers], timeout=_LOOK_S)
+            for at, worker in enumerate(workers):
+                if worker.is_alive() or stopping:
+                    continue
+                if not ready.is_set():
+                    log.critical("server_gives_up", status=worker.exitcode, remedy="see the error above")
+                    return 1
+                mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]  # it has no types
+                log.error("server_process_ended", pid=worker.pid, status=worker.exitcode, again_in_s=_AGAIN_S)
+                time.sleep(_AGAIN_S)
+                workers[at] = _start(settings, plan, ready)
+        return 0
+    finally:
+        _stop(workers)
+
+
+def _start(settings: Settings, plan: Plan, ready: Event) -> SpawnProcess:
+    worker = _SPAWN.Process(target=_work, args=(settings, plan, ready))
+    # Until it serves, a Ctrl-C is for us alone to obey: it would die of it with a stack trace.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker.start()
+    signal.signal(signal.SIGINT, before)
+    return worker
+
+
+def _work(settings: Settings, plan: Plan, ready: Event) -> None:
+    """What each of several processes does."""
+    set_up_logs(as_json=settings.log_json)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with _socket(settings.host) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((settings.host, settings.port))
+        sys.exit(_serve(settings, plan, listener, ready.set))
+
+
+def _end_with_parent() -> None:
+    """Without the parent nobody would stop or replace this process, and the port would stay taken."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        shutil.rmtree(os.environ[SHARED_FOLDER], ignore_errors=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _stop(workers: list[SpawnProcess]) -> None:
+    for worker in workers:
+        worker.terminate()
+    deadline = time.monotonic() + _STOP_S
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+            worker.join()

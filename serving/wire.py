@@ -10,7 +10,6 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from features.plan import Feature
 from features.values import to_arrow, to_json
 from serving.lookup import Answer
 
@@ -18,11 +17,6 @@ JSON = "application/json"
 ARROW = "application/vnd.apache.arrow.stream"
 NPY = "application/x-npy"
 FORMATS = (JSON, ARROW, NPY)
-
-
-def matrix_features(features: tuple[Feature, ...]) -> tuple[Feature, ...]:
-    """Those that a matrix holds: numbers and truth values, in service order."""
-    return tuple(feature for feature in features if feature.value_type in ("int", "float", "bool"))
 
 
 def ranking_json(
@@ -63,11 +57,8 @@ def ranking_json(
 
 def ranking_npy(answer: Answer, n_items: int) -> bytes:
     """float32[items, features]: user features broadcast, NaN for null."""
-    features = matrix_features(answer.features)
-    columns = np.empty((len(features), n_items), np.float32)
-    for column, feature in zip(columns, features, strict=True):
-        column[:] = answer.frame.values[feature.full_name]  # type: ignore[assignment]  # matrix features are numbers
-    return _npy_header(n_items, len(features)) + columns.T.tobytes()
+    matrix = answer.frame.matrix(n_items)
+    return _npy_header(*matrix.shape) + matrix.tobytes()
 
 
 @lru_cache

@@ -27,6 +27,8 @@ Floats = NDArray[np.float64]
 
 _TEXTS_A_ROW: Final = 8
 """So many texts for each row that is kept; when there are more, everything is forgotten."""
+_TEXT_BYTES: Final = 64
+"""So long are texts on average; when all together are longer, everything is forgotten as well."""
 _PASSED_MAX: Final = 64
 """So many rows that were used are passed over for one that was not."""
 
@@ -102,7 +104,8 @@ class Mirror:
                     place = self._place_of[entity_id] = self._room()
                     self._id_at[place] = entity_id
                 self._lines[place] = line
-        if len(self._texts) > _TEXTS_A_ROW * self._rows_max + 1024:
+        texts_max = _TEXTS_A_ROW * self._rows_max + 1024
+        if len(self._texts) > texts_max or self._texts.n_bytes > _TEXT_BYTES * texts_max:
             self.clear()
 
     def _room(self) -> int:
@@ -185,6 +188,11 @@ class _Texts:
 
     def __len__(self) -> int:
         return len(self._code_of)
+
+    @property
+    def n_bytes(self) -> int:
+        """The length of all together."""
+        return int(self._offsets[len(self)])
 
     def codes(self, texts: Sequence[str]) -> Ints:
         """int64[n]: the place of each text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import random
 import signal
@@ -18,7 +19,10 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
+import structlog
 
+import serving.app
+import serving.wire
 from features.plan import Plan
 from headrace.embedded import EmbeddedRedis
 from tests import oracle
@@ -587,3 +591,96 @@ def test_metrics_are_kept_in_memory_and_belong_to_one_app(tmp_path: Path) -> Non
 async def test_the_contract_is_published(http: httpx.AsyncClient) -> None:
     document = (await http.get("/openapi.json")).json()
     assert {"/v1/features", "/v1/entities/{entity}/{entity_id}", "/get-online-features"} <= set(document["paths"])
+
+
+async def test_the_contract_describes_what_is_sent_and_what_comes_back(http: httpx.AsyncClient) -> None:
+    """Routes are called without FastAPI, which documents them all the same."""
+    document = (await http.get("/openapi.json")).json()
+    ranking = document["paths"]["/v1/features"]["post"]
+    body = ranking["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    schemas = document["components"]["schemas"]
+    assert {"service", "user_id", "item_ids", "items", "as_of", "on_error", "explain"} <= set(
+        schemas[body]["properties"]
+    )
+    assert schemas[body]["properties"]["item_ids"]["anyOf"][0]["items"]["maxLength"] == 256
+    assert set(ranking["responses"]["200"]["content"]) == {"application/json", ARROW, NPY}
+    one = document["paths"]["/v1/entities/{entity}/{entity_id}"]["get"]
+    assert {(each["name"], each["in"], each["required"]) for each in one["parameters"]} == {
+        ("entity", "path", True),
+        ("entity_id", "path", True),
+        ("service", "query", False),
+        ("as_of", "query", False),
+    }
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            assert operation["description"], path
+            assert set(operation["responses"]) == {"200", "default"}, path
+            assert set(operation["responses"]["default"]["content"]) == {"application/problem+json"}, path
+
+
+# The edge
+
+
+async def test_a_body_is_json_whatever_its_type_is_called_and_in_however_many_pieces_it_comes(
+    http: httpx.AsyncClient,
+) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for at in range(0, len(raw), 7):
+            yield raw[at : at + 7]
+
+    raw = json.dumps(RANKING).encode()
+    expected = await ranking(http)
+    for content_type in ("application/json", "application/x-www-form-urlencoded", "text/plain; charset=utf-8"):
+        answer = await http.post("/v1/features", content=pieces(), headers={"Content-Type": content_type})
+        assert (answer.status_code, answer.json()) == (200, expected)
+    assert (await http.post("/v1/features", content=raw)).json() == expected
+
+
+async def test_what_nobody_foresaw_is_a_problem_too_which_is_counted_and_logged(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> bytes:
+        message = "a secret of the server"
+        raise ZeroDivisionError(message)
+
+    monkeypatch.setattr(serving.wire, "entity_json", broken)
+    with structlog.testing.capture_logs() as logs:
+        answer = await http.get("/v1/entities/user/u1")
+    problem(answer, 500, "GET /v1/entities/user/u1", "log")
+    assert "secret" not in answer.text
+    assert [(each["event"], type(each["exc_info"])) for each in logs] == [("request_failed", ZeroDivisionError)]
+    counted = 'headrace_requests_total{route="/v1/entities/{entity}/{entity_id:path}",status="500"} 1.0'
+    assert counted in (await http.get("/metrics")).text
+
+
+async def test_an_answer_is_counted_before_it_arrives(http: httpx.AsyncClient) -> None:
+    """Who has an answer finds it in the metrics, also where another process is asked for them."""
+    for sent in range(1, 4):
+        await entity(http, "user", "u1")
+        counted = f'headrace_request_seconds_count{{route="/v1/entities/{{entity}}/{{entity_id:path}}"}} {sent}.0'
+        assert counted in (await http.get("/metrics")).text
+
+
+async def test_a_connection_that_ends_within_a_request_is_no_error_of_ours(plan: Plan, redis_url: str) -> None:
+    app = serving.app.create_app(settings_of(redis_url), plan)
+    sent: list[Any] = []
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/features",
+        "query_string": b"",
+        "headers": [],
+        "server": ("headrace", 80),
+        "scheme": "http",
+    }
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    with structlog.testing.capture_logs() as logs:
+        await app(scope, receive, send)
+    assert (sent[0]["status"], logs) == (400, [])

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import numpy as np
-
-from features.aggregations.base import LATEST, Aggregation, Part, Slot
+from features.aggregations.base import LATEST, Aggregation, Slot
 from features.formulas import Formula
 from features.partials import LatestNumber, LatestText
-from features.values import Texts, Type, Values
+from features.values import Type
 
 
 class Last(Aggregation, frozen=True, kw_only=True, tag="last"):
@@ -22,6 +19,7 @@ class Last(Aggregation, frozen=True, kw_only=True, tag="last"):
     2.0
     """
 
+    formula: ClassVar[Formula | None] = Formula.LATEST
     nothing: ClassVar[float] = float("nan")
 
     kind: Literal["str", "int", "float", "bool"]
@@ -34,16 +32,3 @@ class Last(Aggregation, frozen=True, kw_only=True, tag="last"):
     def slots(self) -> tuple[Slot, ...]:
         """See `Aggregation.slots`."""
         return (Slot(LATEST, LatestText() if self.kind == "str" else LatestNumber(), self.measure),)
-
-    @property
-    def formula(self) -> Formula | None:  # type: ignore[override]  # as the field's kind has it
-        """See `Aggregation.formula`."""
-        return None if self.kind == "str" else Formula.LATEST
-
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> Sequence[Values]:
-        """See `Aggregation.values`."""
-        times_ms, codes = parts[0].totals[:, 0]
-        return [
-            Texts(np.where((times_ms < 0) | (times_ms < begin_ms), -1, codes).astype(np.int64), parts[0].texts)
-            for begin_ms in self.begins_ms(now_ms)
-        ]

@@ -1,0 +1,57 @@
+"""What the server counts, for Prometheus."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""The variable by which prometheus_client keeps values in files of this folder; set before it is first imported."""
+
+_BUCKETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class Metrics:
+    """Counters of one app, or, when processes share a folder, of all apps in all of them.
+
+    Other metrics of the server are made with `registry`; a gauge needs its `multiprocess_mode` there.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        requests = Counter("headrace_requests", "Requests answered", ["route", "status"], registry=self.registry)
+        seconds = Histogram(
+            "headrace_request_seconds", "Time to answer", ["route"], registry=self.registry, buckets=_BUCKETS
+        )
+
+        @cache  # There are few routes and statuses, and labels() costs more than counting.
+        def counted(route: str, status: int) -> tuple[Callable[[], None], Callable[[float], None]]:
+            return requests.labels(route, status).inc, seconds.labels(route).observe
+
+        self._counted = counted
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Counts an answer and the time it took."""
+        count, observe = self._counted(route, status)
+        count()
+        observe(seconds)
+
+    def text(self) -> bytes:
+        """All values, as Prometheus reads them."""
+        registry = self.registry
+        if SHARED_FOLDER in os.environ:
+            registry = CollectorRegistry()
+            registry.register(_OfAllProcesses(None))  # type: ignore[no-untyped-call]  # it has no types
+        return generate_latest(registry)
+
+
+class _OfAllProcesses(MultiProcessCollector):
+    """Without the metrics of Feast's own server, which every process that imports Feast has."""
+
+    def collect(self) -> list[Metric]:
+        every = super().collect()  # type: ignore[no-untyped-call]  # it has no types
+        return [metric for metric in every if metric.name.startswith("headrace_")]
