@@ -156,11 +156,19 @@ def numeric(bundle: Bundle, spec: Aggregation, window: Window, slots: list[tuple
     return Numeric(spec.formula, columns[0], columns[-1], index, window, spec.constants, default)
 
 
-def evaluate(family: Family, rows: Rows, features: Iterable[Wanted], now_ms: int) -> dict[str, Values]:
-    """The values of features at `now_ms`, by full name: see `Evaluator`, which does it again and again."""
+def evaluate(family: Family, state: Rows | Totals, features: Iterable[Wanted], now_ms: int) -> dict[str, Values]:
+    """The values of features at `now_ms`, by full name: see `Evaluator`, which does it again and again.
+
+    Args:
+        family: what the rows are.
+        state: the rows, or their totals as of `now_ms`.
+        features: which.
+        now_ms: query time, not before the `now_ms` of any merge that made the rows.
+    """
     features = list(features)
     evaluator = Evaluator(family.alone, features)
-    totals, block = evaluator.fold(rows, now_ms), np.empty((len(evaluator.names), rows.n))
+    totals = evaluator.fold(state, now_ms)
+    block = np.empty((len(evaluator.names), totals.n))
     evaluator.write(totals, now_ms, block)
     return {each.full_name: evaluator.value(each.full_name, totals, now_ms, block) for each, _ in features}
 

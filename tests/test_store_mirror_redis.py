@@ -16,7 +16,7 @@ import uvloop
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from headrace.embedded import EmbeddedRedis
-from serving.lookup import Lookup
+from serving.lookup import Answer, Lookup
 from serving.problems import Problem
 from store.commit import Position, RowWrite, ShardCommit, Writer, initialise
 from store.connect import connect
@@ -139,7 +139,7 @@ class Race:
 
     async def read(self, side: Side) -> None:
         """Reads until all is written; now and then asks something first, so that all that was written is known."""
-        connection, mirrored = side.lookup.connection, bool(side.lookup.mirrors)
+        connection = side.lookup.connection
         while not self.is_over:
             if self.rng.random() < 0.2:
                 before = dict(self._acknowledged)
@@ -149,31 +149,34 @@ class Race:
                     continue
                 side.knows(before)
             ids = self.rng.choices(self.ids, weights=range(len(self.ids), 0, -1), k=self.rng.randint(1, 10))
-            names = self.rng.choice(self._asked)
             sent, known = dict(self._acknowledged), dict(side.known)
-            task = asyncio.create_task(self._ask(side, ids, names))
+            task = asyncio.create_task(self._ask(side, ids, self.rng.choice(self._asked)))
             if self.rng.random() < 0.03:
                 for _ in range(self.rng.randint(0, 3)):
                     await asyncio.sleep(0)
                 task.cancel()
-            try:
-                answer = await task
-            except Problem:
-                self.counts["failed"] += 1
-                continue
-            except asyncio.CancelledError:
+            await asyncio.wait([task])
+            if task.cancelled():
                 self.counts["given up"] += 1
-                continue
-            found = self.truth.check(answer, ids)
-            for family, versions in found.items():
-                for own, version in zip(ids, versions, strict=True):
-                    key = self._keys[family, own]
-                    since = known.get(key, 0) if mirrored and family in MIRRORED else sent[key]
-                    side.knows({key: self._place(key, version, since)})
-            if "tops" in found:
-                # Its rows are always read from Redis, so Redis has answered.
-                side.knows(sent)
-            self.counts["answers"] += 1
+            elif isinstance(task.exception(), Problem):
+                self.counts["failed"] += 1
+            else:
+                self._check(side, task.result(), ids, sent, known)
+
+    def _check(
+        self, side: Side, answer: Answer, ids: Sequence[str], sent: Mapping[bytes, int], known: Mapping[bytes, int]
+    ) -> None:
+        """An answer to what was asked when that was acknowledged, and this known."""
+        found = self.truth.check(answer, ids)
+        for family, versions in found.items():
+            is_mirrored = family in side.lookup.mirrors
+            for own, version in zip(ids, versions, strict=True):
+                key = self._keys[family, own]
+                side.knows({key: self._place(key, version, known.get(key, 0) if is_mirrored else sent[key])})
+        if "tops" in found:
+            # Its rows are always read from Redis, so Redis has answered.
+            side.knows(sent)
+        self.counts["answers"] += 1
 
     def _ask(self, side: Side, ids: Sequence[str], names: Sequence[str]) -> Reading:
         self.now_ms += int(self.rng.expovariate(1 / 500))
