@@ -9,6 +9,7 @@ State is in Redis alone: there is no recovery store, and a worker that stops for
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
@@ -47,6 +48,10 @@ def flow() -> Dataflow:
     chunks = op.input("kafka", dataflow, ChunkSource(settings, plan))
     parts = op.flat_map_batch("decode", chunks, DecodeStep(settings, plan))
     op.output("lanes", parts, LaneSink(settings, plan))
+    # A chunk makes a hundred thousand objects, none of them in a cycle: looking for cycles took a tenth of the time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
     return dataflow
 
 
