@@ -146,7 +146,7 @@ def look_ups(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
     text_offsets: NDArray[np.int32],
     text_data: NDArray[np.uint8],
     owners: Ints,
-    wanted: Ints,
+    wanted: Floats,
     wanted_offsets: NDArray[np.int32],
     wanted_data: NDArray[np.uint8],
     now_ms: int,
@@ -168,7 +168,7 @@ def look_ups(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
         text_offsets: of the owners' texts, see `features.texts.buffers`, like the next.
         text_data: uint8[bytes].
         owners: int64[n], the row whose map to look in.
-        wanted: int64[keys, n], the text to look for, by its place among the wanted texts; -1 for none.
+        wanted: float64[keys, n], the text to look for, by its place among the wanted texts; NaN for none.
         wanted_offsets: as `text_offsets`, of the wanted texts.
         wanted_data: uint8[bytes].
         now_ms: query time.
@@ -202,3 +202,28 @@ def look_ups(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
             nothing[index],
             values[index],
         )
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def fill(blocks: tuple[Floats, ...], places: Ints, pairs: tuple[Ints, ...], matrix: NDArray[np.float32]) -> None:
+    """Writes a matrix of features.
+
+    Args:
+        blocks: values of each target, float64[features, rows].
+        places: int64[columns, 2]: the block of each column, and its row there.
+        pairs: for each block, the row of each line of the matrix, int64[lines].
+        matrix: float32[lines, columns], written to.
+    """
+    for column in range(len(places)):
+        block, row = places[column]
+        values, rows = blocks[block][row], pairs[block]
+        for line in range(len(matrix)):
+            matrix[line, column] = values[rows[line]]
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def tidy(values: Floats, default: float) -> None:
+    """Puts null in place of infinite values, and the default in place of null."""
+    for at in range(len(values)):
+        if np.isnan(values[at]) or np.isinf(values[at]):
+            values[at] = default

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from features.aggregations import Last, LastK
 from features.aggregations.base import Aggregation
-from features.formulas import Formula, Numeric, formulas
+from features.formulas import Formula, Numeric, fill, formulas, tidy
 from features.kernel import Evaluator, Wanted, numeric
 from features.layout import Bundle, Family, slots_of
 from features.plan import At, Contains, Derived, Feature, Plan, arguments, find_function
@@ -88,6 +88,13 @@ class Program:
             for feature in needed.values()
             if isinstance(feature.spec, Last) and not feature.spec.over
         }
+
+    @cached_property
+    def matrix_places(self) -> tuple[list[Target], Ints]:
+        """The blocks that a matrix is made of, and each column's (block, row)."""
+        targets = list(self._n_rows)
+        places = [(targets.index(self._targets[name]), self._row_of[name]) for name in self.matrix_names]
+        return targets, np.array(places, np.int64).reshape(-1, 2)
 
     @property
     def bundles(self) -> tuple[Bundle, ...]:
@@ -212,11 +219,13 @@ class Frame:
 
     def matrix(self, n: int) -> NDArray[np.float32]:
         """float32[n, features]: numbers, each pair's in a row; those of an entity's only row stand in all."""
-        names = self._program.matrix_names
-        columns = np.empty((len(names), n), np.float32)
-        for column, name in zip(columns, names, strict=True):
-            column[:] = self._number(name)
-        return columns.T
+        targets, places = self._program.matrix_places
+        blocks = tuple(self._blocks[target] for target in targets)
+        rows = tuple(np.arange(n) if block.shape[1] == n else np.zeros(n, np.intp) for block in blocks)
+        matrix = np.empty((n, len(places)), np.float32)
+        if len(places):
+            fill(blocks, places, rows, matrix)
+        return matrix
 
     def _number(self, name: str) -> Floats:
         program = self._program
@@ -259,22 +268,13 @@ class Frame:
         asked, target, owner = self._asked, group.target, group.stage.bundle.entity
         n = self._blocks[target].shape[1]
         owners = np.arange(n) if target == (owner,) else asked.pairs[owner]
-        texts: list[pa.StringArray] = []
-        codes: list[Ints] = []
-        for key in group.keys:
-            if key is None:
-                texts.append(pa.array(asked.ids[group.holder], pa.string()))
-                codes.append(np.arange(len(texts[0])))
-            else:
-                values = self._value(key)
-                assert isinstance(values, Texts)  # noqa: S101  # for the type checker: checked when the plan is compiled
-                texts.append(values.texts)
-                codes.append(values.codes)
+        texts, codes = zip(*(self._texts(key, group.holder) for key in group.keys), strict=True)
         if any(each is not texts[0] for each in texts):
             # Overridden ones have texts of their own.
-            starts = accumulate([0, *map(len, texts[:-1])])
-            codes = [np.where(each < 0, -1, each + start) for each, start in zip(codes, starts, strict=True)]
-            texts = [pa.concat_arrays(texts)]
+            codes = tuple(
+                each + start for each, start in zip(codes, accumulate([0, *map(len, texts[:-1])]), strict=True)
+            )
+            texts = (pa.concat_arrays(texts),)
         wanted = np.array(codes)
         if target != (group.holder,):
             wanted = wanted[:, asked.pairs[group.holder]]
@@ -298,6 +298,18 @@ class Frame:
                 block[0],
             )
 
+    def _texts(self, key: str | None, holder: str) -> tuple[pa.StringArray, Floats]:
+        """The texts of a feature, or the ids of an entity: what codes stand for, and float64[n], NaN for null."""
+        if key is None:
+            ids = pa.array(self._asked.ids[holder], pa.string())
+            return ids, np.arange(len(ids), dtype=np.float64)
+        stage = self._program._stage_of[key]
+        if key not in self._others and not stage.has_default(key):
+            return self._totals[stage.bundle.name].texts, self._number(key)
+        values = self._value(key)
+        assert isinstance(values, Texts)  # noqa: S101  # for the type checker: checked when the plan is compiled
+        return values.texts, np.where(values.codes < 0, np.nan, values.codes)
+
     def _derive(
         self, feature: Feature, spec: Derived, function: Callable[..., Any], places: list[tuple[Target, int]]
     ) -> None:
@@ -314,9 +326,7 @@ class Frame:
             msg = f"{feature.full_name}: its function failed on {len(out)} rows: {type(error).__name__}: {error}"
             raise DerivedFeatureError(msg) from error
         out[:] = result
-        out[np.isinf(out)] = np.nan
-        if spec.default is not None:
-            out[np.isnan(out)] = spec.default
+        tidy(out, np.nan if spec.default is None else spec.default)
 
 
 class _FrameValues(Mapping[str, Values]):
@@ -350,6 +360,10 @@ class _Stage:
     def is_text(self, name: str) -> bool:
         """Whether a feature is a text."""
         return self.names[name][0].value_type == "str"
+
+    def has_default(self, name: str) -> bool:
+        """Whether a feature has a default."""
+        return self.names[name][0].default is not None
 
     def look_up(self, spec: At | Contains) -> tuple[Numeric, float] | None:
         """The number that a lookup finds, and the one where it finds nothing; None if a list must be ranked first."""

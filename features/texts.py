@@ -62,7 +62,7 @@ def look_up(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not object
     text_offsets: NDArray[np.int32],
     text_data: NDArray[np.uint8],
     owners: Ints,
-    wanted: Ints,
+    wanted: NDArray[np.float64],
     wanted_offsets: NDArray[np.int32],
     wanted_data: NDArray[np.uint8],
     nothing: float,
@@ -77,7 +77,7 @@ def look_up(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not object
         text_offsets: int32[texts + 1] into `text_data`, as `buffers` gives both.
         text_data: uint8[bytes].
         owners: int64[n], the map to look in.
-        wanted: int64[n], the text to look for, by its place among the wanted texts; -1 for none.
+        wanted: float64[n], the text to look for, by its place among the wanted texts; NaN for none.
         wanted_offsets: as `text_offsets`, of the wanted texts.
         wanted_data: uint8[bytes].
         nothing: the number of a text that is not in the map.
@@ -93,12 +93,13 @@ def look_up(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not object
         words[place] = _word(text_offsets, text_data, codes[place])
     for index in range(len(wanted)):
         found[index] = nothing
-        if wanted[index] < 0:
+        if not wanted[index] >= 0:
             continue
-        word = _word(wanted_offsets, wanted_data, wanted[index])
+        code = int(wanted[index])
+        word = _word(wanted_offsets, wanted_data, code)
         for place in range(firsts[owners[index]], firsts[owners[index] + 1]):
             if words[np.uint64(place)] == word and _same(
-                text_offsets, text_data, codes[place], wanted_offsets, wanted_data, wanted[index]
+                text_offsets, text_data, codes[place], wanted_offsets, wanted_data, code
             ):
                 found[index] = values[place]
                 break

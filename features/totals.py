@@ -61,7 +61,7 @@ class Totals:
         self,
         maps: tuple[Ints, Ints, Floats, Floats],
         owners: Ints,
-        wanted: Ints,
+        wanted: Floats,
         texts: Any,
         now_ms: int,
         values: Floats,

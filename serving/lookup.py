@@ -148,18 +148,17 @@ class Lookup:
         """
         if explain:
             program = Program(self.plan, [feature.full_name for feature in program.features], self._families)
-        encoded = {entity: [text.encode() for text in ids[entity]] for entity in ids}
         degraded = 0
         try:
-            states = await self._states(program, ids, encoded, now_ms, mirrored=not explain)
+            states = await self._states(program, ids, now_ms, mirrored=not explain)
         except (RedisError, OSError, ForeignValueError) as error:
             if not defaults_on_error:
                 detail = (
                     str(error) if isinstance(error, ForeignValueError) else f"Redis: {type(error).__name__}: {error}"
                 )
                 raise unavailable(detail.rstrip(": ")) from error
-            states = {bundle.name: Rows.empty(bundle, len(encoded[bundle.entity])) for bundle in program.bundles}
-            degraded = sum(len(each) for each in encoded.values())
+            states = {bundle.name: Rows.empty(bundle, len(ids[bundle.entity])) for bundle in program.bundles}
+            degraded = sum(map(len, ids.values()))
         frame = program.evaluate(states, _asked(ids, pairs, overrides), now_ms)
         return Answer(program, states, frame, now_ms, degraded)
 
@@ -167,7 +166,6 @@ class Lookup:
         self,
         program: Program,
         ids: Mapping[str, Sequence[str]],
-        encoded: Mapping[str, Sequence[bytes]],
         now_ms: int,
         *,
         mirrored: bool,
@@ -179,7 +177,7 @@ class Lookup:
             for bundle in program.bundles:
                 mirror = self.mirrors.get(bundle.name) if mirrored else None
                 if mirror is None:
-                    plain.append((bundle, encoded[bundle.entity]))
+                    plain.append((bundle, [text.encode() for text in ids[bundle.entity]]))
                 else:
                     reading = stack.enter_context(mirror.reading(ids[bundle.entity], now_ms))
                     readings[bundle.name] = reading

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from features.fold import compiled
 from features.layout import Family
 from features.rows import Rows
 from features.texts import from_buffers
@@ -84,18 +85,6 @@ class Mirror:
         """Begins to read rows: those that the mirror has are taken at once. To be used by `with`."""
         return Reading(self, ids, now_ms)
 
-    def _held(self, ids: Sequence[str], now_ms: int) -> tuple[Ints, Floats]:
-        """The place of each row (-1 if it isn't held), and the lines of those that are."""
-        places = np.fromiter(map(self._place_of.get, ids, repeat(-1)), np.int64, len(ids))
-        lines = self._lines[places]
-        valid = (places >= 0) & (lines[:, -2] <= now_ms) & (now_ms < lines[:, -1])
-        places[~valid] = -1
-        self._used[places[valid]] = True
-        hits = int(np.count_nonzero(valid))
-        self.hits += hits
-        self.misses += len(ids) - hits
-        return places, lines
-
     def _keep(self, ids: Sequence[str], lines: Floats, fresh: set[str]) -> None:
         for entity_id, line in zip(ids, lines, strict=True):
             if entity_id in fresh:
@@ -138,8 +127,10 @@ class Reading:
         self._mirror, self._ids, self._now_ms = mirror, ids, now_ms
         # A mirror that is emptied begins new ones; what was taken from it before is still as of then.
         self._texts = mirror._texts
-        self._places, self._lines = mirror._held(ids, now_ms)
-        self._absent = np.flatnonzero(self._places < 0)
+        places = np.fromiter(map(mirror._place_of.get, ids, repeat(-1)), np.int64, len(ids))
+        self._columns, self._absent = _take(mirror._lines, places, now_ms, mirror._used)
+        mirror.hits += len(ids) - len(self._absent)
+        mirror.misses += len(self._absent)
         self.missing = list(dict.fromkeys([ids[index] for index in self._absent.tolist()]))
         self.fresh = set(self.missing)
 
@@ -159,9 +150,9 @@ class Reading:
             if len(self.missing) < len(self._absent):
                 order = {entity_id: at for at, entity_id in enumerate(self.missing)}
                 lines = lines[[order[self._ids[index]] for index in self._absent.tolist()]]
-            self._lines[self._absent] = lines
-        columns = np.ascontiguousarray(self._lines.T)
-        return Totals.of_matrix(mirror._family.alone, columns[:-3], columns[-3].astype(np.int64), self._texts.array())
+            self._columns[:, self._absent] = lines.T
+        last_event_ms = self._columns[-3].astype(np.int64)
+        return Totals.of_matrix(mirror._family.alone, self._columns[:-3], last_event_ms, self._texts.array())
 
     def _fold(self, rows: Rows) -> Floats:
         """float64[n, totals + 3]: the lines of rows, as in `Mirror._lines`."""
@@ -176,6 +167,25 @@ class Reading:
         seen = rows.last_event_ms >= 0
         until_ms[seen] = np.minimum(until_ms, expire_at_ms(family, rows.last_event_ms))[seen]
         return np.vstack([totals, rows.last_event_ms, np.full(rows.n, now_ms), until_ms]).T
+
+
+@compiled  # type: ignore[untyped-decorator]  # numba has no types
+def _take(lines: Floats, places: Ints, now_ms: int, used: NDArray[np.bool_]) -> tuple[Floats, Ints]:
+    """The lines at the places, as columns; and which of them are missing: not held, or not valid at `now_ms`."""
+    n_columns, n = lines.shape[1], len(places)
+    columns = np.empty((n_columns, n))
+    missing = np.empty(n, np.int64)
+    n_missing = 0
+    for at in range(n):
+        place = places[at]
+        if place < 0 or not lines[place, n_columns - 2] <= now_ms < lines[place, n_columns - 1]:
+            missing[n_missing] = at
+            n_missing += 1
+            continue
+        used[place] = True
+        for column in range(n_columns):
+            columns[column, at] = lines[place, column]
+    return columns, missing[:n_missing]
 
 
 class _Texts:
