@@ -53,6 +53,8 @@ class Happened:
 
     def take(self, mask: NDArray[np.bool_]) -> Happened:
         """The events under the mask."""
+        if mask.all():
+            return self
         keep = pa.array(mask)
         return Happened(
             self.contract,
