@@ -31,7 +31,8 @@ def unify(arrays: list[pa.StringArray]) -> tuple[pa.StringArray, list[Ints]]:
     # One extra slot: null (-1) looks up the last element, which stays -1.
     rank = np.full(len(order) + 1, -1, np.int64)
     rank[order] = np.arange(len(order))
-    codes = rank[np.asarray(encoded.indices.fill_null(-1))]
+    indices = encoded.indices.fill_null(-1) if encoded.null_count else encoded.indices
+    codes = rank[np.asarray(indices)]
     ends = np.cumsum([len(array) for array in arrays])
     return encoded.dictionary.take(pa.array(order)), np.split(codes, ends[:-1]) if arrays else []
 
@@ -140,23 +141,27 @@ def hash64(texts: pa.StringArray) -> NDArray[np.uint64]:
     Eight bytes at a time, each word mixed in with the finaliser of SplitMix64 (Steele, Lea, Flood, 2014); the length
     goes in first, so that padding can't collide. Stored state (dedupe sets, sketches) depends on it: never change it.
     """
-    offsets, data = buffers(texts)
-    lengths = np.diff(offsets).astype(np.uint64)
-    padded = np.concatenate([data, np.zeros(8, np.uint8)])
-    words = np.ndarray((len(padded) - 7,), "<u8", padded, strides=(1,))
-    digest = _mix(lengths + _MIX_A)
-    for position in range(0, int(lengths.max(initial=0)), 8):
-        live = np.flatnonzero(lengths > position)
-        left = np.minimum(lengths[live] - np.uint64(position), np.uint64(8))
-        # A whole word has nothing to mask, and shifting by 64 bits is undefined.
-        mask = np.where(
-            left == 8, ~np.uint64(0), (np.uint64(1) << (left * np.uint64(8) % np.uint64(64))) - np.uint64(1)
-        )
-        digest[live] = _mix(digest[live] ^ (words[offsets[live] + position] & mask))
-    return digest
+    digests: NDArray[np.uint64] = _hashes(*buffers(texts))
+    return digests
 
 
-def _mix(word: NDArray[np.uint64]) -> NDArray[np.uint64]:
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _hashes(offsets: NDArray[np.int32], data: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    digests = np.empty(len(offsets) - 1, np.uint64)
+    for text in range(len(digests)):
+        begin, end = offsets[text], offsets[text + 1]
+        digest = _mix(np.uint64(end - begin) + _MIX_A)
+        for first in range(begin, end, 8):
+            word = np.uint64(0)
+            for at in range(min(first + 8, end) - 1, first - 1, -1):
+                word = word << np.uint64(8) | np.uint64(data[at])
+            digest = _mix(digest ^ word)
+        digests[text] = digest
+    return digests
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _mix(word: np.uint64) -> np.uint64:
     word = word + _MIX_A
     word = (word ^ (word >> np.uint64(30))) * _MIX_B
     word = (word ^ (word >> np.uint64(27))) * _MIX_C

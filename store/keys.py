@@ -13,17 +13,51 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Final
 from zlib import crc32
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from features.fold import compiled
 from features.layout import Family
+from features.texts import buffers
 
 
 def shard_of(entity_id: bytes, shards: int) -> int:
     """The shard of an entity by its id in UTF-8. Stored keys depend on it: never change it."""
     return crc32(entity_id) % shards
+
+
+def shards_of(ids: pa.StringArray, shards: int) -> NDArray[np.int64]:
+    """int64[n]: the shard of each entity, that of an empty id for null; as `shard_of`, for many."""
+    found: NDArray[np.int64] = _shards(*buffers(ids), shards, _CRC_TABLE)
+    return found
+
+
+def _crc_table() -> NDArray[np.uint32]:
+    """What CRC-32 does to each byte."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & np.uint32(1), table >> np.uint32(1) ^ np.uint32(0xEDB88320), table >> np.uint32(1))
+    return table
+
+
+_CRC_TABLE: Final = _crc_table()
+
+
+@compiled  # type: ignore[untyped-decorator]  # numba has no types
+def _shards(
+    offsets: NDArray[np.int32], data: NDArray[np.uint8], shards: int, table: NDArray[np.uint32]
+) -> NDArray[np.int64]:
+    found = np.empty(len(offsets) - 1, np.int64)
+    for text in range(len(found)):
+        crc = np.uint32(0xFFFFFFFF)
+        for at in range(offsets[text], offsets[text + 1]):
+            crc = table[(crc ^ data[at]) & np.uint32(0xFF)] ^ (crc >> np.uint32(8))
+        found[text] = np.int64(crc ^ np.uint32(0xFFFFFFFF)) % shards
+    return found
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Union, get_args, get_origin
-from zlib import crc32
 
 import annotated_types
 import msgspec
@@ -21,6 +20,7 @@ from features.events import NEWEST_MS, OLDEST_MS, TEXT_LENGTH_MAX, WHOLE_MAX, Ev
 from features.plan import Plan, find_contract
 from features.texts import hash64
 from features.times import DAY_MS
+from store.keys import shards_of
 from streams.chunk import Chunk, DeadLetter, Happened, Part, Partition
 from streams.dedupe import Dedupe
 
@@ -89,14 +89,9 @@ class Decoder:
             ids = accepted.fields.get(entity.key)
             if ids is None or not counted.any():
                 continue
-            concerned = counted & np.asarray(ids.is_valid())
-            encoded = ids.dictionary_encode()
-            # Null ids get the shard of an empty one; they are masked out below.
-            shards = np.array(
-                [crc32(text.encode()) % self._plan.shards for text in encoded.dictionary.to_pylist()] or [0]
-            )
-            of_event = shards[np.asarray(encoded.indices.fill_null(0))]
-            found[entity.name] = Happened(contract, ids, of_event, offsets, times_ms, accepted.fields).take(concerned)
+            concerned = counted & np.asarray(ids.is_valid()) if ids.null_count else counted
+            shards = shards_of(ids, self._plan.shards)
+            found[entity.name] = Happened(contract, ids, shards, offsets, times_ms, accepted.fields).take(concerned)
         return found
 
 

@@ -8,12 +8,24 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 import redis
+from hypothesis import HealthCheck, settings
 
 from headrace.embedded import EmbeddedRedis
 from tests.support.kafka import RealKafka, what_is_missing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+# No deadline: no test depends on speed, and the first example of some waits for loops to be compiled.
+settings.register_profile(
+    "headrace",
+    print_blob=True,
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("headrace")
 
 
 @pytest.hookimpl(tryfirst=True)  # Before `-m` chooses.

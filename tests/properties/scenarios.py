@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from features import aggregations as kinds
@@ -19,15 +18,6 @@ from features.aggregations import Aggregation
 from features.expressions import Condition, col
 from tests import oracle
 from tests.support.states import OracleEvent, State, columns, every_aggregation
-
-settings.register_profile(
-    "headrace",
-    print_blob=True,
-    deadline=None,
-    max_examples=40,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-settings.load_profile("headrace")
 
 BASE_MS: Final = 1_763_683_200_000
 """2025-11-21T00:00:00Z: an edge of every hop."""
