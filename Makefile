@@ -62,6 +62,8 @@ $(READY): requirements.lock pyproject.toml
 	$$uv sync --quiet $$on --require-hashes requirements.lock \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; \
 	$$uv install --quiet $$on --offline --no-deps --no-build-isolation --editable .
+	@echo 'Compiling the loops ...'
+	@$(BIN)/python -W ignore -m headrace.compiled
 	@touch $@
 
 # Each candidate is run, not only found: a pyenv shim may be there for a Python that is not.

@@ -255,7 +255,8 @@ class _Demo:
                 "kafka": broker.bootstrap_servers,
                 "kafka_options": {},
                 "topics": "auto",
-                "lanes": 1,  # There is one worker.
+                "lanes": 1,  # There is one worker, and one server.
+                "server_processes": 1,
                 "redis_url": SecretStr(redis.url),
                 "host": "127.0.0.1",
                 "port": int(figures.url.rpartition(":")[2]),

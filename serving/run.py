@@ -8,6 +8,7 @@ at once, and the other stood idle.
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import shutil
@@ -108,6 +109,9 @@ def _serve(settings: Settings, plan: Plan, listener: socket.socket, on_ready: Ca
             # again, for 0.1 s each time; without them a full collection takes no longer than a young one.
             gc.collect()
             gc.freeze()
+            # As uvicorn says it where it opens the socket itself.
+            host, port = listener.getsockname()[:2]
+            logging.getLogger("uvicorn.error").info("Uvicorn running on http://%s:%d", host, port)
         on_ready()
 
     server = uvicorn.Server(uvicorn.Config(create_app(settings, plan), callback_notify=ready, **UVICORN))

@@ -1,0 +1,68 @@
+"""Compiles all loops that this machine has not compiled yet: `python -m headrace.compiled`, half a minute, once.
+
+Whoever comes first compiles what it needs by itself; this spares the first worker and the first server that wait.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from features.kernel import Events, merge
+from features.layout import Bundle, Family, families_of
+from features.plan import Plan
+from features.program import Asked, Program
+from features.rows import Rows
+from features.texts import hash64
+from features.totals import Totals
+from registry.definitions import compile_definitions
+from serving.lookup import MIRRORED
+from store.codec import decode, encode
+from store.keys import shards_of
+from store.mirror import Mirror
+
+_NOW_MS = 1_763_683_200_000
+
+
+def compile_all(definitions: str = "features.catalog") -> None:
+    """Sends a few events all the way through everything that `definitions` declares."""
+    plan = compile_definitions(definitions, "compiled", 16)
+    families = [family for view in plan.views for family in families_of(plan, view)]
+    blobs = {family: _row(plan, family) for family in families}
+    ids = {entity.name: ["a"] for entity in plan.entities}
+    pairs = {entity.name: np.zeros(1, np.intp) for entity in plan.entities}
+    apart = [family.name for family in families if family.entity == MIRRORED and not family.has_buckets]
+    for service in plan.services:
+        for alone in ((), apart):
+            program = Program(plan, service.features, alone)
+            states = {bundle.name: _state(bundle, blobs, mirrored=bundle.name in alone) for bundle in program.bundles}
+            frame = program.evaluate(states, Asked(ids, pairs, {}), _NOW_MS)
+            frame.matrix(1)
+            list(frame.values.items())
+    shards_of(pa.array(["a"]), 16)
+
+
+def _row(plan: Plan, family: Family) -> bytes:
+    events = {}
+    for spec in plan.events:
+        if spec.name in family.events:
+            fields = {
+                name: pa.array(["a", None]) if kind == "str" else np.array([1.0, np.nan])
+                for name, kind in spec.fields.items()
+            }
+            events[spec.name] = Events(np.zeros(2, np.intp), np.full(2, _NOW_MS - 60_000), fields)
+    hash64(pa.array(["a"]))
+    rows = merge(family, Rows.empty(family, 1), events, _NOW_MS).rows
+    return encode(family, merge(family, decode(family, encode(family, rows)), events, _NOW_MS).rows)[0]
+
+
+def _state(bundle: Bundle, blobs: dict[Family, bytes], *, mirrored: bool) -> Rows | Totals:
+    rows = decode(bundle, [blobs[family] for family in bundle.families])
+    if not mirrored:
+        return rows
+    with Mirror(bundle.families[0], 1).reading(["a"], _NOW_MS) as reading:
+        return reading.totals(rows)
+
+
+if __name__ == "__main__":
+    compile_all()
