@@ -129,7 +129,11 @@ class _Routes:
         """Ready to answer: connected, every service compiled."""
         settings = self._settings
         self._lookup = Lookup.connect(
-            self._plan, settings.redis_url.get_secret_value(), settings.request_timeout_s, settings.mirror_rows
+            self._plan,
+            settings.redis_url.get_secret_value(),
+            settings.request_timeout_s,
+            settings.mirror_rows,
+            self._metrics.mirrored,
         )
         self._redis = self._lookup.connection
         self._of_entity = cache(self._lookup.of_entity)  # It raises where there is no such, so it holds what there is.

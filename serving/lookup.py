@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -64,18 +64,33 @@ class Lookup:
         plan: the applied plan.
         connection: to Redis; see `connect`.
         mirrors: by family name.
+        mirrored: is told of each request how many rows a mirror had, and how many not.
     """
 
-    def __init__(self, plan: Plan, connection: Connection, mirrors: Mapping[str, Mirror]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        connection: Connection,
+        mirrors: Mapping[str, Mirror],
+        mirrored: Callable[[int, int], None] = lambda *_: None,
+    ) -> None:
         self.plan = plan
         self.connection = connection
         self.mirrors = mirrors
+        self._mirrored = mirrored
         self._keyspace = Keyspace(plan.project, plan.shards)
         self._families = [family.name for view in plan.views for family in families_of(plan, view)]
         self._programs: dict[tuple[str, ...], Program] = {}
 
     @classmethod
-    def connect(cls, plan: Plan, url: str, timeout_s: float, mirror_rows: int) -> Lookup:
+    def connect(
+        cls,
+        plan: Plan,
+        url: str,
+        timeout_s: float,
+        mirror_rows: int,
+        mirrored: Callable[[int, int], None] = lambda *_: None,
+    ) -> Lookup:
         """A lookup of its own connection, with mirrors of up to `mirror_rows` items (0 for none)."""
         families = [family for view in plan.views for family in families_of(plan, view)]
         mirrors = {
@@ -94,7 +109,8 @@ class Lookup:
                     name, entity_id = keyspace.row_of(key)
                     mirrors[name].forget(entity_id.decode())
 
-        return cls(plan, Connection(url, timeout_s, on_invalidated=forget if mirrors else None), mirrors)
+        connection = Connection(url, timeout_s, on_invalidated=forget if mirrors else None)
+        return cls(plan, connection, mirrors, mirrored)
 
     def warm_up(self) -> None:
         """Compiles every service, and the loops that evaluate it: the first request shall wait for nothing."""
@@ -181,6 +197,7 @@ class Lookup:
                 else:
                     reading = stack.enter_context(mirror.reading(ids[bundle.entity], now_ms))
                     readings[bundle.name] = reading
+                    self._mirrored(reading.hits, len(ids[bundle.entity]) - reading.hits)
                     tracked.append((bundle, [text.encode() for text in reading.missing]))
             request = Request(self._keyspace, (*plain, *tracked))
             n_plain = sum(len(own) * len(bundle.families) for bundle, own in plain)

@@ -28,6 +28,9 @@ class Metrics:
             "headrace_request_seconds", "Time to answer", ["route"], registry=self.registry, buckets=_BUCKETS
         )
 
+        mirrored = Counter("headrace_mirror_rows", "Item rows asked of the mirror", ["result"], registry=self.registry)
+        self._hit, self._missed = mirrored.labels("hit").inc, mirrored.labels("miss").inc
+
         @cache  # There are few routes and statuses, and labels() costs more than counting.
         def counted(route: str, status: int) -> tuple[Callable[[], None], Callable[[float], None]]:
             return requests.labels(route, status).inc, seconds.labels(route).observe
@@ -39,6 +42,11 @@ class Metrics:
         count, observe = self._counted(route, status)
         count()
         observe(seconds)
+
+    def mirrored(self, hits: int, misses: int) -> None:
+        """Counts rows that the mirror had, and rows that it had not."""
+        self._hit(hits)
+        self._missed(misses)
 
     def text(self) -> bytes:
         """All values, as Prometheus reads them."""

@@ -119,6 +119,7 @@ class Reading:
     """Some rows on their way from the mirror and Redis to their totals.
 
     Attributes:
+        hits: how many rows the mirror had.
         missing: the ids to read from Redis, each once.
         fresh: those of them whose rows have not changed since.
     """
@@ -129,7 +130,8 @@ class Reading:
         self._texts = mirror._texts
         places = np.fromiter(map(mirror._place_of.get, ids, repeat(-1)), np.int64, len(ids))
         self._columns, self._absent = _take(mirror._lines, places, now_ms, mirror._used)
-        mirror.hits += len(ids) - len(self._absent)
+        self.hits = len(ids) - len(self._absent)
+        mirror.hits += self.hits
         mirror.misses += len(self._absent)
         self.missing = list(dict.fromkeys([ids[index] for index in self._absent.tolist()]))
         self.fresh = set(self.missing)

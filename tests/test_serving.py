@@ -558,6 +558,16 @@ async def test_metrics_count_by_route_and_status_never_by_id(http: httpx.AsyncCl
     assert "secret-path" not in text
 
 
+async def test_metrics_tell_how_often_the_mirror_had_a_row(http: httpx.AsyncClient) -> None:
+    """Of items alone, duplicates too: twice the same two items, first read, then at hand."""
+    for _ in range(2):
+        await ranking(http, item_ids=["mirrored 1", "mirrored 2", "mirrored 1"])
+    await entity(http, "user", "u1")
+    text = (await http.get("/metrics")).text
+    assert 'headrace_mirror_rows_total{result="miss"} 3.0' in text
+    assert 'headrace_mirror_rows_total{result="hit"} 3.0' in text
+
+
 def test_metrics_are_kept_in_memory_and_belong_to_one_app(tmp_path: Path) -> None:
     """Imported as `headrace serve` does it: Feast's own metrics would have prometheus_client keep all values in files.
 
