@@ -30,18 +30,9 @@ from benchmarks.project import server
 from features.plan import Feature, Plan
 
 # After Feast is set up by our own package: see registry/__init__.py.
-import registry.compile  # isort: skip  # noqa: F401
+from registry.compile import FEAST_TYPES  # isort: skip
 import feast  # isort: skip
-from feast import types as feast_types  # isort: skip
 
-_TYPES: Final[dict[str, Any]] = {
-    "int": feast_types.Int64,
-    "float": feast_types.Float64,
-    "bool": feast_types.Bool,
-    "str": feast_types.String,
-    "list[str]": feast_types.Array(feast_types.String),
-    "map[str, float]": feast_types.Map,
-}
 _DTYPES: Final[dict[str, Any]] = {"int": "int64", "float": "float64", "bool": "bool"}
 _YAML: Final = """\
 project: peer
@@ -152,8 +143,8 @@ class FeastPeer:
                 entities=[entities[view.entity]],
                 ttl=timedelta(0),
                 schema=[
-                    feast.Field(name=view.key, dtype=feast_types.String),
-                    *(feast.Field(name=each.name, dtype=_TYPES[each.value_type]) for each in view.features),
+                    feast.Field(name=view.key, dtype=FEAST_TYPES["str"]),
+                    *(feast.Field(name=each.name, dtype=FEAST_TYPES[each.value_type]) for each in view.features),
                 ],
                 source=source,
             )

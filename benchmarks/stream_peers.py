@@ -16,12 +16,12 @@ import gc
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import bytewax.operators as op
 import bytewax.operators.windowing as win
@@ -34,6 +34,8 @@ from bytewax.outputs import DynamicSink, StatelessSinkPartition
 from confluent_kafka import Consumer, TopicPartition
 
 from benchmarks.traffic import TOPICS
+
+T = TypeVar("T")
 
 VARIABLE: Final = "HEADRACE_BENCH_WORK"
 MINUTES: Final = {"10m": (10, 1), "1h": (60, 5), "24h": (1440, 60), "7d": (10080, 360)}
@@ -203,6 +205,25 @@ def _start(name: str) -> tuple[Dataflow, Work, Lap]:
     return Dataflow(name), work, lap
 
 
+def _by_key(when: Callable[[int], T]) -> Callable[[list[Batch]], list[tuple[str, tuple[int, T]]]]:
+    """Decodes batches: for each event (topic, `when` of its time) by user, item and seller."""
+    decoder = msgspec.json.Decoder(Seen)
+
+    def decode(batches: list[Batch]) -> list[tuple[str, tuple[int, T]]]:
+        found = []
+        for topic, values in batches:
+            for value in values:
+                event = decoder.decode(value)
+                seen = (topic, when(event.occurred_at))
+                found.append(("user:" + event.user_id, seen))
+                found.append(("item:" + event.item_id, seen))
+                if event.seller_id is not None:
+                    found.append(("seller:" + event.seller_id, seen))
+        return found
+
+    return decode
+
+
 # --- (1) Bytewax's built-in sliding windows -----------------------------------------------------------------------
 
 
@@ -213,22 +234,10 @@ def builtin() -> Dataflow:
     it. Windows that are open when the input ends are left so: they would close in time.
     """
     flow, work, lap = _start("builtin")
-    decoder = msgspec.json.Decoder(Seen)
-
-    def decode(batches: list[Batch]) -> list[tuple[str, tuple[int, datetime]]]:
-        found = []
-        for topic, values in batches:
-            for value in values:
-                event = decoder.decode(value)
-                seen = (topic, datetime.fromtimestamp(event.occurred_at / 1000, UTC))
-                found.append(("user:" + event.user_id, seen))
-                found.append(("item:" + event.item_id, seen))
-                if event.seller_id is not None:
-                    found.append(("seller:" + event.seller_id, seen))
-        return found
-
     batches = op.input("kafka", flow, Batches(work, lap))
-    seen: KeyedStream[tuple[int, datetime]] = op.flat_map_batch("decode", batches, decode)
+    seen: KeyedStream[tuple[int, datetime]] = op.flat_map_batch(
+        "decode", batches, _by_key(lambda ms: datetime.fromtimestamp(ms / 1000, UTC))
+    )
     for name, (minutes, hop) in MINUTES.items():
         folded = win.fold_window(
             f"fold_{name}",
@@ -291,22 +300,8 @@ class _LastClock(win.EventClock[Any]):
 def per_key(*, pipelined: bool = True) -> Dataflow:
     """Minute tiles of each key in Python, with running totals of the windows; a key is written once a batch."""
     flow, work, lap = _start("per_key")
-    decoder = msgspec.json.Decoder(Seen)
-
-    def decode(batches: list[Batch]) -> list[tuple[str, tuple[int, int]]]:
-        found = []
-        for topic, values in batches:
-            for value in values:
-                event = decoder.decode(value)
-                seen = (topic, event.occurred_at // 60_000)
-                found.append(("user:" + event.user_id, seen))
-                found.append(("item:" + event.item_id, seen))
-                if event.seller_id is not None:
-                    found.append(("seller:" + event.seller_id, seen))
-        return found
-
     batches = op.input("kafka", flow, Batches(work, lap))
-    seen: KeyedStream[tuple[int, int]] = op.flat_map_batch("decode", batches, decode)
+    seen: KeyedStream[tuple[int, int]] = op.flat_map_batch("decode", batches, _by_key(lambda ms: ms // 60_000))
     counted = op.stateful_batch("tiles", seen, lambda _: Tiles())
     op.output("redis", counted, Hashes(work, lap, pipelined=pipelined))
     return flow

@@ -26,7 +26,7 @@ from features.partials import (
     Tally,
     Total,
 )
-from features.times import TICK_MS
+from features.times import TICK_MS, tail_ticks
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -34,6 +34,8 @@ Floats = NDArray[np.float64]
 compiled: Final[Any] = njit(cache=True, nogil=True, error_model="numpy")
 """How every loop of ours is compiled: once a machine, kept on disk beside its source; it lets other threads run."""
 
+tail_of: Final[Any] = compiled(tail_ticks)
+"""The window rule, `features.times.tail_ticks`, for loops."""
 NEVER_MS: Final = 1 << 62
 _TALLY, _TOTAL, _LEAST, _GREATEST, _MOMENTS, _SEEN, _NUMBER, _TEXT, _DECAY = range(9)
 _OPS: Final[dict[type[AnyPartial], int]] = {
@@ -185,8 +187,7 @@ def _slots(starts: Ints, groups: Ints, n_groups: int, windows: Ints, now_ms: int
     """Where each entry is counted first: at its group in the finest window that holds it; -1 for nowhere."""
     tails = np.empty(len(windows), np.int64)
     for window in range(len(windows)):
-        width_ms, hop_ms = windows[window]
-        tails[window] = max(0, (now_ms - width_ms) // hop_ms * (hop_ms // TICK_MS))
+        tails[window] = tail_of(now_ms, windows[window, 0], windows[window, 1])
     now_tick = now_ms // TICK_MS
     slots = np.empty(len(groups), np.int64)
     for entry in range(len(groups)):

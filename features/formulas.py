@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from features.fold import compiled
+from features.fold import compiled, tail_of
 from features.texts import look_up
 from features.times import TICK_MS, Window, hop_ms
 
@@ -83,7 +83,7 @@ def _value(  # noqa: PLR0913, PLR0917  # compiled code takes numbers, not object
         value = p if first == 0 and second == 0 else (first + p * q) / (second + q)
     elif formula == Formula.DECAYED:
         value = second * 2.0 ** ((first - now_ms) / p) if second else 0.0
-    elif first >= max(begin_ms, 0):
+    elif first >= begin_ms:
         value = second if formula == Formula.LATEST else max(now_ms - first, 0) / 1000
     return value
 
@@ -106,7 +106,7 @@ def _finish_one(
     z = y + step if shapes[table, 3] > column + 2 else y
     if formula == Formula.RATIO:
         y = other_place + (other_column * shapes[other_table, 4] + window) * n
-    begin_ms = max(0, (now_ms - width_ms) // hop_ms * (hop_ms // TICK_MS)) * TICK_MS
+    begin_ms = tail_of(now_ms, width_ms, hop_ms) * TICK_MS
     for at in range(len(values)):
         value = _value(totals, formula, x + at, y + at, z + at, p, q, begin_ms, now_ms)
         values[at] = default if np.isnan(value) else value

@@ -100,6 +100,7 @@ class Evaluator:
         self.wanted = np.zeros(len(bundle.tables), bool)
         self._bundle = bundle
         self._features: dict[str, tuple[Aggregation, int, list[tuple[int, int]]]] = {}
+        self._maps: dict[str, tuple[Any, Any]] = {}
         numbers: dict[str, Numeric] = {}
         counted: list[str] = []
         for feature, slots in features:
@@ -108,8 +109,12 @@ class Evaluator:
             assert feature.window is not None  # noqa: S101  # as above
             self.wanted[[table for table, _ in slots]] = True
             self._features[name] = spec, spec.windows.index(feature.window), slots
-            if spec.formula is not None and spec.by is None:
-                numbers[name] = numeric(bundle, spec, feature.window, slots)
+            if spec.formula is not None:
+                number = numeric(bundle, spec, feature.window, slots)
+                if spec.by is None:
+                    numbers[name] = number
+                else:
+                    self._maps[name] = formulas([number])
             elif spec.value_type == "int":
                 counted.append(name)
         self.names = (*numbers, *counted)
@@ -138,11 +143,11 @@ class Evaluator:
             if spec.value_type != "str":
                 return row
             return fill_default(Texts(np.where(np.isnan(row), -1, row).astype(np.int64), totals.texts), spec.default)
-        if spec.by is None:
+        if name not in self._maps:
             return spec.values(tuple(totals.slot(*slot) for slot in slots), now_ms)[window]
         part = totals.slot(*slots[0])
         numbers = np.empty((1, len(part.rows)))
-        totals.finish(formulas([numeric(self._bundle, spec, spec.windows[window], slots)]), now_ms, numbers)
+        totals.finish(self._maps[name], now_ms, numbers)
         return Maps(part.rows, part.n_rows, part.buckets, part.texts, numbers[0], spec.without_events)
 
 

@@ -47,6 +47,14 @@ def hop_ms(window_ms: int) -> int:
     return max(step for step in LADDER_MS if step * 10 <= window_ms)
 
 
+def tail_ticks(now_ms: int, width_ms: int, step_ms: int) -> int:
+    """The first tick inside a window at `now_ms`: floor((q - w) / hop) * hop; 0 of one that has no beginning.
+
+    The window rule itself; loops call it compiled, as `features.fold.tail_of`.
+    """
+    return max(0, (now_ms - width_ms) // step_ms * (step_ms // TICK_MS))
+
+
 @dataclass(frozen=True, order=True)
 class Window:
     """A declared window: a width in milliseconds (`FOREVER` for `all`) and the name that features carry."""
@@ -80,8 +88,5 @@ class Window:
         return FOREVER if self.unbounded else hop_ms(self.width_ms) // TICK_MS
 
     def tail_ticks(self, now_ms: int) -> int:
-        """The first tick inside the window at `now_ms`: floor((q - w) / hop) * hop."""
-        if self.unbounded:
-            return 0
-        hop = hop_ms(self.width_ms)
-        return max(0, (now_ms - self.width_ms) // hop * (hop // TICK_MS))
+        """The first tick inside the window at `now_ms`: see the function of this name."""
+        return tail_ticks(now_ms, self.width_ms, hop_ms(self.width_ms))

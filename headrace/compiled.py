@@ -40,6 +40,7 @@ def compile_all(definitions: str = "features.catalog") -> None:
             frame.matrix(1)
             list(frame.values.items())
     shards_of(pa.array(["a"]), 16)
+    hash64(pa.array(["a"]))
 
 
 def _row(plan: Plan, family: Family) -> bytes:
@@ -51,7 +52,6 @@ def _row(plan: Plan, family: Family) -> bytes:
                 for name, kind in spec.fields.items()
             }
             events[spec.name] = Events(np.zeros(2, np.intp), np.full(2, _NOW_MS - 60_000), fields)
-    hash64(pa.array(["a"]))
     rows = merge(family, Rows.empty(family, 1), events, _NOW_MS).rows
     return encode(family, merge(family, decode(family, encode(family, rows)), events, _NOW_MS).rows)[0]
 

@@ -37,7 +37,7 @@ for _variable in ("PROMETHEUS_MULTIPROCESS_DIR", "PROMETHEUS_MULTIPROC_DIR"):
 
 PLAN_TAG: Final = "headrace.plan"
 
-_TYPES: Final[dict[Type, Any]] = {
+FEAST_TYPES: Final[dict[Type, Any]] = {
     "int": feast_types.Int64,
     "float": feast_types.Float64,
     "bool": feast_types.Bool,
@@ -89,7 +89,7 @@ def _source(spec: EventSpec, kafka: str) -> feast.KafkaSource:
 
 def _field(feature: Feature) -> feast.Field:
     tags = {"default": str(feature.default)} if feature.default is not None else {}
-    return feast.Field(name=feature.name, dtype=_TYPES[feature.value_type], description=feature.doc, tags=tags)
+    return feast.Field(name=feature.name, dtype=FEAST_TYPES[feature.value_type], description=feature.doc, tags=tags)
 
 
 def _stream_view(

@@ -147,10 +147,8 @@ class Reader:
         self, mget: Callable[[list[bytes]], Any], columns: Mapping[str, Sequence[Any]], now_ms: int, *, full: bool
     ) -> LazyResponse:
         """Reads and evaluates: `mget` is Redis's."""
-        asked, rows_of = self._ask(columns)
-        request = self._request(asked)
-        frame = self.program.evaluate(request.rows(mget(request.keys) if request.keys else []), asked, now_ms)
-        return LazyResponse(self.plan, self.full_names, columns, frame, rows_of, full=full)
+        keys, respond = self._begin(columns, now_ms, full=full)
+        return respond(mget(keys) if keys else [])
 
     async def answer(
         self,
@@ -165,10 +163,8 @@ class Reader:
         Raises:
             ValueError: if an entity's key is missing, columns differ in length, or short names collide.
         """
-        asked, rows_of = self._ask(columns)
-        request = self._request(asked)
-        frame = self.program.evaluate(request.rows(await mget(request.keys)), asked, now_ms)
-        response = LazyResponse(self.plan, self.full_names, columns, frame, rows_of, full=full)
+        keys, respond = self._begin(columns, now_ms, full=full)
+        response = respond(await mget(keys))
         values = response.to_dict()
         statuses = [["PRESENT"] * len(column) for column in columns.values()] + response.statuses()
         results = [
@@ -176,6 +172,20 @@ class Reader:
             for column, status in zip(values.values(), statuses, strict=True)
         ]
         return {"metadata": {"feature_names": list(values)}, "results": results}
+
+    def _begin(
+        self, columns: Mapping[str, Sequence[Any]], now_ms: int, *, full: bool
+    ) -> tuple[list[bytes], Callable[[Sequence[bytes | None]], LazyResponse]]:
+        """The keys to read, and what makes the answer of their values."""
+        asked, rows_of = self._ask(columns)
+        encoded = {entity: [text.encode() for text in ids] for entity, ids in asked.ids.items()}
+        request = Request(self._keyspace, tuple((bundle, encoded[bundle.entity]) for bundle in self.program.bundles))
+
+        def respond(blobs: Sequence[bytes | None]) -> LazyResponse:
+            frame = self.program.evaluate(request.rows(blobs), asked, now_ms)
+            return LazyResponse(self.plan, self.full_names, columns, frame, rows_of, full=full)
+
+        return request.keys, respond
 
     def _ask(self, columns: Mapping[str, Sequence[Any]]) -> tuple[Asked, dict[str, Any]]:
         """What to ask of the program, each id once, and each request row's place among the ids by entity."""
@@ -193,10 +203,6 @@ class Reader:
             ids[entity] = encoded.dictionary.to_pylist()
             pairs[entity] = np.asarray(encoded.indices).astype(np.intp)
         return Asked(ids, pairs, {}), pairs
-
-    def _request(self, asked: Asked) -> Request:
-        encoded = {entity: [text.encode() for text in ids] for entity, ids in asked.ids.items()}
-        return Request(self._keyspace, tuple((bundle, encoded[bundle.entity]) for bundle in self.program.bundles))
 
 
 class LazyResponse(OnlineResponse):

@@ -80,7 +80,7 @@ class Lookup:
         self._mirrored = mirrored
         self._keyspace = Keyspace(plan.project, plan.shards)
         self._families = [family.name for view in plan.views for family in families_of(plan, view)]
-        self._programs: dict[tuple[str, ...], Program] = {}
+        self._programs: dict[tuple[tuple[str, ...], bool], Program] = {}
 
     @classmethod
     def connect(
@@ -119,13 +119,14 @@ class Lookup:
             ids = {entity: ["?"] for entity in program.entities}
             one = {entity: np.zeros(1, np.intp) for entity in program.entities}
             rows = {bundle.name: Rows.empty(bundle, 1) for bundle in program.bundles}
-            program.evaluate(rows, _asked(ids, one, None), 0)
+            program.evaluate(rows, Asked(ids, one, {}), 0)
 
-    def program(self, full_names: tuple[str, ...]) -> Program:
-        """The features, ready to be evaluated."""
-        if full_names not in self._programs:
-            self._programs[full_names] = Program(self.plan, full_names, self.mirrors)
-        return self._programs[full_names]
+    def program(self, full_names: tuple[str, ...], *, explain: bool = False) -> Program:
+        """The features, ready to be evaluated; to be explained too, if asked."""
+        if (full_names, explain) not in self._programs:
+            alone = self._families if explain else self.mirrors
+            self._programs[full_names, explain] = Program(self.plan, full_names, alone)
+        return self._programs[full_names, explain]
 
     def service(self, name: str) -> Program:
         """A service's features, or a problem that lists the services there are."""
@@ -163,7 +164,7 @@ class Lookup:
             Problem: 503 when Redis is away, slow or holds what is no row, unless defaults were asked for.
         """
         if explain:
-            program = Program(self.plan, [feature.full_name for feature in program.features], self._families)
+            program = self.program(tuple(feature.full_name for feature in program.features), explain=True)
         degraded = 0
         try:
             states = await self._states(program, ids, now_ms, mirrored=not explain)
@@ -175,7 +176,7 @@ class Lookup:
                 raise unavailable(detail.rstrip(": ")) from error
             states = {bundle.name: Rows.empty(bundle, len(ids[bundle.entity])) for bundle in program.bundles}
             degraded = sum(map(len, ids.values()))
-        frame = program.evaluate(states, _asked(ids, pairs, overrides), now_ms)
+        frame = program.evaluate(states, Asked(ids, pairs, overrides or {}), now_ms)
         return Answer(program, states, frame, now_ms, degraded)
 
     async def _states(
@@ -204,10 +205,6 @@ class Lookup:
             blobs = await self.connection.mget(request.keys[:n_plain], tracked=request.keys[n_plain:])
             rows = request.rows(blobs)
             return {name: readings[name].totals(state) if name in readings else state for name, state in rows.items()}
-
-
-def _asked(ids: Mapping[str, Sequence[str]], pairs: Mapping[str, Any], overrides: Any) -> Asked:
-    return Asked(ids, pairs, overrides or {})
 
 
 def pairs_of(n_items: int) -> dict[str, Any]:

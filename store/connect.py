@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 import redis
-import redis.asyncio
 
 
 def connect(url: str, timeout_s: float) -> redis.Redis:
     """A blocking client; nothing is sent before its first call."""
     client: redis.Redis = redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
-    return client
-
-
-def connect_async(url: str, timeout_s: float) -> redis.asyncio.Redis:
-    """A client for asyncio."""
-    client: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
-        url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s
-    )
     return client
