@@ -22,7 +22,7 @@ from benchmarks.harness import Benchmark, Options, Report, Series, main
 from benchmarks.population import EVENTS_A_USER, Asked
 from benchmarks.project import Project, redis_server
 from benchmarks.traffic import SHARES, TOPICS, Block, Traffic
-from features.kernel import SLACK_MS, Events, Rows, merge
+from features.kernel import SLACK_MS, Entries, Events, Rows, merge
 from features.layout import families_of
 from features.plan import Plan
 from store.codec import decode, encode
@@ -151,9 +151,9 @@ class Simulation:
             of_tiles = [layout.table.starts for layout in family.tables]
             if not any(of_tiles):
                 continue
-            none = np.zeros(0, np.intp)
             kept = tuple(
-                table.take(none) if tiles else table for table, tiles in zip(rows.tables, of_tiles, strict=True)
+                Entries.of_lines(layout, table.lines[:, :0]) if layout.table.starts else table
+                for layout, table in zip(family.tables, rows.tables, strict=True)
             )
             entries += sum(len(table) for table, tiles in zip(rows.tables, of_tiles, strict=True) if tiles)
             bare = encode(family, Rows(rows.n, rows.last_event_ms, kept, rows.texts))

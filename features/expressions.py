@@ -5,7 +5,7 @@ A condition is plain data, so that the plan can keep it, and is evaluated for a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 Scalar = str | float | int | bool
-Fields = dict[str, Any]
+Fields = Mapping[str, Any]
 """Columns of a batch by field name: `pa.StringArray`, or float64 with NaN for null."""
 
 _COMPARE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

@@ -37,7 +37,7 @@ compiled: Final[Any] = njit(cache=True, nogil=True, error_model="numpy")
 tail_of: Final[Any] = compiled(tail_ticks)
 """The window rule, `features.times.tail_ticks`, for loops."""
 NEVER_MS: Final = 1 << 62
-_TALLY, _TOTAL, _LEAST, _GREATEST, _MOMENTS, _SEEN, _NUMBER, _TEXT, _DECAY = range(9)
+_TALLY, _TOTAL, _LEAST, _GREATEST, _MOMENTS, _SEEN, _SEEN_TICK, _NUMBER, _TEXT, _DECAY = range(10)
 _OPS: Final[dict[type[AnyPartial], int]] = {
     Tally: _TALLY,
     Total: _TOTAL,
@@ -45,7 +45,7 @@ _OPS: Final[dict[type[AnyPartial], int]] = {
     Greatest: _GREATEST,
     Moments: _MOMENTS,
     Seen: _SEEN,
-    SeenTick: _SEEN,
+    SeenTick: _SEEN_TICK,
     LatestNumber: _NUMBER,
     LatestText: _TEXT,
     Decay: _DECAY,
@@ -62,7 +62,25 @@ def operations(partials: tuple[AnyPartial, ...]) -> Ints:
 
 
 @compiled  # type: ignore[untyped-decorator]  # numba has no types
-def _fold(  # noqa: PLR0912  # a list of cases, one an operation
+def begin(operation: Ints, into: Ints, into_floats: Floats, at: int, time_ms: int, value: int) -> None:
+    """Writes the partial of one event to entry `at`; its `value` is a text's code, or the bits of a float64."""
+    op, c = operation[0], operation[1]
+    if op in (_TALLY, _MOMENTS):
+        into[c, at] = 1
+    elif op in (_TOTAL, _LEAST, _GREATEST):
+        into[c, at] = value
+    elif op == _SEEN_TICK:
+        into[c, at] = time_ms // TICK_MS
+    else:
+        into[c, at] = time_ms
+    if op in (_MOMENTS, _NUMBER, _TEXT, _DECAY):
+        into[c + 1, at] = value
+    if op == _MOMENTS:
+        into_floats[c + 2, at] = 0.0
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def fold(  # noqa: PLR0912  # a list of cases, one an operation
     operation: Ints, into: Ints, into_floats: Floats, slots: Ints, table: Ints, floats: Floats
 ) -> None:
     """Adds the partial in each entry of `table` to that in its slot (-1 for none) of `into`, one after the other."""
@@ -76,7 +94,7 @@ def _fold(  # noqa: PLR0912  # a list of cases, one an operation
         for at in range(len(slots)):
             if slots[at] >= 0:
                 to_floats[slots[at]] += of_floats[at]
-    elif op == _SEEN:
+    elif op in (_SEEN, _SEEN_TICK):
         for at in range(len(slots)):
             if slots[at] >= 0:
                 to[slots[at]] = max(to[slots[at]], of[at])
@@ -145,29 +163,6 @@ def _fold_decayed(
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
-def fold_runs(operations: Ints, empty: Ints, table: Ints, runs: Ints, n_runs: int) -> Ints:
-    """One partial a run.
-
-    Args:
-        operations: see `operations`.
-        empty: int64[columns], each column's identity.
-        table: int64[columns, entries].
-        runs: int64[entries], the run of each entry.
-        n_runs: how many there are.
-
-    Returns:
-        int64[columns, runs].
-    """
-    folded = np.empty((len(table), n_runs), np.int64)
-    for column in range(len(table)):
-        folded[column] = empty[column]
-    folded_floats, floats = folded.view(np.float64), table.view(np.float64)
-    for index in range(len(operations)):
-        _fold(operations[index], folded, folded_floats, runs, table, floats)
-    return folded
-
-
-@compiled  # type: ignore[untyped-decorator]  # as above
 def _groups(lines: Ints, has_starts: int) -> tuple[Ints, Ints]:
     """The group of each entry, a run of equal row and bucket; and each group's first entry."""
     rows, buckets = lines[0], lines[1 + has_starts]
@@ -212,8 +207,8 @@ def _fold_windows(
         totals[column] = empty[column]
     longer = np.arange(n_groups, totals.shape[1])
     for index in range(len(operations)):
-        _fold(operations[index], totals, total_floats, slots, table, floats)
-        _fold(operations[index], totals, total_floats, longer, totals, total_floats)
+        fold(operations[index], totals, total_floats, slots, table, floats)
+        fold(operations[index], totals, total_floats, longer, totals, total_floats)
     for column in range(len(totals)):
         if not is_float[column]:
             for at in range(totals.shape[1]):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -19,15 +20,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from features import sketch
-from features.aggregations.base import Aggregation
-from features.fold import fold_runs
+from features.aggregations.base import Aggregation, Measure
 from features.formulas import Numeric, formulas
-from features.layout import Bundle, Family, TableLayout
-from features.partials import DTYPES
+from features.layout import Bundle, Family
 from features.plan import Feature
-from features.rows import Entries, Events, Index, Ints, Rows
+from features.rows import Entries, Events, Ints, Rows
 from features.texts import hash64, unify
-from features.times import TICK_MS, Window
+from features.tiles import arrive, meet
+from features.times import Window
 from features.totals import Totals
 from features.values import Maps, Texts, Values
 
@@ -35,6 +35,7 @@ __all__ = ["SLACK_MS", "Entries", "Evaluator", "Events", "Merged", "Rows", "eval
 
 SLACK_MS = 10_000
 """How far `merge`'s now stays behind the clock, so that a query at a slightly earlier `as_of` is still exact."""
+_ANY: Final = np.zeros(0, bool)
 
 
 @dataclass(frozen=True)
@@ -45,40 +46,120 @@ class Merged:
     evicted: int
 
 
-def merge(family: Family, rows: Rows, events: Mapping[str, Events], now_ms: int) -> Merged:
+def merge(rows_of: Family | Bundle, rows: Rows, events: Mapping[str, Events], now_ms: int) -> Merged:
     """Adds events to rows.
 
     Args:
-        family: what the rows are.
+        rows_of: what the rows are.
         rows: the state of n entities.
-        events: by contract, the events that concern these rows; those of contracts unknown to the family are ignored.
+        events: by contract, the events that concern these rows; those of contracts that are not read are ignored.
         now_ms: no later query is to be earlier than this: the smaller of the wall clock and the batch's largest record
             timestamp, less `SLACK_MS`. Too small only keeps finer tiles; too large gives wrong answers.
     """
-    relevant = {name: events[name] for name in family.events if name in events}
-    texts, codes = _unify(family, rows, relevant)
-    fresh = _Fresh(relevant, codes)
-    tables: list[Entries] = []
+    bundle = rows_of.alone if isinstance(rows_of, Family) else rows_of
+    events = {name: events[name] for name in bundle.events if name in events}
+    fields = [key for key in bundle.text_fields if key[0] in events]
+    texts, (recode, *codes) = unify([rows.texts, *(events[name].fields[field] for name, field in fields)])
+    recode = np.append(recode, -1)
+    batch = _Batch(bundle, events, dict(zip(fields, codes, strict=True)))
+    merged: list[Ints] = []
     evicted = 0
-    spilled: Entries | None = None
-    for layout, state in zip(family.tables, rows.tables, strict=True):
-        arrived = fresh.entries(layout) if spilled is None else spilled
-        merged = _reduce(layout, _concat(_recode(layout, state, codes[None]), arrived), now_ms)
-        kept, out, buckets_out = _enforce_bound(layout, merged)
+    spilled: Ints | None = None
+    for index, layout in enumerate(bundle.tables):
+        arrived = batch.entries(index) if spilled is None else spilled
+        state = rows.lines(index)
+        lines = np.concatenate((state, arrived), axis=1)
+        for line in layout.text_lines:
+            lines[line, : state.shape[1]] = recode[lines[line, : state.shape[1]]]
+        shapes = (layout.shape, layout.operations, layout.empty, layout.ageing, layout.recency)
+        kept, out, buckets_out = meet(*shapes, layout.table.bound or 0, lines, rows.n, now_ms)
         spilled = None
         if layout.table.bucket == "hash":
             # The next table is that of the sketch.
-            out = out or merged.take(np.zeros(0, np.intp))
-            cells = sketch.cells(np.asarray(out.buckets, np.uint64))
-            spilled = Entries.of_table(out.rows, cells, out.starts, out.table, out.dtypes)
+            buckets = out[layout.n_lines - len(layout.physical) - 1]
+            buckets[:] = sketch.cells(buckets.view(np.uint64))
+            spilled = out
         elif layout.table.row == "":
             # What falls out of a last_k is no loss, so only shared buckets count as evicted.
             evicted += buckets_out
-        tables.append(kept)
-    last_event_ms = rows.last_event_ms.copy()
-    for each in relevant.values():
-        np.maximum.at(last_event_ms, each.rows, each.times_ms)
-    return Merged(Rows(rows.n, last_event_ms, tuple(tables), texts), evicted)
+        merged.append(kept)
+    pool = np.concatenate([lines.ravel() for lines in merged])
+    sizes = np.array([lines.shape[1] for lines in merged], np.int64)
+    return Merged(Rows.of_pool(bundle, batch.latest_ms(rows.latest_ms), pool, sizes, texts), evicted)
+
+
+class _Batch:
+    """The events of all contracts, side by side; what several tables need of them is computed once."""
+
+    def __init__(self, bundle: Bundle, events: Mapping[str, Events], codes: Mapping[tuple[str, str], Ints]) -> None:
+        self._bundle, self._events, self._codes = bundle, events, codes
+        ends = [0, *accumulate(len(each.rows) for each in events.values())]
+        self._spans = {name: slice(*span) for name, span in zip(events, pairwise(ends), strict=True)}
+        none = np.zeros(0, np.int64)
+        self._rows = np.concatenate([none, *(each.rows for each in events.values())])
+        self._times_ms = np.concatenate([none, *(each.times_ms for each in events.values())])
+        self._buckets: dict[tuple[str, str], tuple[Ints, NDArray[np.bool_]]] = {}
+        self._takes = np.zeros((len(bundle.measures), ends[-1]), bool)
+        self._values = np.zeros((len(bundle.measures), ends[-1]), np.int64)
+        for measure, number in bundle.measures.items():
+            if measure.event in events:
+                self._measure(measure, number)
+
+    def entries(self, table: int) -> Ints:
+        """int64[lines, n]: one entry an event that any of the table's partials takes."""
+        layout = self._bundle.tables[table]
+        buckets, has_bucket = self._rows, _ANY
+        if layout.table.bucket is not None:
+            buckets, has_bucket = self._bucketed(str(layout.table.by), layout.table.bucket)
+        shapes = (layout.shape, layout.operations, layout.empty)
+        measured = (self._bundle.measured[table], self._takes, self._values)
+        lines: Ints = arrive(*shapes, self._rows, self._times_ms, *measured, buckets, has_bucket)
+        return lines
+
+    def latest_ms(self, before_ms: Ints) -> Ints:
+        """int64[families, n]: the time of each row's last event in each family; `before_ms` is what it was before."""
+        found = before_ms.copy()
+        for name, events in self._events.items():
+            of_contract = np.full(found.shape[1], -1, np.int64)
+            np.maximum.at(of_contract, events.rows, events.times_ms)
+            for family, latest_ms in zip(self._bundle.families, found, strict=True):
+                if name in family.events:
+                    np.maximum(latest_ms, of_contract, out=latest_ms)
+        return found
+
+    def _measure(self, measure: Measure, number: int) -> None:
+        """Which events count, and what of each."""
+        span, fields = self._spans[measure.event], self._events[measure.event].fields
+        takes, values = self._takes[number, span], self._values[number, span]
+        takes[:] = True if measure.where is None else measure.where.holds(fields)
+        if measure.field is None:
+            values.view(np.float64)[:] = 1.0
+        elif not isinstance(column := fields[measure.field], pa.Array):
+            takes &= ~np.isnan(column)
+            values.view(np.float64)[:] = column
+        else:
+            takes &= ~np.asarray(pc.is_null(column))
+            values[:] = self._codes.get((measure.event, measure.field), 0)
+
+    def _bucketed(self, by: str, kind: str) -> tuple[Ints, NDArray[np.bool_]]:
+        """The bucket of each event, and whether it has one."""
+        if (by, kind) not in self._buckets:
+            buckets, has_bucket = np.zeros(len(self._rows), np.int64), np.zeros(len(self._rows), bool)
+            for name, span in self._spans.items():
+                column = self._events[name].fields.get(by)
+                if kind == "text" and (name, by) in self._codes:
+                    buckets[span] = self._codes[name, by]
+                    has_bucket[span] = buckets[span] >= 0
+                elif kind == "hash" and column is not None:
+                    texts = column if isinstance(column, pa.Array) else _as_texts(column)
+                    buckets[span] = hash64(texts.fill_null("")).view(np.int64)
+                    has_bucket[span] = ~np.asarray(pc.is_null(texts))
+            self._buckets[by, kind] = buckets, has_bucket
+        return self._buckets[by, kind]
+
+
+def _as_texts(numbers: NDArray[np.float64]) -> pa.StringArray:
+    return pc.cast(pa.array(numbers + 0.0, from_pandas=True), pa.string())
 
 
 Wanted = tuple[Feature, list[tuple[int, int]]]
@@ -188,189 +269,3 @@ def fill_default(values: Values, default: float | str | None) -> Values:
         texts = pa.concat_arrays([values.texts, pa.array([default], pa.string())])
         return Texts(np.where(values.codes < 0, len(values.texts), values.codes), texts)
     return values
-
-
-class _Fresh:
-    """Events on their way into tables; what several tables need of them is computed once."""
-
-    def __init__(self, events: Mapping[str, Events], codes: Mapping[Any, Ints]) -> None:
-        self._events = events
-        self._codes = codes
-        self._where: dict[Any, NDArray[np.bool_]] = {}
-        self._hashes: dict[tuple[str, str], NDArray[np.uint64]] = {}
-
-    def entries(self, layout: TableLayout) -> Entries:
-        """One entry an event that any of the table's partials takes."""
-        found = [
-            self._of_contract(layout, name)
-            for name in dict.fromkeys(measure.event for _, measure in layout.partials)
-            if name in self._events
-        ]
-        return _concat(*found) if found else Entries.of_lines(layout, np.zeros((layout.n_lines, 0), np.int64))
-
-    def _of_contract(self, layout: TableLayout, name: str) -> Entries:
-        table, events = layout.table, self._events[name]
-        taken = np.zeros(len(events.rows), bool)
-        columns: list[NDArray[Any]] = []
-        for partial, measure in layout.partials:
-            takes = self._takes(name, measure) if measure.event == name else np.zeros(len(taken), bool)
-            taken |= takes
-            values = self._values(name, measure.field) if measure.field and takes.any() else np.ones(len(taken))
-            # Where the partial takes no part, its identity: it must not matter what the event holds there.
-            of = partial.of(events.times_ms, np.where(takes, values, 0))
-            columns += [
-                np.where(takes, column, empty).astype(DTYPES[kind])
-                for column, empty, kind in zip(of, partial.empty, partial.physical, strict=True)
-            ]
-        buckets = None
-        if table.bucket is not None:
-            by = str(table.by)
-            buckets = self._codes[name, by] if table.bucket == "text" else self._hash(name, by)
-            taken &= ~self._null(name, by)
-        starts = events.times_ms // TICK_MS if table.starts else None
-        return Entries(events.rows, buckets, starts, tuple(columns)).take(taken)
-
-    def _takes(self, name: str, measure: Any) -> NDArray[np.bool_]:
-        if measure not in self._where:
-            fields = self._events[name].fields
-            takes = (
-                np.ones(len(self._events[name].rows), bool) if measure.where is None else measure.where.holds(fields)
-            )
-            self._where[measure] = takes & ~self._null(name, measure.field) if measure.field else takes
-        return self._where[measure]
-
-    def _null(self, name: str, field: str) -> NDArray[np.bool_]:
-        column = self._events[name].fields[field]
-        return np.asarray(pc.is_null(column)) if isinstance(column, pa.Array) else np.isnan(column)
-
-    def _values(self, name: str, field: str) -> NDArray[Any]:
-        column = self._events[name].fields[field]
-        return (
-            self._codes.get((name, field), np.zeros(len(column)))
-            if isinstance(column, pa.Array)
-            else np.asarray(column)
-        )
-
-    def _hash(self, name: str, field: str) -> NDArray[np.uint64]:
-        if (name, field) not in self._hashes:
-            column = self._events[name].fields[field]
-            texts = (
-                column
-                if isinstance(column, pa.Array)
-                else pc.cast(pa.array(column + 0.0, from_pandas=True), pa.string())
-            )
-            self._hashes[name, field] = hash64(texts.fill_null(""))
-        return self._hashes[name, field]
-
-
-def _unify(family: Family, rows: Rows, events: Mapping[str, Events]) -> tuple[pa.StringArray, dict[Any, Ints]]:
-    """All texts of the rows (key None) and events (key (contract, field)) as codes into one sorted array."""
-    keys: list[Any] = [None, *(key for key in family.text_fields if key[0] in events)]
-    texts, codes = unify([rows.texts, *(events[name].fields[field] for name, field in keys[1:])])
-    return texts, dict(zip(keys, codes, strict=True))
-
-
-def _recode(layout: TableLayout, entries: Entries, codes: Ints) -> Entries:
-    """The entries with their texts in the unified code."""
-    if layout.table.bucket != "text" and "text" not in layout.physical:
-        return entries
-    lookup = np.append(codes, -1)
-    table = entries.table.copy()
-    for column, kind in zip(table, layout.physical, strict=True):
-        if kind == "text":
-            column[:] = lookup[column]
-    buckets = lookup[entries.buckets] if layout.table.bucket == "text" else entries.buckets
-    return Entries.of_table(entries.rows, buckets, entries.starts, table, layout.dtypes)
-
-
-def _concat(*parts: Entries) -> Entries:
-    if len(parts) == 1:
-        return parts[0]
-    return Entries.of_table(
-        np.concatenate([part.rows for part in parts]),
-        None if parts[0].buckets is None else np.concatenate([part.buckets for part in parts]),
-        None if parts[0].starts is None else np.concatenate([part.starts for part in parts]),
-        np.concatenate([part.table for part in parts], axis=1),
-        parts[0].dtypes,
-    )
-
-
-def _reduce(layout: TableLayout, entries: Entries, now_ms: int) -> Entries:
-    """Ages tiles, drops what every window has left, and folds entries of one key."""
-    table = layout.table
-    if entries.starts is not None:
-        entries = _age(table.windows, entries, now_ms)
-    elif layout.recency and not table.windows[-1].unbounded:
-        entries = entries.take(entries.columns[0] >= table.windows[-1].tail_ticks(now_ms))
-    if len(entries) == 0:
-        return entries
-    order = _order(entries)
-    new = _new_key(entries, order)
-    first = order[new]
-    runs = np.empty(len(entries), np.int64)
-    runs[order] = np.cumsum(new) - 1
-    return Entries.of_table(
-        entries.rows[first],
-        None if entries.buckets is None else entries.buckets[first],
-        None if entries.starts is None else entries.starts[first],
-        fold_runs(layout.operations, layout.empty, entries.table, runs, len(first)),
-        layout.dtypes,
-    )
-
-
-def _age(windows: tuple[Window, ...], entries: Entries, now_ms: int) -> Entries:
-    tails = np.array([window.tail_ticks(now_ms) for window in windows])
-    hops = np.array([window.hop_ticks for window in windows])
-    starts = np.asarray(entries.starts)
-    # Longer windows have earlier tails, so the windows that still hold a tile are the last ones.
-    finest = len(tails) - np.searchsorted(tails[::-1], starts, side="right")
-    if finest.max(initial=0) == len(tails):
-        held = finest < len(tails)
-        entries, starts, finest = entries.take(held), starts[held], finest[held]
-    return Entries.of_table(
-        entries.rows, entries.buckets, starts - starts % hops[finest], entries.table, entries.dtypes
-    )
-
-
-def _order(entries: Entries) -> Index:
-    if entries.buckets is not None:
-        return np.lexsort(
-            (entries.buckets, entries.rows)
-            if entries.starts is None
-            else (entries.starts, entries.buckets, entries.rows)
-        )
-    if entries.starts is None:
-        return np.argsort(entries.rows, kind="stable")
-    # One 64-bit key: ticks fit 32 bits until the year 2650. State is sorted already, which a stable sort profits from.
-    return np.argsort((entries.rows << 32) | entries.starts, kind="stable")
-
-
-def _new_key(entries: Entries, order: Index | slice = slice(None), *, of_tiles: bool = True) -> NDArray[np.bool_]:
-    """bool[entries]: where, in that order, the key (without `of_tiles`: row and bucket) differs from the one before."""
-    new = np.ones(len(entries), bool)
-    new[1:] = False
-    for key in (entries.rows, entries.buckets, entries.starts if of_tiles else None):
-        if key is not None:
-            ordered = key[order]
-            new[1:] |= ordered[1:] != ordered[:-1]
-    return new
-
-
-def _enforce_bound(layout: TableLayout, entries: Entries) -> tuple[Entries, Entries | None, int]:
-    """The entries of the `bound` buckets a row that were seen latest, the others, and how many buckets these are."""
-    bound = layout.table.bound
-    if bound is None or len(entries) == 0:
-        return entries, None, 0
-    first = np.flatnonzero(_new_key(entries, of_tiles=False))
-    rows = entries.rows[first]
-    if np.bincount(rows).max() <= bound:
-        return entries, None, 0
-    times = [entries.columns[index] for index in layout.recency]
-    seen = np.maximum.reduceat(np.maximum.reduce(times), first)
-    assert entries.buckets is not None  # noqa: S101  # for the type checker: only tables with buckets have a bound
-    latest_last = np.lexsort((entries.buckets[first], seen, rows))
-    ends = np.searchsorted(rows, rows, side="right")
-    kept = np.zeros(len(first), bool)
-    kept[latest_last] = ends[latest_last] - np.arange(len(first)) <= bound
-    of_entry = np.repeat(kept, np.diff(first, append=len(entries)))
-    return entries.take(of_entry), entries.take(~of_entry), len(first) - int(kept.sum())

@@ -57,6 +57,12 @@ class TableLayout:
         return len(self.physical), len(self.table.windows) if self.table.starts else 1
 
     @cached_property
+    def shape(self) -> NDArray[np.int64]:
+        """int64[6]: lines, whether there are starts, whether there are buckets, columns, windows, partials."""
+        buckets = self.table.bucket is not None
+        return np.array([self.n_lines, self.table.starts, buckets, *self.totals_shape, len(self.partials)], np.int64)
+
+    @cached_property
     def operations(self) -> NDArray[np.int64]:
         """How its partials are folded: see `features.fold.operations`."""
         return operations(tuple(partial for partial, _ in self.partials))
@@ -74,9 +80,25 @@ class TableLayout:
         return np.array([dtype is np.float64 for dtype in self.dtypes], bool)
 
     @cached_property
-    def recency(self) -> tuple[int, ...]:
-        """The columns that say when a bucket was seen."""
-        return tuple(index for index, kind in enumerate(self.physical) if kind in ("time", "tick"))
+    def recency(self) -> NDArray[np.int64]:
+        """int64[…]: the columns that say when a bucket was seen."""
+        return np.array([index for index, kind in enumerate(self.physical) if kind in ("time", "tick")], np.int64)
+
+    @cached_property
+    def ageing(self) -> NDArray[np.int64]:
+        """int64[windows, 3]: how its entries age, see `features.tiles.meet`."""
+        windows = self.table.windows
+        if not self.table.starts:
+            windows = windows[-1:] if len(self.recency) and not windows[-1].unbounded else ()
+        ageing = [(each.width_ms, hop_ms(each.width_ms), each.hop_ticks) for each in windows]
+        return np.array(ageing, np.int64).reshape(-1, 3)
+
+    @cached_property
+    def text_lines(self) -> tuple[int, ...]:
+        """The lines that hold codes of texts."""
+        first = self.n_lines - len(self.physical)
+        columns = tuple(first + index for index, kind in enumerate(self.physical) if kind == "text")
+        return (first - 1, *columns) if self.table.bucket == "text" else columns
 
 
 class Folding(NamedTuple):
@@ -113,26 +135,9 @@ class Family:
         return any(layout.table.bucket is not None for layout in self.tables)
 
     @cached_property
-    def measures(self) -> tuple[Measure, ...]:
-        """Everything that goes into its rows."""
-        return tuple(dict.fromkeys(measure for layout in self.tables for _, measure in layout.partials))
-
-    @cached_property
     def events(self) -> tuple[str, ...]:
         """Names of the contracts that it reads."""
-        return tuple(dict.fromkeys(measure.event for measure in self.measures))
-
-    @cached_property
-    def text_fields(self) -> tuple[tuple[str, str], ...]:
-        """(contract, field) of every text that its rows keep."""
-        found: dict[tuple[str, str], None] = {}
-        for layout in self.tables:
-            for partial, measure in layout.partials:
-                if layout.table.bucket == "text":
-                    found[measure.event, str(layout.table.by)] = None
-                if isinstance(partial, LatestText):
-                    found[measure.event, str(measure.field)] = None
-        return tuple(found)
+        return tuple(dict.fromkeys(measure.event for layout in self.tables for _, measure in layout.partials))
 
     @cached_property
     def tag(self) -> int:
@@ -165,6 +170,36 @@ class Bundle:
         return tuple(layout for family in self.families for layout in family.tables)
 
     @cached_property
+    def events(self) -> tuple[str, ...]:
+        """Names of the contracts that its families read."""
+        return tuple(dict.fromkeys(name for family in self.families for name in family.events))
+
+    @cached_property
+    def measures(self) -> dict[Measure, int]:
+        """Everything that goes into its rows, numbered."""
+        every = dict.fromkeys(measure for layout in self.tables for _, measure in layout.partials)
+        return {measure: number for number, measure in enumerate(every)}
+
+    @cached_property
+    def measured(self) -> tuple[NDArray[np.int64], ...]:
+        """For each table, int64[partials]: the number of what goes into each."""
+        return tuple(
+            np.array([self.measures[measure] for _, measure in layout.partials], np.int64) for layout in self.tables
+        )
+
+    @cached_property
+    def text_fields(self) -> tuple[tuple[str, str], ...]:
+        """(contract, field) of every text that its rows keep."""
+        found: dict[tuple[str, str], None] = {}
+        for layout in self.tables:
+            for partial, measure in layout.partials:
+                if layout.table.bucket == "text":
+                    found[measure.event, str(layout.table.by)] = None
+                if isinstance(partial, LatestText):
+                    found[measure.event, str(measure.field)] = None
+        return tuple(found)
+
+    @cached_property
     def n_totals(self) -> NDArray[np.int64]:
         """int64[tables]: how many totals a group of each has."""
         return np.array([columns * windows for columns, windows in (each.totals_shape for each in self.tables)])
@@ -174,19 +209,7 @@ class Bundle:
         """Its tables as `features.fold.fold_tables` takes them."""
         layouts = self.tables
         return Folding(
-            np.array(
-                [
-                    (
-                        each.n_lines,
-                        each.table.starts,
-                        each.table.bucket is not None,
-                        *each.totals_shape,
-                        len(each.operations),
-                    )
-                    for each in layouts
-                ],
-                np.int64,
-            ),
+            np.array([each.shape for each in layouts]),
             np.concatenate([each.operations for each in layouts]),
             np.concatenate([each.empty for each in layouts]),
             np.concatenate([each.is_float for each in layouts]),

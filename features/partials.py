@@ -1,22 +1,16 @@
 """Partials: what a tile keeps of its events, and how two of them become one.
 
-Every partial is a few columns with one entry a tile. All are commutative and associative, so that order and batching
-never matter. How two are combined is in `features.fold`, by the partial's `op`.
+Every partial is a few columns with one entry a tile, each of a kind (`physical`) and with an identity (`empty`): what a
+window without events holds. All are commutative and associative, so that order and batching never matter. How one is
+made of an event, and how two are combined, is in `features.fold`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-
-from features.times import TICK_MS
-
-Column = NDArray[Any]
-Columns = tuple[Column, ...]
-Ints = NDArray[np.int64]
 
 Physical = Literal["count", "float", "time", "tick", "text"]
 """How the codec packs a column: unsigned integer, float64, milliseconds, 5 s tick, or index into the row's texts."""
@@ -30,28 +24,12 @@ DTYPES: dict[Physical, type[np.generic]] = {
 }
 
 
-class Partial(Protocol):
-    """One kind of partial aggregate."""
-
-    physical: ClassVar[tuple[Physical, ...]]
-    empty: ClassVar[tuple[float, ...]]
-    """Its identity: what a window without events holds."""
-
-    def of(self, times_ms: Ints, values: Column) -> Columns:
-        """The partial of each single event: `values` is float64[n], or text codes int64[n], never null."""
-        ...
-
-
 @dataclass(frozen=True)
 class Tally:
     """How many."""
 
     physical: ClassVar[tuple[Physical, ...]] = ("count",)
     empty: ClassVar[tuple[float, ...]] = (0,)
-
-    def of(self, times_ms: Ints, values: Column) -> Columns:
-        """See `Partial.of`."""
-        return (np.ones(len(times_ms), np.int64),)
 
 
 @dataclass(frozen=True)
@@ -61,10 +39,6 @@ class Total:
     physical: ClassVar[tuple[Physical, ...]] = ("float",)
     empty: ClassVar[tuple[float, ...]] = (0.0,)
 
-    def of(self, times_ms: Ints, values: Column) -> Columns:
-        """See `Partial.of`."""
-        return (values.astype(np.float64),)
-
 
 @dataclass(frozen=True)
 class Least:
@@ -72,10 +46,6 @@ class Least:
 
     physical: ClassVar[tuple[Physical, ...]] = ("float",)
     empty: ClassVar[tuple[float, ...]] = (np.inf,)
-
-    def of(self, times_ms: Ints, values: Column) -> Columns:
-        """See `Partial.of`."""
-        return (values.astype(np.float64),)
 
 
 @dataclass(frozen=True)
@@ -85,10 +55,6 @@ class Greatest:
     physical: ClassVar[tuple[Physical, ...]] = ("float",)
     empty: ClassVar[tuple[float, ...]] = (-np.inf,)
 
-    def of(self, times_ms: Ints, values: Column) -> Columns:
-        """See `Partial.of`."""
-        return (values.astype(np.float64),)
-
 
 @dataclass(frozen=True)
 class Moments:
@@ -96,10 +62,6 @@ class Moments:
 
     physical: ClassVar[tuple[Physical, ...]] = ("count", "float", "float")
     empty: ClassVar[tuple[float, ...]] = (0, 0.0, 0.0)
-
-    def of(self, times_ms: Ints, values: Column) -> Columns:
-        """See `Partial.of`."""
-        return np.ones(len(values), np.int64), values.astype(np.float64), np.zeros(len(values))
 
 
 @dataclass(frozen=True)
@@ -109,10 +71,6 @@ class Seen:
     physical: ClassVar[tuple[Physical, ...]] = ("time",)
     empty: ClassVar[tuple[float, ...]] = (-1,)
 
-    def of(self, times_ms: Ints, values: Column) -> Columns:
-        """See `Partial.of`."""
-        return (times_ms,)
-
 
 @dataclass(frozen=True)
 class SeenTick:
@@ -120,10 +78,6 @@ class SeenTick:
 
     physical: ClassVar[tuple[Physical, ...]] = ("tick",)
     empty: ClassVar[tuple[float, ...]] = (0,)
-
-    def of(self, times_ms: Ints, values: Column) -> Columns:
-        """See `Partial.of`."""
-        return (times_ms // TICK_MS,)
 
 
 @dataclass(frozen=True)
@@ -133,10 +87,6 @@ class LatestNumber:
     physical: ClassVar[tuple[Physical, ...]] = ("time", "float")
     empty: ClassVar[tuple[float, ...]] = (-1, -np.inf)
 
-    def of(self, times_ms: Ints, values: Column) -> Columns:
-        """See `Partial.of`."""
-        return times_ms, values.astype(np.float64)
-
 
 @dataclass(frozen=True)
 class LatestText:
@@ -144,10 +94,6 @@ class LatestText:
 
     physical: ClassVar[tuple[Physical, ...]] = ("time", "text")
     empty: ClassVar[tuple[float, ...]] = (-1, -1)
-
-    def of(self, times_ms: Ints, values: Column) -> Columns:
-        """See `Partial.of`."""
-        return times_ms, values
 
 
 @dataclass(frozen=True)
@@ -157,10 +103,6 @@ class Decay:
     half_life_ms: int
     physical: ClassVar[tuple[Physical, ...]] = ("time", "float")
     empty: ClassVar[tuple[float, ...]] = (-1, 0.0)
-
-    def of(self, times_ms: Ints, values: Column) -> Columns:
-        """See `Partial.of`."""
-        return times_ms, values.astype(np.float64)
 
 
 AnyPartial = Tally | Total | Least | Greatest | Moments | Seen | SeenTick | LatestNumber | LatestText | Decay

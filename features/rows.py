@@ -13,7 +13,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from features.layout import Bundle, Family, TableLayout
-from features.partials import Columns
 from features.texts import NO_TEXTS
 
 Ints = NDArray[np.int64]
@@ -45,24 +44,17 @@ class Entries:
 
     __slots__ = ("buckets", "columns", "rows", "starts", "table")
 
-    def __init__(self, rows: Index, buckets: NDArray[Any] | None, starts: Ints | None, columns: Columns) -> None:
+    def __init__(
+        self, rows: Index, buckets: NDArray[Any] | None, starts: Ints | None, columns: tuple[NDArray[Any], ...]
+    ) -> None:
         table = np.array([column.view(np.int64) for column in columns], np.int64).reshape(len(columns), len(rows))
         self._set(rows, buckets, starts, table, tuple(column.dtype for column in columns))
-
-    @classmethod
-    def of_table(
-        cls, rows: Index, buckets: NDArray[Any] | None, starts: Ints | None, table: Ints, dtypes: Sequence[Any]
-    ) -> Entries:
-        """Entries whose columns are one array already."""
-        entries = cls.__new__(cls)
-        entries._set(rows, buckets, starts, table, dtypes)
-        return entries
 
     def _set(
         self, rows: Index, buckets: NDArray[Any] | None, starts: Ints | None, table: Ints, dtypes: Sequence[Any]
     ) -> None:
         self.rows, self.buckets, self.starts, self.table = rows, buckets, starts, table
-        self.columns: Columns = tuple(column.view(dtype) for column, dtype in zip(table, dtypes, strict=True))
+        self.columns = tuple(column.view(dtype) for column, dtype in zip(table, dtypes, strict=True))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,7 +66,9 @@ class Entries:
         buckets: Any = None
         if layout.table.bucket is not None:
             buckets = lines[first - 1].view(np.uint64) if layout.table.bucket == "hash" else lines[first - 1]
-        return cls.of_table(lines[0], buckets, lines[1] if layout.table.starts else None, lines[first:], layout.dtypes)
+        entries = cls.__new__(cls)
+        entries._set(lines[0], buckets, lines[1] if layout.table.starts else None, lines[first:], layout.dtypes)
+        return entries
 
     @property
     def lines(self) -> Ints:
@@ -82,44 +76,27 @@ class Entries:
         keys = [self.starts, None if self.buckets is None else self.buckets.view(np.int64)]
         return np.vstack([self.rows, *(key for key in keys if key is not None), self.table])
 
-    @property
-    def dtypes(self) -> tuple[Any, ...]:
-        """The dtype of each column."""
-        return tuple(column.dtype for column in self.columns)
-
-    def take(self, index: NDArray[Any]) -> Entries:
-        """The entries at an index or under a mask."""
-        return Entries.of_table(
-            self.rows[index],
-            None if self.buckets is None else self.buckets[index],
-            None if self.starts is None else self.starts[index],
-            self.table[:, index],
-            self.dtypes,
-        )
-
 
 class Rows:
     """All state of `n` entities in one family or bundle. Text columns and buckets are codes: positions in `texts`.
 
     Attributes:
         n: how many.
-        last_event_ms: int64[n], the time of each row's last event; -1 for none.
+        latest_ms: int64[families, n], the time of each row's last event in each family; -1 for none.
         texts: what codes stand for.
     """
 
     _bundle: Bundle | None = None
 
     def __init__(self, n: int, last_event_ms: Ints, tables: tuple[Entries, ...], texts: pa.StringArray) -> None:
-        self.n, self.last_event_ms, self.texts = n, last_event_ms, texts
+        self.n, self.latest_ms, self.texts = n, last_event_ms.reshape(1, n), texts
         self.tables = tables
 
     @classmethod
-    def of_pool(
-        cls, bundle: Bundle, n: int, last_event_ms: Ints, pool: Ints, sizes: Ints, texts: pa.StringArray
-    ) -> Rows:
+    def of_pool(cls, bundle: Bundle, latest_ms: Ints, pool: Ints, sizes: Ints, texts: pa.StringArray) -> Rows:
         """Rows whose tables stand in one array, the lines of each one after the other, with `sizes` entries each."""
         rows = cls.__new__(cls)
-        rows.n, rows.last_event_ms, rows.texts = n, last_event_ms, texts
+        rows.n, rows.latest_ms, rows.texts = latest_ms.shape[1], latest_ms, texts
         rows._bundle, rows.pool, rows.sizes = bundle, pool, sizes
         return rows
 
@@ -127,8 +104,14 @@ class Rows:
     def empty(cls, rows_of: Family | Bundle, n: int) -> Rows:
         """Rows of entities never seen."""
         bundle = rows_of.alone if isinstance(rows_of, Family) else rows_of
-        none = np.zeros(0, np.int64)
-        return cls.of_pool(bundle, n, np.full(n, -1, np.int64), none, np.zeros(len(bundle.tables), np.int64), NO_TEXTS)
+        latest_ms = np.full((len(bundle.families), n), -1, np.int64)
+        return cls.of_pool(bundle, latest_ms, np.zeros(0, np.int64), np.zeros(len(bundle.tables), np.int64), NO_TEXTS)
+
+    @cached_property
+    def last_event_ms(self) -> Ints:
+        """int64[n], the time of each row's last event in any family; -1 for none."""
+        latest: Ints = self.latest_ms[0] if len(self.latest_ms) == 1 else np.maximum.reduce(self.latest_ms)
+        return latest
 
     @cached_property
     def tables(self) -> tuple[Entries, ...]:

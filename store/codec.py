@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from features.kernel import Entries, Rows
+from features.kernel import Rows
 from features.layout import Bundle, Family
 from features.partials import Physical
 from features.texts import NO_TEXTS, buffers, from_buffers
@@ -59,37 +59,17 @@ def decode(rows_of: Family | Bundle, blobs: Sequence[bytes | None]) -> Rows:
     if len(data) == 0:
         return Rows.empty(bundle, n)
     lengths = np.fromiter(map(len, there), np.int64, len(there))
-    bad, reason, last_event_ms, pool, entries, offsets, text_data, text_counts = packing.unpack(
-        data, lengths, n, *shape
-    )
+    bad, reason, latest_ms, pool, entries, offsets, text_data, text_counts = packing.unpack(data, lengths, n, *shape)
     if bad >= 0:
         first_bytes = shape.first_bytes[bad // n].tobytes()
         raise CorruptRowError(bundle.families[bad // n], bad, _reason(first_bytes, there[bad], reason))
-    return Rows.of_pool(bundle, n, last_event_ms, pool, entries, _texts(bundle, offsets, text_data, text_counts))
+    return Rows.of_pool(bundle, latest_ms, pool, entries, _texts(bundle, offsets, text_data, text_counts))
 
 
-def encode(family: Family, rows: Rows) -> list[bytes]:
-    """The bytes of each row; empty ones for a row with no entry in any table."""
-    shape = _shape(family.alone)
-    texts, first_texts, entries = _local_texts(family, rows)
-    tables = [each.lines for each in entries]
-    counts, widths = np.zeros((2, len(tables), rows.n), np.int64)
-    for index, table in enumerate(tables):
-        packing.measure(table, shape.places[index], counts[index], widths[index])
-    ends, table_at = np.empty(rows.n, np.int64), np.empty((len(tables), rows.n), np.int64)
-    data = packing.pack_heads(
-        shape.first_bytes[0],
-        shape.sizes,
-        rows.last_event_ms,
-        counts,
-        widths,
-        first_texts,
-        *buffers(texts),
-        ends,
-        table_at,
-    )
-    for index, table in enumerate(tables):
-        packing.pack_table(data, table_at[index], shape.places[index], widths[index], table)
+def encode(rows_of: Family | Bundle, rows: Rows) -> list[bytes]:
+    """The bytes of each row; empty ones for a row with no entry in any table. Of a bundle, as `decode` takes them."""
+    bundle = rows_of.alone if isinstance(rows_of, Family) else rows_of
+    data, ends = packing.pack(*_shape(bundle), rows.latest_ms, rows.pool, rows.sizes, *buffers(rows.texts))
     whole, ends_at = data.tobytes(), ends.tolist()
     return [whole[start:end] for start, end in zip([0, *ends_at], ends_at, strict=False)]
 
@@ -162,40 +142,3 @@ def _is_utf8(texts: pa.StringArray) -> bool:
     except pa.ArrowInvalid:
         return False
     return True
-
-
-def _local_texts(family: Family, rows: Rows) -> tuple[pa.StringArray, Ints, list[Entries]]:
-    """The texts that each row uses, where each row's begin, and the tables, their texts numbered from 1 in a row."""
-    used: list[tuple[Any, Any]] = []
-    for layout, entries in zip(family.tables, rows.tables, strict=True):
-        if layout.table.bucket == "text":
-            used.append((entries.rows, entries.buckets))
-        used += [
-            (entries.rows, column)
-            for kind, column in zip(layout.physical, entries.columns, strict=True)
-            if kind == "text"
-        ]
-    stride = len(rows.texts) + 1
-    pairs = np.unique(
-        np.concatenate(
-            [row * stride + code for row, code in ((row[code >= 0], code[code >= 0]) for row, code in used)]
-            or [np.zeros(0, np.int64)]
-        )
-    )
-    first_text = np.searchsorted(pairs, np.arange(rows.n + 1) * stride)
-
-    def local(row: NDArray[np.intp], code: NDArray[Any]) -> NDArray[Any]:
-        return np.where(code < 0, 0, np.searchsorted(pairs, row * stride + code) - first_text[row] + 1)
-
-    tables = []
-    for layout, entries in zip(family.tables, rows.tables, strict=True):
-        buckets, table = entries.buckets, entries.table
-        if layout.table.bucket == "text":
-            buckets = local(entries.rows, np.asarray(buckets))
-        if "text" in layout.physical:
-            table = table.copy()
-            for column, kind in zip(table, layout.physical, strict=True):
-                if kind == "text":
-                    column[:] = local(entries.rows, column)
-        tables.append(Entries.of_table(entries.rows, buckets, entries.starts, table, layout.dtypes))
-    return rows.texts.take(pa.array(pairs % stride)), first_text, tables

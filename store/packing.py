@@ -64,9 +64,21 @@ def _read_8(data: Bytes, at: int) -> int:
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
-def _write(data: Bytes, at: int, size: int, value: int) -> None:
-    for index in range(size):
-        data[at + index] = (value >> (8 * index)) & 255
+def _write_2(data: Bytes, at: int, value: int) -> None:
+    p = np.uint64(at)
+    data[p], data[p + _U1] = value & 255, (value >> 8) & 255
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _write_4(data: Bytes, at: int, value: int) -> None:
+    _write_2(data, at, value)
+    _write_2(data, at + 2, value >> 16)
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _write_8(data: Bytes, at: int, value: int) -> None:
+    _write_4(data, at, value)
+    _write_4(data, at + 4, value >> 32)
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
@@ -76,7 +88,7 @@ def _scan(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
     first_bytes: Bytes,
     parts: Ints,
     sizes: Ints,
-    last_event_ms: Ints,
+    latest_ms: Ints,
     text_counts: Ints,
     counts: Ints,
     widths: Ints,
@@ -85,7 +97,7 @@ def _scan(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
 
     Returns the first that is bad (-1 for none), what is wrong with it, and the bytes of all texts.
     """
-    n_rows = len(last_event_ms)
+    n_rows = latest_ms.shape[1]
     end = text_bytes = 0
     for blob in range(len(lengths)):
         begin, end = end, end + lengths[blob]
@@ -99,7 +111,7 @@ def _scan(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
         for index in range(3):
             if data[begin + index] != first_bytes[part, index]:
                 return blob, _OTHER, 0
-        last_event_ms[row] = max(last_event_ms[row], _read_time(data, begin + 3))
+        latest_ms[part, row] = _read_time(data, begin + 3)
         n_texts = _read(data, begin + 9, 2)
         text_counts[blob] = n_texts
         for table in range(first_table, last_table):
@@ -184,19 +196,17 @@ def unpack(
         lines: int64[tables], how many numbers an entry is in memory.
 
     Returns:
-        The first that is bad (-1 for none) and what is wrong with it; the time of each row's last event, int64[rows];
-        all tables in memory, one after the other, int64[…], and their entries, int64[tables]; the texts' offsets,
-        int32[texts + 1], and bytes, uint8[…], and how many texts each has, int64[parts * rows].
+        The first that is bad (-1 for none) and what is wrong with it; the time of each row's last event,
+        int64[parts, rows]; all tables in memory, one after the other, int64[…], and their entries, int64[tables]; the
+        texts' offsets, int32[texts + 1], and bytes, uint8[…], and how many texts each has, int64[parts * rows].
     """
     n_tables = len(places)
-    last_event_ms = np.full(n_rows, -1, np.int64)
+    latest_ms = np.full((len(parts), n_rows), -1, np.int64)
     text_counts = np.zeros(len(lengths), np.int64)
     counts = np.zeros((n_tables, n_rows), np.int64)
     widths = np.zeros((n_tables, n_rows), np.int64)
     totals = np.zeros(n_tables, np.int64)
-    bad, reason, text_bytes = _scan(
-        data, lengths, first_bytes, parts, sizes, last_event_ms, text_counts, counts, widths
-    )
+    bad, reason, text_bytes = _scan(data, lengths, first_bytes, parts, sizes, latest_ms, text_counts, counts, widths)
     slots = np.zeros(n_tables, np.int64)
     slot = 0
     if bad < 0:
@@ -229,7 +239,7 @@ def unpack(
                 kind = places[table, field]
                 size = _unpack_field(data, field_at, step, n, kind, width, first_text, n_texts, pool, slot)
                 if size < 0:
-                    return blob, _UNKNOWN, last_event_ms, pool, totals, text_offsets, text_data, text_counts
+                    return blob, _UNKNOWN, latest_ms, pool, totals, text_offsets, text_data, text_counts
                 field_at += size
             at += n * step
             slots[table] += n
@@ -240,109 +250,168 @@ def unpack(
         for position in range(text_offsets[first_text], text_byte):
             text_data[np.uint64(position)] = data[np.uint64(position + behind)]
         first_text += n_texts
-    return bad, reason, last_event_ms, pool, totals, text_offsets, text_data, text_counts
+    return bad, reason, latest_ms, pool, totals, text_offsets, text_data, text_counts
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
-def measure(table: Ints, places: Ints, counts: Ints, widths: Ints) -> None:
-    """How many entries each row has (int64[rows], zeros before), and the width that its largest small integer needs."""
-    for entry in range(table.shape[1]):
-        row = table[0, entry]
-        counts[row] += 1
-        for field in range(len(places)):
-            if places[field] in (COUNT, TEXT, BUCKET, CELL):
-                value = table[1 + field, entry]
-                while widths[row] < 3 and value >> (8 << widths[row]):
-                    widths[row] += 1
-
-
-@compiled  # type: ignore[untyped-decorator]  # as above
-def pack_heads(  # noqa: PLR0913, PLR0917  # as above
+def pack(  # noqa: PLR0912, PLR0913, PLR0915, PLR0917  # one pass over all rows; slices of it would cost as much
     first_bytes: Bytes,
+    parts: Ints,
     sizes: Ints,
-    last_event_ms: Ints,
-    counts: Ints,
-    widths: Ints,
-    first_texts: Ints,
-    text_offsets: Ints,
+    places: Ints,
+    lines: Ints,
+    latest_ms: Ints,
+    pool: Ints,
+    entries: Ints,
+    text_offsets: NDArray[np.int32],
     text_data: Bytes,
-    ends: Ints,
-    table_at: Ints,
-) -> Bytes:
-    """All rows with everything but their entries.
+) -> tuple[Bytes, Ints]:
+    """The inverse of `unpack`: the arguments are its arguments and answers.
 
     Args:
-        first_bytes: uint8[3], the version and layout.
+        first_bytes: uint8[parts, 3].
+        parts: int64[parts].
         sizes: int64[tables, 4].
-        last_event_ms: int64[rows].
-        counts: int64[tables, rows], entries.
-        widths: int64[tables, rows], as indices into `WIDTHS`.
-        first_texts: int64[rows + 1], each row's first among the texts.
-        text_offsets: int64[texts + 1] into `text_data`.
-        text_data: uint8[bytes].
-        ends: int64[rows], where each row ends; written to.
-        table_at: int64[tables, rows], where the entries of each row's tables begin; written to.
+        places: int64[tables, fields].
+        lines: int64[tables].
+        latest_ms: int64[parts, rows].
+        pool: int64[…]; the entries of each table are sorted by row.
+        entries: int64[tables].
+        text_offsets: int32[texts + 1]; the texts are sorted.
+        text_data: uint8[…].
 
     Returns:
-        uint8[bytes]; a row without entries has none.
+        All rows of the first part, then all of the next …, uint8[bytes], and where each ends, int64[parts * rows]. A
+        row without entries has no bytes.
     """
-    n_tables, n_rows = counts.shape
-    head_bytes = HEAD_BYTES + n_tables * TABLE_BYTES
+    n_parts, n_rows = latest_ms.shape
+    n_tables = len(places)
+    slots = np.zeros(n_tables, np.int64)
+    most = n_parts * n_rows * HEAD_BYTES + n_tables * n_rows * TABLE_BYTES
+    for table in range(n_tables):
+        slots[table] = slots[table - 1] + lines[table - 1] * entries[table - 1] if table else 0
+        most += entries[table] * sizes[table, 3]
+        for field in range(lines[table] - 1):
+            if places[table, field] in (TEXT, BUCKET):
+                first = slots[table] + (1 + field) * entries[table]
+                for slot in range(first, first + entries[table]):
+                    code = pool[slot]
+                    most += 2 + text_offsets[code + 1] - text_offsets[code] if code >= 0 else 0
+    data = np.empty(most, np.uint8)
+    ends = np.empty(n_parts * n_rows, np.int64)
+    # Of each text, the last row that used it, and its number there.
+    users, numbers = np.full(len(text_offsets), -1, np.int64), np.zeros(len(text_offsets), np.int64)
+    used = np.empty(len(text_offsets), np.int64)
+    done, stops = np.zeros(n_tables, np.int64), np.zeros(n_tables, np.int64)
     end = 0
-    for row in range(n_rows):
-        entries = 0
-        size = head_bytes
-        for table in range(n_tables):
-            table_at[table, row] = end + size
-            entries += counts[table, row]
-            size += counts[table, row] * sizes[table, widths[table, row]]
-        first, last = first_texts[row], first_texts[row + 1]
-        if entries:
-            end += size + 2 * (last - first) + text_offsets[last] - text_offsets[first]
-        ends[row] = end
-    data = np.empty(end, np.uint8)
-    begin = 0
-    for row in range(n_rows):
-        if ends[row] == begin:
+    for blob in range(len(ends)):
+        part, row = blob // n_rows, blob % n_rows
+        first_table, last_table = parts[part - 1] if part else 0, parts[part]
+        n_entries = n_used = 0
+        for table in range(first_table, last_table):
+            stop = done[table]
+            while stop < entries[table] and pool[slots[table] + stop] == row:
+                stop += 1
+            stops[table] = stop
+            n_entries += stop - done[table]
+            for field in range(lines[table] - 1):
+                if places[table, field] in (TEXT, BUCKET):
+                    first = slots[table] + (1 + field) * entries[table]
+                    for slot in range(first + done[table], first + stop):
+                        code = pool[slot]
+                        if code >= 0 and users[code] != blob:
+                            users[code] = blob
+                            used[n_used] = code
+                            n_used += 1
+        ends[blob] = end
+        if n_entries == 0:
             continue
-        data[begin : begin + 3] = first_bytes
-        _write_time(data, begin + 3, max(last_event_ms[row], 0))
-        first, last = first_texts[row], first_texts[row + 1]
-        _write(data, begin + 9, 2, last - first)
-        for table in range(n_tables):
-            _write(data, begin + HEAD_BYTES + table * TABLE_BYTES, 4, counts[table, row])
-            data[begin + HEAD_BYTES + table * TABLE_BYTES + 4] = widths[table, row]
-        begin = ends[row]
-        at = begin - (text_offsets[last] - text_offsets[first])
-        data[at:begin] = text_data[text_offsets[first] : text_offsets[last]]
-        for text in range(first, last):
-            _write(data, at - 2 * (last - text), 2, text_offsets[text + 1] - text_offsets[text])
-    return data
+        used[:n_used].sort()
+        for number in range(n_used):
+            numbers[used[number]] = number + 1
+        data[end : end + 3] = first_bytes[part]
+        _write_time(data, end + 3, max(latest_ms[part, row], 0))
+        _write_2(data, end + 9, n_used)
+        at = end + HEAD_BYTES + (last_table - first_table) * TABLE_BYTES
+        for table in range(first_table, last_table):
+            head = end + HEAD_BYTES + (table - first_table) * TABLE_BYTES
+            n, first = stops[table] - done[table], slots[table] + done[table]
+            width = _width(places[table], n, first, entries[table], pool, numbers)
+            _write_4(data, head, n)
+            data[head + 4] = width
+            field_at = at
+            for field in range(lines[table] - 1):
+                first += entries[table]
+                kind = places[table, field]
+                field_at += _pack_field(data, field_at, sizes[table, width], n, kind, width, first, pool, numbers)
+            at += n * sizes[table, width]
+            done[table] = stops[table]
+        for index in range(n_used):
+            begin, length = text_offsets[used[index]], text_offsets[used[index] + 1] - text_offsets[used[index]]
+            _write_2(data, at + 2 * index, length)
+        at += 2 * n_used
+        for index in range(n_used):
+            begin, length = text_offsets[used[index]], text_offsets[used[index] + 1] - text_offsets[used[index]]
+            for position in range(length):
+                data[np.uint64(at + position)] = text_data[np.uint64(begin + position)]
+            at += length
+        ends[blob] = end = at
+    return data[:end], ends
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _width(places: Ints, n: int, first: int, step: int, pool: Ints, numbers: Ints) -> int:
+    """The width that the largest small integer among a row's n entries needs, as an index into `WIDTHS`."""
+    bits = 0
+    for kind in places:
+        first += step
+        if kind in (COUNT, CELL):
+            for slot in range(first, first + n):
+                bits |= pool[slot]
+        elif kind in (TEXT, BUCKET):
+            for slot in range(first, first + n):
+                bits |= numbers[pool[slot]] if pool[slot] >= 0 else 0
+    width = 0
+    while width < 3 and bits >> (8 << width):
+        width += 1
+    return width
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _pack_field(  # noqa: PLR0913, PLR0917  # as of `_unpack_field`
+    data: Bytes, at: int, step: int, n: int, kind: int, width: int, slot: int, pool: Ints, numbers: Ints
+) -> int:
+    """One field of a row's n entries, `step` bytes apart: returns its size."""
+    if kind == START:
+        for entry in range(n):
+            _write_4(data, at + entry * step, pool[np.uint64(slot + entry)])
+        return 4
+    if kind == TIME:
+        for entry in range(n):
+            _write_time(data, at + entry * step, pool[np.uint64(slot + entry)])
+        return 6
+    if kind == WORD:
+        for entry in range(n):
+            _write_8(data, at + entry * step, pool[np.uint64(slot + entry)])
+        return 8
+    for entry in range(n):
+        value = pool[np.uint64(slot + entry)]
+        if kind in (TEXT, BUCKET):
+            value = numbers[value] if value >= 0 else 0
+        place = at + entry * step
+        if width == 0:
+            data[np.uint64(place)] = value
+        elif width == 1:
+            _write_2(data, place, value)
+        elif width == 2:
+            _write_4(data, place, value)
+        else:
+            _write_8(data, place, value)
+    return 1 << width
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
 def _write_time(data: Bytes, at: int, ms: int) -> None:
-    _write(data, at, 4, 0 if ms < 0 else ms // 1000)
+    _write_4(data, at, 0 if ms < 0 else ms // 1000)
     # A millisecond that no time has stands for none.
-    _write(data, at + 4, 2, 65535 if ms < 0 else ms % 1000)
-
-
-@compiled  # type: ignore[untyped-decorator]  # as above
-def pack_table(data: Bytes, table_at: Ints, places: Ints, widths: Ints, table: Ints) -> None:
-    """Writes a table's entries, which are sorted by row; `table_at` (int64[rows]) moves on."""
-    for entry in range(table.shape[1]):
-        row = table[0, entry]
-        at = table_at[row]
-        for field in range(len(places)):
-            kind = places[field]
-            if kind < 0:
-                break
-            value = table[1 + field, entry]
-            if kind == TIME:
-                _write_time(data, at, value)
-                size = 6
-            else:
-                size = 4 if kind == START else 8 if kind == WORD else 1 << widths[row]
-                _write(data, at, size, value)
-            at += size
-        table_at[row] = at
+    _write_2(data, at + 4, 65535 if ms < 0 else ms % 1000)

@@ -1,0 +1,257 @@
+"""Tiles that meet: what `merge` does to one table of many rows, in loops that numba compiles.
+
+Tables are int64[lines, entries], as `features.rows` has them: the row of each entry, its start and bucket where the
+table has them, and its columns. Those of state are sorted by row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features.fold import begin, compiled, fold, tail_of
+from features.times import TICK_MS
+
+Ints = NDArray[np.int64]
+Keys = NDArray[np.uint64]
+Mask = NDArray[np.bool_]
+
+
+@compiled  # type: ignore[untyped-decorator]  # numba has no types
+def arrive(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
+    shape: Ints,
+    operations: Ints,
+    empty: Ints,
+    rows: Ints,
+    times_ms: Ints,
+    measures: Ints,
+    takes: Mask,
+    values: Ints,
+    buckets: Ints,
+    has_bucket: Mask,
+) -> Ints:
+    """Entries of one table: one an event that any of its partials takes.
+
+    Args:
+        shape: int64[6], see `features.fold.fold_tables`, like the next two.
+        operations: int64[partials, 3].
+        empty: int64[columns].
+        rows: int64[events], the row that each concerns.
+        times_ms: int64[events].
+        measures: int64[partials], what goes into each: its place among the next two.
+        takes: bool[measures, events], whether the event counts.
+        values: int64[measures, events]: codes of texts, or the bits of a float64.
+        buckets: int64[events]; not looked at where the table has no buckets, like the next.
+        has_bucket: bool[events], whether there is one.
+    """
+    n_lines, has_starts, has_buckets, n_columns = shape[0], shape[1], shape[2], shape[3]
+    index = np.empty(len(rows), np.int64)
+    n = 0
+    for event in range(len(rows)):
+        taken = False
+        for measure in measures:
+            taken |= takes[measure, event]
+        if taken and (not has_buckets or has_bucket[event]):
+            index[n] = event
+            n += 1
+    lines = np.empty((n_lines, n), np.int64)
+    columns = lines[n_lines - n_columns :]
+    floats = columns.view(np.float64)
+    for column in range(n_columns):
+        columns[column] = empty[column]
+    for at in range(n):
+        event = index[at]
+        lines[0, at] = rows[event]
+        if has_starts:
+            lines[1, at] = times_ms[event] // TICK_MS
+        if has_buckets:
+            lines[1 + has_starts, at] = buckets[event]
+    for partial in range(len(operations)):
+        measure = measures[partial]
+        for at in range(n):
+            # Where the partial takes no part, its identity: it must not matter what the event holds there.
+            event = index[at]
+            if takes[measure, event]:
+                begin(operations[partial], columns, floats, at, times_ms[event], values[measure, event])
+    return lines
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def meet(  # noqa: PLR0913, PLR0917  # as above
+    shape: Ints,
+    operations: Ints,
+    empty: Ints,
+    ageing: Ints,
+    recency: Ints,
+    bound: int,
+    lines: Ints,
+    n_rows: int,
+    now_ms: int,
+) -> tuple[Ints, Ints, int]:
+    """Ages tiles, drops what every window has left, folds entries of one key, and keeps as many buckets as are allowed.
+
+    Args:
+        shape: int64[6], see `features.fold.fold_tables`, like the next two.
+        operations: int64[partials, 3].
+        empty: int64[columns].
+        ageing: int64[windows, 3], shortest first: width and hop in ms, hop in ticks; of a table without starts, the
+            window beyond which entries are forgotten by the first of their columns, if there is one.
+        recency: int64[…], the columns that say when a bucket was seen.
+        bound: how many buckets a row keeps, those seen latest; 0 for all.
+        lines: int64[lines, entries], in any order: state and what has arrived.
+        n_rows: how many rows there are.
+        now_ms: see `features.kernel.merge`.
+
+    Returns:
+        The entries that are kept and those of buckets that are not, both sorted by row, bucket and start; and how many
+        buckets these are.
+    """
+    n_lines, has_starts, has_buckets, n_columns = shape[0], shape[1], shape[2], shape[3]
+    columns = lines[n_lines - n_columns :]
+    starts = lines[1].copy() if has_starts else lines[0]
+    if has_starts:
+        held = _age(starts, ageing, now_ms)
+    else:
+        held = np.ones(len(starts), np.bool_)
+        for window in range(len(ageing)):
+            held &= columns[0] >= tail_of(now_ms, ageing[window, 0], ageing[window, 1])
+    major = (lines[1 + has_starts] if has_buckets else starts).view(np.uint64)
+    minor = starts.view(np.uint64)
+    order = _by_row(lines[0], held, n_rows)
+    if has_starts or has_buckets:
+        _sort_rows(order, lines[0], major, minor)
+    runs = np.full(lines.shape[1], -1, np.int64)
+    firsts = np.empty(len(order), np.int64)
+    n = 0
+    for at in range(len(order)):
+        entry, before = order[at], order[at - 1] if at else order[at]
+        if (
+            at == 0
+            or lines[0, entry] != lines[0, before]
+            or major[entry] != major[before]
+            or minor[entry] != minor[before]
+        ):
+            firsts[n] = entry
+            n += 1
+        runs[entry] = n - 1
+    folded = np.empty((n_lines, n), np.int64)
+    for run in range(n):
+        folded[0, run] = lines[0, firsts[run]]
+        if has_starts:
+            folded[1, run] = starts[firsts[run]]
+        if has_buckets:
+            folded[1 + has_starts, run] = lines[1 + has_starts, firsts[run]]
+    totals = folded[n_lines - n_columns :]
+    for column in range(n_columns):
+        totals[column] = empty[column]
+    for index in range(len(operations)):
+        fold(operations[index], totals, totals.view(np.float64), runs, columns, columns.view(np.float64))
+    if not bound:
+        return folded, folded[:, :0].copy(), 0
+    kept: tuple[Ints, Ints, int] = _bounded(folded, folded[1 + has_starts].view(np.uint64), totals, recency, bound)
+    return kept
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _age(starts: Ints, ageing: Ints, now_ms: int) -> Mask:
+    """Rounds starts down to the hop of the finest window that holds them; says which any window holds."""
+    tails = np.empty(len(ageing), np.int64)
+    for window in range(len(ageing)):
+        tails[window] = tail_of(now_ms, ageing[window, 0], ageing[window, 1])
+    held = np.ones(len(starts), np.bool_)
+    for entry in range(len(starts)):
+        # Longer windows have earlier tails: the first that holds a tile is the finest.
+        window = 0
+        for tail in tails:
+            window += starts[entry] < tail
+        if window < len(tails):
+            starts[entry] -= starts[entry] % ageing[window, 2]
+        else:
+            held[entry] = False
+    return held
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _by_row(rows: Ints, held: Mask, n_rows: int) -> Ints:
+    """The entries that are held, by row, and otherwise in the order that they have: a counting sort."""
+    ends = np.zeros(n_rows + 1, np.int64)
+    for entry in range(len(rows)):
+        ends[rows[entry] + 1] += held[entry]
+    for row in range(n_rows):
+        ends[row + 1] += ends[row]
+    order = np.empty(ends[n_rows], np.int64)
+    for entry in range(len(rows)):
+        if held[entry]:
+            order[ends[rows[entry]]] = entry
+            ends[rows[entry]] += 1
+    return order
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _sort_rows(order: Ints, rows: Ints, major: Keys, minor: Keys) -> None:
+    """Sorts what is in order by row by two keys as well."""
+    scratch = np.empty(len(order), np.int64)
+    first = 0
+    for last in range(1, len(order) + 1):
+        if last == len(order) or rows[order[last]] != rows[order[first]]:
+            _sort(order, first, last, major, minor, scratch)
+            first = last
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _sort(order: Ints, first: int, last: int, major: Keys, minor: Keys, scratch: Ints) -> None:
+    """Sorts `order[first:last]` by two keys, stably: a merge sort that passes over what is in order, as state is."""
+    width = 1
+    while width < last - first:
+        for low in range(first, last - width, 2 * width):
+            left, right, end = low, low + width, min(low + 2 * width, last)
+            if not _is_before(order[right], order[right - 1], major, minor):
+                continue
+            middle, to = right, low
+            scratch[low:middle] = order[low:middle]
+            while left < middle:
+                if right < end and _is_before(order[right], scratch[left], major, minor):
+                    order[to] = order[right]
+                    right += 1
+                else:
+                    order[to] = scratch[left]
+                    left += 1
+                to += 1
+        width *= 2
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _is_before(one: int, other: int, major: Keys, minor: Keys) -> bool:
+    return bool(major[one] < major[other] or (major[one] == major[other] and minor[one] < minor[other]))
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _bounded(lines: Ints, buckets: Keys, columns: Ints, recency: Ints, bound: int) -> tuple[Ints, Ints, int]:
+    """Entries of the `bound` buckets a row that were seen latest, and the others: see `meet`."""
+    n = lines.shape[1]
+    groups = np.empty(n, np.int64)
+    rows, keys, seen = np.empty(n, np.int64), np.empty(n, np.uint64), np.zeros(n, np.uint64)
+    n_groups = 0
+    for entry in range(n):
+        if entry == 0 or lines[0, entry] != lines[0, entry - 1] or buckets[entry] != buckets[entry - 1]:
+            rows[n_groups], keys[n_groups] = lines[0, entry], buckets[entry]
+            n_groups += 1
+        group = n_groups - 1
+        groups[entry] = group
+        for column in recency:
+            # Never is -1, before all times.
+            seen[group] = max(seen[group], np.uint64(columns[column, entry] + 1))
+    evicted = np.zeros(n_groups, np.bool_)
+    order, scratch = np.arange(n_groups), np.empty(n_groups, np.int64)
+    first = n_evicted = 0
+    for last in range(1, n_groups + 1):
+        if last == n_groups or rows[last] != rows[first]:
+            if last - first > bound:
+                _sort(order, first, last, seen, keys, scratch)
+                evicted[order[first : last - bound]] = True
+                n_evicted += last - first - bound
+            first = last
+    if not n_evicted:
+        return lines, lines[:, :0].copy(), 0
+    out = evicted[groups]
+    return lines[:, ~out], lines[:, out], n_evicted
