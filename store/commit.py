@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from itertools import chain
 from typing import Any, Final, NamedTuple
@@ -55,7 +56,7 @@ class Position(msgspec.Struct, frozen=True, array_like=True):
     horizon: int
 
 
-class CommitRecord(msgspec.Struct, frozen=True):
+class CommitRecord(msgspec.Struct, frozen=True, dict=True):
     """A shard's commit record; `positions` by `topic/partition`."""
 
     writer: str
@@ -64,6 +65,10 @@ class CommitRecord(msgspec.Struct, frozen=True):
 
     def encode(self) -> bytes:
         """Canonical JSON: equal records are equal bytes."""
+        return self._encoded
+
+    @cached_property
+    def _encoded(self) -> bytes:
         return msgspec.json.encode(self, order="sorted")
 
     def position(self, topic: str, partition: int) -> Position | None:

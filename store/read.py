@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,11 +42,20 @@ class Request:
         at = 0
         for bundle, ids in self.wanted:
             end = at + len(ids) * len(bundle.families)
-            try:
-                found[bundle.name] = decode(bundle, blobs[at:end])
-            except CorruptRowError as error:
-                key = self.keys[at + error.position].decode(errors="backslashreplace")
-                msg = f"Redis key {key!r}: {error}; it was written by something else or by another version of its view"
-                raise ForeignValueError(msg) from error
+            found[bundle.name] = read_rows(bundle, blobs[at:end], self.keys[at:end].__getitem__)
             at = end
         return found
+
+
+def read_rows(bundle: Bundle, blobs: Sequence[Blob], key_at: Callable[[int], bytes]) -> Rows:
+    """Rows of n entities: `store.codec.decode`, with an error that names the key by its place.
+
+    Raises:
+        ForeignValueError: if a value is no row.
+    """
+    try:
+        return decode(bundle, blobs)
+    except CorruptRowError as error:
+        key = key_at(error.position).decode(errors="backslashreplace")
+        msg = f"Redis key {key!r}: {error}; it was written by something else or by another version of its view"
+        raise ForeignValueError(msg) from error
