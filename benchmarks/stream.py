@@ -33,8 +33,8 @@ PROCESSES: Final = 2
 PEERS: Final = {"builtin()": (1, 3600), "per_key()": (2, 10), "per_key(pipelined=False)": (2, 10)}
 """Processes and seconds an epoch, as each does best. At the end of an epoch Bytewax copies the state of every window
 that was touched, recovery store or not, which takes four fifths of the time at its default of 10 s."""
-SETTINGS: Final = {"partitions": PARTITIONS, "shards": 8, "chunk_events": 5_000, "row_cache_mb": 1_000}
-"""Few shards make few commits; all rows fit the cache. A write takes a chunk of every partition: 60,000 events."""
+SETTINGS: Final = {"partitions": PARTITIONS, "shards": 8, "chunk_events": 60_000, "row_cache_mb": 1_000}
+"""Few shards make few commits; all rows fit the cache."""
 SPAN_MS: Final = 6 * 3_600_000
 DEADLINE_S: Final = 600.0
 

@@ -382,7 +382,7 @@ def loop() -> None:
     from store.connect import connect
     from streams.chunk import Partition
     from streams.decode import Decoder
-    from streams.kafka import PartitionReader
+    from streams.kafka import WorkerReader
     from streams.lane import Lane
 
     settings, work, lap = Settings(), Work.read(), Lap()
@@ -390,17 +390,12 @@ def loop() -> None:
     client = connect(settings.redis_url.get_secret_value(), settings.redis_timeout_s)
     decoder = Decoder(plan, 1, settings.dedupe_s * 1000)
     lane = Lane(plan, 0, 1, client, cache_bytes_max=settings.row_cache_mb * 1_000_000)
-    readers = []
-    for name in work.counts:
-        topic, _, number = name.rpartition("/")
-        readers.append(PartitionReader(settings, plan, Partition(topic, int(number)), client))
+    split = [name.rpartition("/") for name in work.counts]
+    reader = WorkerReader(settings, plan, [Partition(topic, int(number)) for topic, _, number in split], client)
     left = work.events
     while left:
         parts = []
-        for reader in readers:
-            chunk = reader.next_chunk()
-            if chunk is None:
-                continue
+        for chunk in reader.next_chunks():
             decoded = decoder.decode(chunk)
             if decoded.dead_letters:
                 msg = f"the benchmark sends good events only, and one was refused: {decoded.dead_letters[0].reason}"
@@ -418,8 +413,7 @@ def loop() -> None:
             lap.before = work.events - left
     lane.settle()
     lap.end()
-    for reader in readers:
-        reader.close()
+    reader.close()
     lap.save(work.folder)
 
 

@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     )
     partitions: int = Field(4, ge=1, description="Partitions of a topic that apply creates")
     replication: int = Field(1, ge=1, description="Replication factor of a topic that apply creates")
-    chunk_events: int = Field(10_000, ge=1, description="Most records that a stream takes from a partition at once")
+    chunk_events: int = Field(10_000, ge=1, description="Most records that a worker of the stream takes at once")
     row_cache_mb: int = Field(
         256, ge=0, description="Rows that the stream keeps instead of reading them again, megabytes; 0 for none"
     )

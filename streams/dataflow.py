@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 
 import bytewax.operators as op
 import structlog
 from bytewax.dataflow import Dataflow
-from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
+from bytewax.inputs import DynamicSource, StatelessSourcePartition
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
 from features.plan import Plan
@@ -26,9 +27,9 @@ from registry.settings import Settings
 from registry.store import load_plan
 from store.commit import FencedError
 from store.connect import connect
-from streams.chunk import Chunk, Part, Partition
+from streams.chunk import Chunk, Part
 from streams.decode import Decoder
-from streams.kafka import DeadLetters, PartitionReader, partitions_of
+from streams.kafka import DeadLetters, WorkerReader, partitions_of
 from streams.lane import Lane
 from streams.metrics import METRICS
 
@@ -52,44 +53,37 @@ def flow() -> Dataflow:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
+    # The commit's thread waits for the interpreter as long as this, before it sends what is ready: 5 ms by default.
+    sys.setswitchinterval(0.0005)
     return dataflow
 
 
-class ChunkSource(FixedPartitionedSource[Chunk, None]):
-    """All partitions of all topics of the plan."""
+class ChunkSource(DynamicSource[Chunk]):
+    """All partitions of all topics of the plan; each worker reads a share of them."""
 
     def __init__(self, settings: Settings, plan: Plan) -> None:
         self._settings = settings
         self._plan = plan
 
-    def list_parts(self) -> list[str]:
-        return [
-            f"{topic}/{number}"
-            for topic, number in partitions_of(self._settings, [spec.topic for spec in self._plan.events])
-        ]
-
-    def build_part(self, step_id: str, for_part: str, resume_state: None) -> StatefulSourcePartition[Chunk, None]:
-        topic, number = for_part.rsplit("/", 1)
+    def build(self, step_id: str, worker_index: int, worker_count: int) -> StatelessSourcePartition[Chunk]:
+        mine = partitions_of(self._settings, [spec.topic for spec in self._plan.events])[worker_index::worker_count]
         client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
-        return _ChunkPartition(PartitionReader(self._settings, self._plan, Partition(topic, int(number)), client))
+        return _WorkerChunks(WorkerReader(self._settings, self._plan, mine, client))
 
 
-class _ChunkPartition(StatefulSourcePartition[Chunk, None]):
-    def __init__(self, reader: PartitionReader, clock: Callable[..., datetime] = datetime.now) -> None:
+class _WorkerChunks(StatelessSourcePartition[Chunk]):
+    def __init__(self, reader: WorkerReader, clock: Callable[..., datetime] = datetime.now) -> None:
         self._reader = reader
         self._clock = clock
         self._idle = False
 
     def next_batch(self) -> Iterable[Chunk]:
-        chunk = self._reader.next_chunk()
-        self._idle = chunk is None or not chunk.values
-        return [] if chunk is None else [chunk]
+        chunks = self._reader.next_chunks()
+        self._idle = not any(chunk.values for chunk in chunks)
+        return chunks
 
     def next_awake(self) -> datetime | None:
         return self._clock(UTC) + _POLL if self._idle else None
-
-    def snapshot(self) -> None:
-        return None
 
     def close(self) -> None:
         self._reader.close()

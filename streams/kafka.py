@@ -103,12 +103,13 @@ class PartitionReader:
         partition: Partition,
         client: redis.Redis,
         clock: Callable[[], float] = time.monotonic,
+        consumer: Any = None,
     ) -> None:
         self._partition = partition
         self._chunk_events = settings.chunk_events
         self._clock = clock
         self._spoken_s = clock()
-        self._consumer = _consumer(settings)
+        self._consumer = consumer or _consumer(settings)
         low, high = self._consumer.get_watermark_offsets(TopicPartition(*partition), timeout=_KAFKA_TIMEOUT_S)
         positions = [record.position(*partition) for record in _records(plan, client)]
         start = start_of(partition, positions, low, high)
@@ -123,9 +124,7 @@ class PartitionReader:
         if self._lost:
             (start, end), self._lost = self._lost, None
             return Chunk(self._partition, start, end, self._fresh)
-        messages: list[Any] = [
-            message for message in self._consumer.consume(self._chunk_events, timeout=0) if self._usable(message)
-        ]
+        messages: list[Any] = [each for each in self._consumer.consume(self._chunk_events, timeout=0) if _usable(each)]
         if not messages and self._clock() - self._spoken_s < IDLE_S:
             return None
         self._spoken_s = self._clock()
@@ -145,14 +144,60 @@ class PartitionReader:
         """Leaves the partition."""
         self._consumer.close()
 
-    def _usable(self, message: Any) -> bool:
-        error = message.error()
-        if error is None:
-            return True
-        if error.fatal() or error.code() not in _PASSING:
-            raise KafkaException(error)
-        log.warning("kafka_unavailable", error=str(error))
-        return False
+
+class WorkerReader:
+    """Reads many partitions through one consumer: the broker answers one fetch, and one poll finds what is there."""
+
+    def __init__(self, settings: Settings, plan: Plan, partitions: Iterable[Partition], client: redis.Redis) -> None:
+        shared = _Shared(settings)
+        self._shared = shared
+        self._readers = [
+            PartitionReader(settings, plan, each, client, consumer=_OfPartition(shared, each)) for each in partitions
+        ]
+
+    def next_chunks(self) -> list[Chunk]:
+        """The next chunk of every partition that has one; at most `chunk_events` records in all. Never blocks."""
+        self._shared.poll()
+        return [chunk for reader in self._readers if (chunk := reader.next_chunk())]
+
+    def close(self) -> None:
+        """Leaves all partitions."""
+        self._shared.consumer.close()
+
+
+class _Shared:
+    """One consumer, and what it has read of each partition."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.consumer = _consumer(settings)
+        self.read: dict[Partition, list[Any]] = {}
+        self._chunk_events = settings.chunk_events
+
+    def poll(self) -> None:
+        """Reads what is there."""
+        messages: list[Any] = self.consumer.consume(self._chunk_events, timeout=0)
+        for message in messages:
+            found = self.read.get(Partition(message.topic(), message.partition()))
+            if found is not None:
+                found.append(message)
+            else:
+                _usable(message)  # An error of no partition.
+
+
+class _OfPartition:
+    """A partition's share of a consumer, as `PartitionReader` uses it."""
+
+    def __init__(self, shared: _Shared, partition: Partition) -> None:
+        self._shared, self._partition = shared, partition
+        self.get_watermark_offsets = shared.consumer.get_watermark_offsets
+
+    def assign(self, partitions: list[TopicPartition]) -> None:
+        self._shared.read[self._partition] = []
+        self._shared.consumer.incremental_assign(partitions)
+
+    def consume(self, _count: int, timeout: float) -> list[Any]:
+        found, self._shared.read[self._partition] = self._shared.read[self._partition], []
+        return found
 
 
 class DeadLetters:
@@ -210,6 +255,17 @@ class DeadLetters:
     def _delivered(self, error: Any, message: Any) -> None:
         if error is not None:
             self._failed.append(f"{message.topic()}: {error}")
+
+
+def _usable(message: Any) -> bool:
+    """Whether this is a record; says what passes by itself, and raises what does not."""
+    error = message.error()
+    if error is None:
+        return True
+    if error.fatal() or error.code() not in _PASSING:
+        raise KafkaException(error)
+    log.warning("kafka_unavailable", error=str(error))
+    return False
 
 
 def _consumer(settings: Settings) -> Consumer:
