@@ -395,8 +395,8 @@ def loop() -> None:
     left = work.events
     while left:
         parts = []
-        for chunk in reader.next_chunks():
-            decoded = decoder.decode(chunk)
+        chunks = reader.next_chunks()
+        for chunk, decoded in zip(chunks, decoder.decode_all(chunks), strict=True):
             if decoded.dead_letters:
                 msg = f"the benchmark sends good events only, and one was refused: {decoded.dead_letters[0].reason}"
                 raise ValueError(msg)

@@ -20,6 +20,7 @@ from serving.lookup import MIRRORED
 from store.codec import decode, encode
 from store.keys import shards_of
 from store.mirror import Mirror
+from streams.dedupe import Dedupe
 
 _NOW_MS = 1_763_683_200_000
 
@@ -40,7 +41,9 @@ def compile_all(definitions: str = "features.catalog") -> None:
             frame.matrix(1)
             list(frame.values.items())
     shards_of(pa.array(["a"]), 16)
-    hash64(pa.array(["a"]))
+    dedupe, hashes, times_ms = Dedupe(1), hash64(pa.array(["a"])), np.zeros(1, np.int64)
+    for offset in range(2):
+        dedupe.duplicates(offset, hashes, times_ms)
 
 
 def _row(plan: Plan, family: Family) -> bytes:

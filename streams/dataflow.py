@@ -99,8 +99,7 @@ class DecodeStep:
 
     def __call__(self, chunks: list[Chunk]) -> list[tuple[str, Part]]:
         out: list[tuple[str, Part]] = []
-        for chunk in chunks:
-            decoded = self._decoder.decode(chunk)
+        for chunk, decoded in zip(chunks, self._decoder.decode_all(chunks), strict=True):
             if decoded.dead_letters:
                 self._dead_letters = self._dead_letters or DeadLetters(self._settings)
                 self._dead_letters.write(decoded.dead_letters)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Union, get_args, get_origin
 
@@ -56,43 +57,64 @@ class Decoder:
 
     def decode(self, chunk: Chunk) -> Decoded:
         """The parts of a chunk, one for every lane, also where it holds no event."""
-        partition = chunk.partition
-        dedupe = self._dedupes.setdefault(partition, Dedupe(self._dedupe_ms))
-        contract = self._contracts[partition.topic]
-        accepted, refused = contract.decode(chunk.values, chunk.record_ms)
-        offsets, record_ms = chunk.offsets[accepted.index], chunk.record_ms[accepted.index]
-        repeated = dedupe.duplicates(chunk.start, hash64(accepted.event_ids), record_ms)
-        counted = ~repeated & (offsets >= chunk.fresh)
-        dead_letters = [
-            DeadLetter(partition, int(chunk.offsets[at]), chunk.keys[at], chunk.values[at], reason)
-            for at, reason in refused
-            if chunk.offsets[at] >= chunk.fresh
-        ]
-        events = self._by_entity(contract.name, accepted, offsets, np.minimum(accepted.times_ms, record_ms), counted)
-        latest_ms = int(chunk.record_ms.max(initial=-1))
-        parts = []
-        for lane in range(self._lanes):
-            mine = {entity: happened.take(happened.shards % self._lanes == lane) for entity, happened in events.items()}
-            parts.append(Part(partition, chunk.start, chunk.end, dedupe.horizon(chunk.end), latest_ms, mine))
-        return Decoded(parts, dead_letters, int(counted.sum()), int((repeated & (offsets >= chunk.fresh)).sum()))
+        (decoded,) = self.decode_all([chunk])
+        return decoded
 
-    def _by_entity(
-        self,
-        contract: str,
-        accepted: Accepted,
-        offsets: NDArray[np.int64],
-        times_ms: NDArray[np.int64],
-        counted: NDArray[np.bool_],
-    ) -> dict[str, Happened]:
-        found = {}
-        for entity in self._plan.entities:
-            ids = accepted.fields.get(entity.key)
-            if ids is None or not counted.any():
-                continue
-            concerned = counted & np.asarray(ids.is_valid()) if ids.null_count else counted
-            shards = shards_of(ids, self._plan.shards)
-            found[entity.name] = Happened(contract, ids, shards, offsets, times_ms, accepted.fields).take(concerned)
-        return found
+    def decode_all(self, chunks: Sequence[Chunk]) -> list[Decoded]:
+        """As `decode`, of chunks of several partitions: those of one topic are checked together."""
+        found: dict[int, Decoded] = {}
+        for topic in dict.fromkeys(chunk.partition.topic for chunk in chunks):
+            places = [place for place, chunk in enumerate(chunks) if chunk.partition.topic == topic]
+            decoded = self._of_topic(self._contracts[topic], [chunks[place] for place in places])
+            found.update(zip(places, decoded, strict=True))
+        return [found[place] for place in range(len(chunks))]
+
+    def _of_topic(self, contract: ContractDecoder, chunks: list[Chunk]) -> Iterator[Decoded]:
+        record_ms = np.concatenate([chunk.record_ms for chunk in chunks])
+        accepted, refused = contract.decode([value for chunk in chunks for value in chunk.values], record_ms)
+        record_ms, offsets = record_ms[accepted.index], np.concatenate([c.offsets for c in chunks])[accepted.index]
+        times_ms, hashes = np.minimum(accepted.times_ms, record_ms), hash64(accepted.event_ids)
+        shards = {
+            entity.name: (entity.key, shards_of(accepted.fields[entity.key], self._plan.shards))
+            for entity in self._plan.entities
+            if entity.key in accepted.fields
+        }
+        ends = [0, *accumulate(len(chunk.values) for chunk in chunks)]
+        for chunk, (begin, end) in zip(chunks, pairwise(ends), strict=True):
+            mine = slice(*np.searchsorted(accepted.index, (begin, end)).tolist())
+            dedupe = self._dedupes.setdefault(chunk.partition, Dedupe(self._dedupe_ms))
+            repeated = dedupe.duplicates(chunk.start, hashes[mine], record_ms[mine])
+            fresh = offsets[mine] >= chunk.fresh
+            counted = fresh & ~repeated
+            events = {}
+            if counted.any():
+                fields = {name: column[mine] for name, column in accepted.fields.items()}
+                for entity, (key, of_shard) in shards.items():
+                    ids = fields[key]
+                    concerned = counted & np.asarray(ids.is_valid()) if ids.null_count else counted
+                    happened = Happened(contract.name, ids, of_shard[mine], offsets[mine], times_ms[mine], fields)
+                    events[entity] = happened.take(concerned)
+            dead_letters = [
+                DeadLetter(chunk.partition, int(chunk.offsets[at]), chunk.keys[at], chunk.values[at], reason)
+                for at, reason in ((place - begin, reason) for place, reason in refused if begin <= place < end)
+                if chunk.offsets[at] >= chunk.fresh
+            ]
+            parts = self._parts(chunk, dedupe.horizon(chunk.end), events)
+            yield Decoded(parts, dead_letters, int(counted.sum()), int((repeated & fresh).sum()))
+
+    def _parts(self, chunk: Chunk, horizon: int, events: Mapping[str, Happened]) -> list[Part]:
+        latest_ms = int(chunk.record_ms.max(initial=-1))
+        return [
+            Part(
+                chunk.partition,
+                chunk.start,
+                chunk.end,
+                horizon,
+                latest_ms,
+                {entity: happened.take(happened.shards % self._lanes == lane) for entity, happened in events.items()},
+            )
+            for lane in range(self._lanes)
+        ]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
+from features.fold import compiled
+
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
@@ -43,8 +45,7 @@ class Dedupe:
         ordered, times = hashes[order], record_ms[order]
         seen_ms = np.full(len(hashes), -1, np.int64)
         for known, known_ms, _ in self._runs:
-            at = np.minimum(np.searchsorted(known, ordered), len(known) - 1)
-            seen_ms = np.maximum(seen_ms, np.where(known[at] == ordered, known_ms[at], -1))
+            _look_up(known, known_ms, ordered, seen_ms)
         first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
         if len(first) < len(ordered):
             # The latest earlier time in the same run of equal hashes: a running maximum that starts anew with each run.
@@ -83,6 +84,21 @@ class Dedupe:
                 break
         if len(hashes):
             self._runs.append((hashes, times, int(times.max())))
+
+
+@compiled  # type: ignore[untyped-decorator]  # numba has no types
+def _look_up(known: Hashes, known_ms: Ints, hashes: Hashes, seen_ms: Ints) -> None:
+    """Brings `seen_ms` up to the time of each hash that is known; both are sorted."""
+    for index in range(len(hashes)):
+        low, high = 0, len(known)
+        while low < high:
+            middle = (low + high) // 2
+            if known[middle] < hashes[index]:
+                low = middle + 1
+            else:
+                high = middle
+        if low < len(known) and known[low] == hashes[index]:
+            seen_ms[index] = max(seen_ms[index], known_ms[low])
 
 
 def _merged(hashes: Hashes, times: Ints, forgotten_ms: int) -> tuple[Hashes, Ints]:
