@@ -175,6 +175,17 @@ class Bundle:
         return tuple(dict.fromkeys(name for family in self.families for name in family.events))
 
     @cached_property
+    def fields(self) -> dict[str, tuple[str, ...]]:
+        """Of each contract, the fields that its families read."""
+        found: dict[str, dict[str, None]] = {name: {} for name in self.events}
+        for layout in self.tables:
+            for _, measure in layout.partials:
+                conditions = () if measure.where is None else measure.where.fields()
+                names = (measure.field, layout.table.by, *sorted(conditions))
+                found[measure.event].update(dict.fromkeys(name for name in names if name))
+        return {name: tuple(fields) for name, fields in found.items()}
+
+    @cached_property
     def measures(self) -> dict[Measure, int]:
         """Everything that goes into its rows, numbered."""
         every = dict.fromkeys(measure for layout in self.tables for _, measure in layout.partials)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import compress, pairwise
+from itertools import compress, islice, pairwise
 from operator import ne
 from typing import Any
 
@@ -17,6 +17,7 @@ import redis
 from features.kernel import SLACK_MS, Events, merge
 from features.layout import Bundle, families_of
 from features.plan import Plan
+from features.rows import Index
 from store.codec import encode
 from store.commit import CommitRecord, Position, RowWrite, ShardCommit, Writer
 from store.keys import Keyspace
@@ -117,11 +118,15 @@ class Lane:
         writes: dict[tuple[str, int], list[RowWrite]] = {}
         kept: list[tuple[list[bytes], list[bytes]]] = []
         evicted = 0
+        work = []
         for bundle in self._bundles:
             every = (self._new(bundle.entity, part, at) for part, at in zip(parts, known, strict=True))
-            happened = [each for each in every if each is not None and len(each.ids)]
+            happened = [each for each in every if each is not None and len(each.ids) and each.contract in bundle.events]
             if happened:
-                evicted += self._merge(bundle, happened, now_ms, writes, kept)
+                work.append(_Work(self._keyspace, bundle, happened))
+        found = iter(self._cache.read([key for each in work for key in each.keys], self._redis.mget))
+        for each in work:
+            evicted += self._merge(each, list(islice(found, len(each.keys))), now_ms, writes, kept)
         self._commit(writes)
         for keys, rows in kept:
             self._cache.keep(keys, rows)
@@ -162,30 +167,17 @@ class Lane:
 
     def _merge(
         self,
-        bundle: Bundle,
-        happened: list[Happened],
+        work: _Work,
+        old: list[bytes | None],
         now_ms: int,
         writes: dict[tuple[str, int], list[RowWrite]],
         kept: list[tuple[list[bytes], list[bytes]]],
     ) -> int:
         """Adds the rows to write to `writes`, and all to `kept`; returns how many buckets were evicted."""
-        encoded = pa.concat_arrays([each.ids for each in happened]).dictionary_encode()
-        ids = [text.encode() for text in encoded.dictionary.to_pylist()]
-        index = np.asarray(encoded.indices).astype(np.intp)
-        events = _by_contract(happened, np.split(index, np.cumsum([len(each.ids) for each in happened])[:-1]))
-        # Of which entities each family has events: only these rows are read and written.
-        touched = np.zeros((len(bundle.families), len(ids)), bool)
-        keys: list[bytes] = []
-        for family, mine in zip(bundle.families, touched, strict=True):
-            for name in family.events:
-                if name in events:
-                    mine[events[name].rows] = True
-            keys += self._keyspace.rows(family, compress(ids, mine.tolist()))
-        places = np.flatnonzero(touched)
-        old = self._cache.read(keys, self._redis.mget)
-        blobs = _spread(old, places, touched.size)
+        bundle, keys, places = work.bundle, work.keys, work.places
+        blobs = _spread(old, places, len(bundle.families) * len(work.shards))
         rows = read_rows(bundle, blobs, lambda place: keys[int(np.searchsorted(places, place))])
-        merged = merge(bundle, rows, events, now_ms)
+        merged = merge(bundle, rows, work.events, now_ms)
         every = encode(bundle, merged.rows)
         new = [every[place] for place in places.tolist()]
         retention_ms = np.array([[family.retention_ms] for family in bundle.families])
@@ -194,9 +186,7 @@ class Lane:
         # Plain tuples: making half a million a second of anything better takes a tenth of the time.
         writable: list[Any] = list(zip(keys, new, expires, strict=True))
         changed = np.fromiter(map(ne, new, (blob or b"" for blob in old)), bool, len(new))
-        shards = np.empty(len(ids), np.int16)
-        shards[index] = np.concatenate([each.shards for each in happened])
-        of_row = shards[places % len(ids)]
+        of_row = work.shards[places % len(work.shards)]
         # By shard: 16 bits are sorted by counting.
         order = np.argsort(of_row, kind="stable")
         order = order[changed[order]]
@@ -270,13 +260,41 @@ class RowCache:
             self._old = {}
 
 
-def _by_contract(happened: list[Happened], rows: list[Any]) -> dict[str, Events]:
-    """The events of each contract as one batch."""
+class _Work:
+    """Events to merge into the rows of one kind of entity.
+
+    Attributes:
+        events: by contract, each of its entity's number.
+        shards: int16[entities].
+        places: int64[rows], which rows events concern, among all of the first family, all of the next …
+        keys: theirs.
+    """
+
+    def __init__(self, keyspace: Keyspace, bundle: Bundle, happened: list[Happened]) -> None:
+        encoded = pa.concat_arrays([each.ids for each in happened]).dictionary_encode()
+        ids = [text.encode() for text in encoded.dictionary.to_pylist()]
+        index = np.asarray(encoded.indices).astype(np.intp)
+        self.bundle = bundle
+        self.events = _by_contract(bundle, happened, np.split(index, np.cumsum([len(each.ids) for each in happened])))
+        self.shards = np.empty(len(ids), np.int16)
+        self.shards[index] = np.concatenate([each.shards for each in happened])
+        touched = np.zeros((len(bundle.families), len(ids)), bool)
+        self.keys: list[bytes] = []
+        for family, mine in zip(bundle.families, touched, strict=True):
+            for name in family.events:
+                if name in self.events:
+                    mine[self.events[name].rows] = True
+            self.keys += keyspace.rows(family, compress(ids, mine.tolist()))
+        self.places = np.flatnonzero(touched)
+
+
+def _by_contract(bundle: Bundle, happened: list[Happened], rows: list[Index]) -> dict[str, Events]:
+    """The events of each contract as one batch, with the fields that the bundle reads."""
     found: dict[str, Events] = {}
     for name in dict.fromkeys(each.contract for each in happened):
-        mine = [(each, row) for each, row in zip(happened, rows, strict=True) if each.contract == name]
+        mine = [(each, row) for each, row in zip(happened, rows, strict=False) if each.contract == name]
         columns = {}
-        for field in mine[0][0].fields:
+        for field in bundle.fields[name]:
             parts = [each.fields[field] for each, _ in mine]
             columns[field] = pa.concat_arrays(parts) if isinstance(parts[0], pa.Array) else np.concatenate(parts)
         found[name] = Events(
