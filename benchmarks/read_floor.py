@@ -45,7 +45,7 @@ async def in_process(project: Project, mirror_rows: int) -> AsyncIterator[Path]:
             ids = {"user": [asked.user_id], "item": asked.item_ids}
             now_ms = time.time_ns() // 1_000_000
             answer = await lookup.read(program, ids, pairs_of(len(asked.item_ids)), now_ms)
-            return wire.ranking_npy(answer, len(asked.item_ids))
+            return wire.ranking_npy(answer)
 
         def keys(asked: Asked) -> list[bytes]:
             ids = {"user": [asked.user_id.encode()], "item": [item.encode() for item in asked.item_ids]}

@@ -217,11 +217,13 @@ class Frame:
         """Values by full name; lists and maps are made when they are asked for."""
         return _FrameValues(self)
 
-    def matrix(self, n: int) -> NDArray[np.float32]:
-        """float32[n, features]: numbers, each pair's in a row; those of an entity's only row stand in all."""
+    def matrix(self) -> NDArray[np.float32]:
+        """float32[pairs, features]: numbers, each pair's in a row; those of an entity stand in all of its pairs."""
         targets, places = self._program.matrix_places
+        pairs = self._asked.pairs
+        n = len(next(iter(pairs.values())))
         blocks = tuple(self._blocks[target] for target in targets)
-        rows = tuple(np.arange(n) if block.shape[1] == n else np.zeros(n, np.intp) for block in blocks)
+        rows = tuple(pairs[target[0]] if len(target) == 1 else np.arange(n) for target in targets)
         matrix = np.empty((n, len(places)), np.float32)
         if len(places):
             fill(blocks, places, rows, matrix)

@@ -38,7 +38,7 @@ def compile_all(definitions: str = "features.catalog") -> None:
             program = Program(plan, service.features, alone)
             states = {bundle.name: _state(bundle, blobs, mirrored=bundle.name in alone) for bundle in program.bundles}
             frame = program.evaluate(states, Asked(ids, pairs, {}), _NOW_MS)
-            frame.matrix(1)
+            frame.matrix()
             list(frame.values.items())
     shards_of(pa.array(["a"]), 16)
     dedupe, hashes, times_ms = Dedupe(1), hash64(pa.array(["a"])), np.zeros(1, np.int64)

@@ -150,7 +150,8 @@ class _Routes:
         if not 1 <= len(entity_id) <= TEXT_LENGTH_MAX or "\0" in entity_id:
             raise invalid("id", f"an id has 1 to {TEXT_LENGTH_MAX} characters and no NUL")
         program = self._of_entity(entity, query.service)
-        answer = await self._lookup.read(program, {entity: [entity_id]}, {entity: _ONE_ROW}, self._now_ms(query.as_of))
+        given = (program, {entity: [entity_id]}, {entity: _ONE_ROW}, self._now_ms(query.as_of))
+        answer = await (self._lookup.ask(*given) if query.as_of is None else self._lookup.read(*given))
         return self._answer(wire.entity_json(answer, entity, entity_id, query.service, self._plan.fingerprint))
 
     async def features(self, request: Request, body: FeaturesRequest) -> Response:
@@ -172,19 +173,17 @@ class _Routes:
             overrides["item"] = {
                 name: [getattr(item, name) for item in body.items] for name in ("category", "seller_id", "price")
             }
-        answer = await self._lookup.read(
-            program,
-            # An anonymous user is one whose id no event can have.
-            {"user": [body.user_id or ""], "item": item_ids},
-            pairs_of(len(item_ids)),
-            self._now_ms(body.as_of),
-            overrides,
-            defaults_on_error=body.on_error == "defaults",
-            explain=body.explain,
-        )
+        # An anonymous user is one whose id no event can have.
+        ids = {"user": [body.user_id or ""], "item": item_ids}
+        given = (program, ids, pairs_of(len(item_ids)), self._now_ms(body.as_of))
+        defaults = body.on_error == "defaults"
+        if body.as_of is None and not overrides and not body.explain:
+            answer = await self._lookup.ask(*given, defaults_on_error=defaults)
+        else:
+            answer = await self._lookup.read(*given, overrides, defaults_on_error=defaults, explain=body.explain)
         if accepted == wire.NPY:
             named = [(b"x-feature-names", names)] if len(names) < _NAMES_HEADER_BYTES_MAX else []
-            return self._answer(wire.ranking_npy(answer, len(item_ids)), wire.NPY, named)
+            return self._answer(wire.ranking_npy(answer), wire.NPY, named)
         if accepted == wire.ARROW:
             return self._answer(wire.ranking_arrow(answer, item_ids), wire.ARROW)
         content = wire.ranking_json(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 from redis.exceptions import RedisError
 
 from features.layout import families_of
@@ -15,6 +18,7 @@ from features.plan import Feature, Plan
 from features.program import Asked, Frame, Program
 from features.rows import Rows
 from features.totals import Totals
+from features.values import to_arrow, to_json
 from serving.problems import Problem, invalid, unavailable
 from store.connection import Connection
 from store.keys import Keyspace
@@ -23,23 +27,64 @@ from store.read import ForeignValueError, Request
 
 MIRRORED: Final = "item"
 """Candidates are few and asked for again and again; users are many, and each asks for itself."""
+_ROWS_TOGETHER_MAX: Final = 1000
+"""Questions are answered together up to so many rows: more save nothing, and make everybody wait."""
+_UNREADABLE: Final = (RedisError, OSError, ForeignValueError)
 Status = Literal["PRESENT", "NOT_FOUND", "UNAVAILABLE"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Values of some features for the entities that were asked for; `degraded` counts rows that could not be read."""
+    """Values of some features for the entities that were asked for, which may be some of those that were evaluated.
+
+    Attributes:
+        program: what was asked for.
+        states: all rows that were evaluated.
+        frame: what they evaluate to.
+        as_of_ms: when.
+        rows: by entity, which of all rows are the answer's.
+        pairs: which of all pairs are.
+        degraded: how many rows could not be read.
+        made: values of all rows as JSON and Arrow have them, once somebody asked for them.
+    """
 
     program: Program
     states: Mapping[str, Rows | Totals]
     frame: Frame
     as_of_ms: int
+    rows: Mapping[str, slice]
+    pairs: slice
     degraded: int
+    made: dict[tuple[str, str], Any]
 
     @property
     def features(self) -> tuple[Feature, ...]:
         """What was asked for, in order."""
         return self.program.features
+
+    def row(self, features: Iterable[Feature], entity: str) -> dict[str, Any]:
+        """Values of an entity's only row by full name, as JSON has them."""
+        row = self.rows[entity].start
+        return {feature.full_name: self._json(feature)[row] for feature in features}
+
+    def column(self, feature: Feature) -> list[Any]:
+        """One feature's values, as JSON has them."""
+        return self._json(feature)[self._own(feature)]
+
+    def arrow(self, feature: Feature) -> pa.Array:
+        """One feature's values."""
+        key = ("arrow", feature.full_name)
+        if key not in self.made:
+            self.made[key] = to_arrow(self.frame.values[feature.full_name], feature.value_type)
+        return self.made[key][self._own(feature)]
+
+    def matrix(self) -> NDArray[np.float32]:
+        """float32[pairs, features]: see `features.program.Frame.matrix`."""
+        key = ("matrix", "")
+        if key not in self.made:
+            self.made[key] = self.frame.matrix()
+        matrix: NDArray[np.float32] = self.made[key][self.pairs]
+        return matrix
 
     def explain(self, entity: str, row: int) -> dict[str, Any]:
         """How the features of one row come about."""
@@ -47,14 +92,44 @@ class Answer:
 
     def statuses(self, entity: str) -> list[Status]:
         """Whether each row of an entity was found."""
-        found = self.frame.found[entity]
+        found = self.frame.found[entity][self.rows[entity]].tolist()
         if self.degraded:
             return ["UNAVAILABLE"] * len(found)
-        return ["PRESENT" if there else "NOT_FOUND" for there in found.tolist()]
+        return ["PRESENT" if there else "NOT_FOUND" for there in found]
 
     def last_event_ms(self, entity: str) -> list[int | None]:
         """When each row's last event was."""
-        return [ms if ms >= 0 else None for ms in self.frame.last_event_ms[entity].tolist()]
+        return [ms if ms >= 0 else None for ms in self.frame.last_event_ms[entity][self.rows[entity]].tolist()]
+
+    def _json(self, feature: Feature) -> list[Any]:
+        key = ("json", feature.full_name)
+        if key not in self.made:
+            self.made[key] = to_json(self.frame.values[feature.full_name], feature.value_type)
+        values: list[Any] = self.made[key]
+        return values
+
+    def _own(self, feature: Feature) -> slice:
+        return self.rows[feature.entities[0]] if len(feature.entities) == 1 else self.pairs
+
+
+@dataclass
+class _Question:
+    """Entities that somebody asks for, and pairs of them; the `answer` is None for who asks alone."""
+
+    ids: Mapping[str, Sequence[str]]
+    pairs: Mapping[str, Any]
+    now_ms: int
+    answer: asyncio.Future[Answer | None]
+    defaults_on_error: bool
+
+
+@dataclass
+class _Together:
+    """Questions to one program, to be answered at once."""
+
+    program: Program
+    questions: list[_Question]
+    n_rows: int = 0
 
 
 class Lookup:
@@ -81,6 +156,8 @@ class Lookup:
         self._keyspace = Keyspace(plan.project, plan.shards)
         self._families = [family.name for view in plan.views for family in families_of(plan, view)]
         self._programs: dict[tuple[tuple[str, ...], bool], Program] = {}
+        self._open: dict[Program, _Together] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
     def connect(
@@ -165,19 +242,123 @@ class Lookup:
         """
         if explain:
             program = self.program(tuple(feature.full_name for feature in program.features), explain=True)
-        degraded = 0
         try:
-            states = await self._states(program, ids, now_ms, mirrored=not explain)
-        except (RedisError, OSError, ForeignValueError) as error:
-            if not defaults_on_error:
-                detail = (
-                    str(error) if isinstance(error, ForeignValueError) else f"Redis: {type(error).__name__}: {error}"
-                )
-                raise unavailable(detail.rstrip(": ")) from error
-            states = {bundle.name: Rows.empty(bundle, len(ids[bundle.entity])) for bundle in program.bundles}
-            degraded = sum(map(len, ids.values()))
-        frame = program.evaluate(states, Asked(ids, pairs, overrides or {}), now_ms)
-        return Answer(program, states, frame, now_ms, degraded)
+            return await self._evaluated(program, ids, pairs, now_ms, overrides, mirrored=not explain)
+        except _UNREADABLE as error:
+            return self._without_rows(program, ids, pairs, now_ms, error, defaults_on_error=defaults_on_error)
+
+    async def ask(
+        self,
+        program: Program,
+        ids: Mapping[str, Sequence[str]],
+        pairs: Mapping[str, Any],
+        now_ms: int,
+        *,
+        defaults_on_error: bool = False,
+    ) -> Answer:
+        """As `read`, together with everybody who asks the same program in the same turn of the event loop.
+
+        What a request costs is mostly by the call and hardly by the row.
+        """
+        loop = asyncio.get_running_loop()
+        n_rows = sum(map(len, ids.values()))
+        together = self._open.get(program)
+        if together is None or together.n_rows + n_rows > _ROWS_TOGETHER_MAX:
+            together = self._open[program] = _Together(program, [])
+            # By then all whose requests arrived with this one have asked.
+            loop.call_soon(self._begin, together)
+        question = _Question(ids, pairs, now_ms, loop.create_future(), defaults_on_error)
+        together.questions.append(question)
+        together.n_rows += n_rows
+        return await question.answer or await self.read(
+            program, ids, pairs, now_ms, defaults_on_error=defaults_on_error
+        )
+
+    def _begin(self, together: _Together) -> None:
+        if self._open.get(together.program) is together:
+            del self._open[together.program]
+        if len(together.questions) == 1:
+            (question,) = together.questions
+            if not question.answer.done():
+                question.answer.set_result(None)
+            return
+        task = asyncio.get_running_loop().create_task(self._answer(together))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, together: _Together) -> None:
+        """Answers all questions at once; if that fails, each by itself, as one's failure is no other's."""
+        program, questions = together.program, together.questions
+        ids: dict[str, list[str]] = {entity: [] for entity in questions[0].ids}
+        pairs: dict[str, list[Any]] = {entity: [] for entity in questions[0].pairs}
+        parts: list[tuple[dict[str, slice], slice]] = []
+        n_pairs = 0
+        for question in questions:
+            for entity, rows in question.pairs.items():
+                pairs[entity].append(rows + len(ids[entity]))
+            parts.append(({}, slice(n_pairs, n_pairs := n_pairs + len(next(iter(question.pairs.values()))))))
+            for entity, own in question.ids.items():
+                parts[-1][0][entity] = slice(len(ids[entity]), len(ids[entity]) + len(own))
+                ids[entity] += own
+        every = {entity: np.concatenate(rows) for entity, rows in pairs.items()}
+        error: Exception | None = None
+        try:
+            answer = await self._evaluated(program, ids, every, max(each.now_ms for each in questions))
+        except Exception as raised:  # noqa: BLE001  # every question gets its own answer, whatever went wrong
+            error = raised
+        for question, (own_rows, own_pairs) in zip(questions, parts, strict=True):
+            if question.answer.done():
+                continue
+            if error is None:
+                question.answer.set_result(replace(answer, rows=own_rows, pairs=own_pairs))
+            elif not isinstance(error, RedisError | OSError):
+                question.answer.set_result(None)
+            else:
+                # Asking Redis again would only take the time for it again.
+                given = (program, question.ids, question.pairs, question.now_ms, error)
+                try:
+                    question.answer.set_result(self._without_rows(*given, defaults_on_error=question.defaults_on_error))
+                except Problem as problem:
+                    question.answer.set_exception(problem)
+
+    async def _evaluated(
+        self,
+        program: Program,
+        ids: Mapping[str, Sequence[str]],
+        pairs: Mapping[str, Any],
+        now_ms: int,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        mirrored: bool = True,
+    ) -> Answer:
+        states = await self._states(program, ids, now_ms, mirrored=mirrored)
+        return self._evaluate(program, states, Asked(ids, pairs, overrides or {}), now_ms)
+
+    def _without_rows(
+        self,
+        program: Program,
+        ids: Mapping[str, Sequence[str]],
+        pairs: Mapping[str, Any],
+        now_ms: int,
+        error: Exception,
+        *,
+        defaults_on_error: bool,
+    ) -> Answer:
+        """The answer for entities never seen, or a problem, because of an error."""
+        if not defaults_on_error:
+            detail = str(error) if isinstance(error, ForeignValueError) else f"Redis: {type(error).__name__}: {error}"
+            raise unavailable(detail.rstrip(": ")) from error
+        states = {bundle.name: Rows.empty(bundle, len(ids[bundle.entity])) for bundle in program.bundles}
+        return self._evaluate(program, states, Asked(ids, pairs, {}), now_ms, degraded=sum(map(len, ids.values())))
+
+    @staticmethod
+    def _evaluate(
+        program: Program, states: Mapping[str, Rows | Totals], asked: Asked, now_ms: int, *, degraded: int = 0
+    ) -> Answer:
+        frame = program.evaluate(states, asked, now_ms)
+        rows = {entity: slice(0, len(own)) for entity, own in asked.ids.items()}
+        pairs = slice(0, len(next(iter(asked.pairs.values()), ())))
+        return Answer(program, states, frame, now_ms, rows, pairs, degraded, {})
 
     async def _states(
         self,

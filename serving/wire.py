@@ -10,7 +10,6 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from features.values import to_arrow, to_json
 from serving.lookup import Answer
 
 JSON = "application/json"
@@ -25,7 +24,7 @@ def ranking_json(
     """The user's features once, and a list of values an item; if asked, how each feature comes about."""
     of_user = [feature for feature in answer.features if feature.entities == ("user",)]
     of_items = [feature for feature in answer.features if feature.entities != ("user",)]
-    columns = [to_json(answer.frame.values[feature.full_name], feature.value_type) for feature in of_items]
+    columns = [answer.column(feature) for feature in of_items]
     rows = zip(*columns, strict=True) if columns else iter([()] * len(item_ids))
     document: dict[str, Any] = {
         "service": service,
@@ -35,10 +34,7 @@ def ranking_json(
             "id": user_id,
             "status": answer.statuses("user")[0] if "user" in answer.frame.found else None,
             "last_event_at": answer.last_event_ms("user")[0] if "user" in answer.frame.found else None,
-            "features": {
-                feature.full_name: to_json(answer.frame.values[feature.full_name], feature.value_type)[0]
-                for feature in of_user
-            },
+            "features": answer.row(of_user, "user"),
         },
         "features": [feature.full_name for feature in of_items],
         "items": [
@@ -55,9 +51,9 @@ def ranking_json(
     return orjson.dumps(document)
 
 
-def ranking_npy(answer: Answer, n_items: int) -> bytes:
+def ranking_npy(answer: Answer) -> bytes:
     """float32[items, features]: user features broadcast, NaN for null."""
-    matrix = answer.frame.matrix(n_items)
+    matrix = answer.matrix()
     return _npy_header(*matrix.shape) + matrix.tobytes()
 
 
@@ -73,7 +69,7 @@ def ranking_arrow(answer: Answer, item_ids: list[str]) -> bytes:
     repeat = pa.array(np.zeros(len(item_ids), np.int64))
     columns = [pa.array(item_ids, pa.string())]
     for feature in answer.features:
-        column = to_arrow(answer.frame.values[feature.full_name], feature.value_type)
+        column = answer.arrow(feature)
         columns.append(column.take(repeat) if feature.entities == ("user",) else column)
     batch = pa.record_batch(columns, ["item_id", *(feature.full_name for feature in answer.features)])
     sink = pa.BufferOutputStream()
@@ -93,10 +89,7 @@ def entity_json(answer: Answer, entity: str, entity_id: str, service: str | None
         "as_of": answer.as_of_ms,
         "plan": plan,
         "service": service,
-        "features": {
-            feature.full_name: to_json(answer.frame.values[feature.full_name], feature.value_type)[0]
-            for feature in answer.features
-        },
+        "features": answer.row(answer.features, entity),
     }
     if answer.degraded:
         document["degraded"] = answer.degraded
