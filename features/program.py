@@ -243,7 +243,7 @@ class Frame:
         if name in self._others:
             return self._others[name]
         stage = program._stage_of.get(name)
-        if stage is None:
+        if stage is None or (name in program._row_of and not stage.is_text(name)):
             return self._number(name)
         totals = self._totals[stage.bundle.name]
         value = stage.evaluator.value(name, totals, self._now_ms, self._block_of(stage))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Type = Literal["int", "float", "bool", "str", "list[str]", "map[str, float]"]
 """The type of one feature's value."""
+_FEW: Final = 32
+"""Up to so many values, one by one is faster than the machinery of numpy and Arrow."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def to_json(values: Values, value_type: Type) -> list[Any]:
     if value_type == "float":
         return floats
     whole = int if value_type == "int" else bool
-    if len(floats) == 1:
+    if len(floats) <= _FEW:
         return [whole(value) if value == value else value for value in floats]  # noqa: PLR0124  # NaN is unlike itself
     null = np.isnan(values)
     wholes: list[Any] = np.where(null, 0, values).astype(np.int64 if whole is int else np.bool_).tolist()
@@ -127,7 +129,7 @@ def to_json(values: Values, value_type: Type) -> list[Any]:
 
 def _strings(texts: pa.StringArray, codes: Ints) -> list[str | None]:
     """The texts of codes, None for -1."""
-    if len(codes) <= 32:  # Below, one by one is faster than Arrow's machinery.
+    if len(codes) <= _FEW:
         return [texts[code].as_py() if code >= 0 else None for code in codes.tolist()]
     found: list[str | None] = texts.take(pa.array(codes, mask=codes < 0)).to_pylist()
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
@@ -62,10 +62,15 @@ class Answer:
         """What was asked for, in order."""
         return self.program.features
 
-    def row(self, features: Iterable[Feature], entity: str) -> dict[str, Any]:
-        """Values of an entity's only row by full name, as JSON has them."""
-        row = self.rows[entity].start
-        return {feature.full_name: self._json(feature)[row] for feature in features}
+    def row(self, features: Sequence[Feature], entity: str) -> dict[str, Any]:
+        """Values of an entity's only row by full name, as JSON has them; `features` are all that are its own."""
+        key = ("rows", entity)
+        if key not in self.made:
+            names = [feature.full_name for feature in features]
+            columns = [self._json(feature) for feature in features]
+            self.made[key] = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+        values: dict[str, Any] = self.made[key][self.rows[entity].start] if features else {}
+        return values
 
     def column(self, feature: Feature) -> list[Any]:
         """One feature's values, as JSON has them."""
