@@ -90,10 +90,14 @@ class Totals:
         """Where each table's totals begin, and where the last's end."""
         return [0, *np.cumsum(self._bundle.n_totals * self._n_groups).tolist()]
 
+    @cached_property
+    def _first_ends(self) -> list[int]:
+        """Where the groups of each table with buckets begin among all of these, and where the last's end."""
+        return [0, *np.cumsum(self._bundle.folding.shapes[:, 2] * self._n_groups).tolist()]
+
     def groups(self, table: int) -> Ints:
         """int64[…, groups]: the first lines of each group of a table with buckets: the row first, the bucket last."""
-        begin = int(self._n_groups[:table] @ self._bundle.folding.shapes[:table, 2])
-        firsts = self._firsts[begin : begin + int(self._n_groups[table])]
+        firsts = self._firsts[self._first_ends[table] : self._first_ends[table + 1]]
         assert self._rows is not None  # noqa: S101  # for the type checker: asked of tables with buckets only
         return self._rows.lines(table)[: 2 + self._bundle.tables[table].table.starts][:, firsts]
 
