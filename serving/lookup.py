@@ -27,7 +27,7 @@ from store.read import ForeignValueError, Request
 
 MIRRORED: Final = "item"
 """Candidates are few and asked for again and again; users are many, and each asks for itself."""
-_ROWS_TOGETHER_MAX: Final = 1000
+_ROWS_TOGETHER_MAX: Final = 2000
 """Questions are answered together up to so many rows: more save nothing, and make everybody wait."""
 _UNREADABLE: Final = (RedisError, OSError, ForeignValueError)
 Status = Literal["PRESENT", "NOT_FOUND", "UNAVAILABLE"]
