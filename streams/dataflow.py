@@ -13,7 +13,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import bytewax.operators as op
 import structlog
@@ -33,7 +33,8 @@ from streams.kafka import DeadLetters, WorkerReader, partitions_of
 from streams.lane import Lane
 from streams.metrics import METRICS
 
-_POLL = timedelta(milliseconds=2)
+_WAIT_S = 0.002
+"""An idle worker waits for records, and wakes with the first; other workers' parts wait for it no longer than this."""
 SUPERSEDED_STATUS = 3
 """The exit status of a worker whose shards another one has claimed: it must not be started again."""
 
@@ -78,12 +79,12 @@ class _WorkerChunks(StatelessSourcePartition[Chunk]):
         self._idle = False
 
     def next_batch(self) -> Iterable[Chunk]:
-        chunks = self._reader.next_chunks()
+        chunks = self._reader.next_chunks(_WAIT_S if self._idle else 0.0)
         self._idle = not any(chunk.values for chunk in chunks)
         return chunks
 
     def next_awake(self) -> datetime | None:
-        return self._clock(UTC) + _POLL if self._idle else None
+        return self._clock(UTC)
 
     def close(self) -> None:
         self._reader.close()

@@ -155,9 +155,12 @@ class WorkerReader:
             PartitionReader(settings, plan, each, client, consumer=_OfPartition(shared, each)) for each in partitions
         ]
 
-    def next_chunks(self) -> list[Chunk]:
-        """The next chunk of every partition that has one; at most `chunk_events` records in all. Never blocks."""
-        self._shared.poll()
+    def next_chunks(self, wait_s: float = 0.0) -> list[Chunk]:
+        """The next chunk of every partition that has one; at most `chunk_events` records in all.
+
+        Waits up to `wait_s` for the first of them.
+        """
+        self._shared.poll(wait_s)
         return [chunk for reader in self._readers if (chunk := reader.next_chunk())]
 
     def close(self) -> None:
@@ -173,10 +176,11 @@ class _Shared:
         self.read: dict[Partition, list[Any]] = {}
         self._chunk_events = settings.chunk_events
 
-    def poll(self) -> None:
-        """Reads what is there."""
+    def poll(self, wait_s: float) -> None:
+        """Reads what is there, or what comes first."""
+        first = self.consumer.poll(wait_s) if wait_s else None
         messages: list[Any] = self.consumer.consume(self._chunk_events, timeout=0)
-        for message in messages:
+        for message in [first, *messages] if first else messages:
             found = self.read.get(Partition(message.topic(), message.partition()))
             if found is not None:
                 found.append(message)
