@@ -27,8 +27,10 @@ from store.read import ForeignValueError, Request
 
 MIRRORED: Final = "item"
 """Candidates are few and asked for again and again; users are many, and each asks for itself."""
-_ROWS_TOGETHER_MAX: Final = 2000
+_ROWS_TOGETHER_MAX: Final = 1000
 """Questions are answered together up to so many rows: more save nothing, and make everybody wait."""
+_ROWS_READ_TOGETHER_MAX: Final = 100
+"""The same where there is no mirror: Redis works on the rows of one question while another's are evaluated."""
 _UNREADABLE: Final = (RedisError, OSError, ForeignValueError)
 Status = Literal["PRESENT", "NOT_FOUND", "UNAVAILABLE"]
 
@@ -161,7 +163,7 @@ class Lookup:
         self._keyspace = Keyspace(plan.project, plan.shards)
         self._families = [family.name for view in plan.views for family in families_of(plan, view)]
         self._programs: dict[tuple[tuple[str, ...], bool], Program] = {}
-        self._open: dict[Program, _Together] = {}
+        self._open: dict[tuple[Program, tuple[str, ...]], _Together] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -261,17 +263,19 @@ class Lookup:
         *,
         defaults_on_error: bool = False,
     ) -> Answer:
-        """As `read`, together with everybody who asks the same program in the same turn of the event loop.
+        """As `read`, together with all who ask the same program about the same entities in this turn of the event loop.
 
         What a request costs is mostly by the call and hardly by the row.
         """
         loop = asyncio.get_running_loop()
         n_rows = sum(map(len, ids.values()))
-        together = self._open.get(program)
-        if together is None or together.n_rows + n_rows > _ROWS_TOGETHER_MAX:
-            together = self._open[program] = _Together(program, [])
+        kind = (program, tuple(ids))
+        together = self._open.get(kind)
+        n_rows_max = _ROWS_TOGETHER_MAX if self.mirrors else _ROWS_READ_TOGETHER_MAX
+        if together is None or together.n_rows + n_rows > n_rows_max:
+            together = self._open[kind] = _Together(program, [])
             # By then all whose requests arrived with this one have asked.
-            loop.call_soon(self._begin, together)
+            loop.call_soon(self._begin, kind, together)
         question = _Question(ids, pairs, now_ms, loop.create_future(), defaults_on_error)
         together.questions.append(question)
         together.n_rows += n_rows
@@ -279,9 +283,9 @@ class Lookup:
             program, ids, pairs, now_ms, defaults_on_error=defaults_on_error
         )
 
-    def _begin(self, together: _Together) -> None:
-        if self._open.get(together.program) is together:
-            del self._open[together.program]
+    def _begin(self, kind: tuple[Program, tuple[str, ...]], together: _Together) -> None:
+        if self._open.get(kind) is together:
+            del self._open[kind]
         if len(together.questions) == 1:
             (question,) = together.questions
             if not question.answer.done():
@@ -294,28 +298,17 @@ class Lookup:
     async def _answer(self, together: _Together) -> None:
         """Answers all questions at once; if that fails, each by itself, as one's failure is no other's."""
         program, questions = together.program, together.questions
-        ids: dict[str, list[str]] = {entity: [] for entity in questions[0].ids}
-        pairs: dict[str, list[Any]] = {entity: [] for entity in questions[0].pairs}
-        parts: list[tuple[dict[str, slice], slice]] = []
-        n_pairs = 0
-        for question in questions:
-            for entity, rows in question.pairs.items():
-                pairs[entity].append(rows + len(ids[entity]))
-            parts.append(({}, slice(n_pairs, n_pairs := n_pairs + len(next(iter(question.pairs.values()))))))
-            for entity, own in question.ids.items():
-                parts[-1][0][entity] = slice(len(ids[entity]), len(ids[entity]) + len(own))
-                ids[entity] += own
-        every = {entity: np.concatenate(rows) for entity, rows in pairs.items()}
         error: Exception | None = None
         try:
-            answer = await self._evaluated(program, ids, every, max(each.now_ms for each in questions))
+            ids, pairs, parts = _joined(questions)
+            answer = await self._evaluated(program, ids, pairs, max(each.now_ms for each in questions))
         except Exception as raised:  # noqa: BLE001  # every question gets its own answer, whatever went wrong
             error = raised
-        for question, (own_rows, own_pairs) in zip(questions, parts, strict=True):
+        for number, question in enumerate(questions):
             if question.answer.done():
                 continue
             if error is None:
-                question.answer.set_result(replace(answer, rows=own_rows, pairs=own_pairs))
+                question.answer.set_result(replace(answer, rows=parts[number][0], pairs=parts[number][1]))
             elif not isinstance(error, RedisError | OSError):
                 question.answer.set_result(None)
             else:
@@ -391,6 +384,27 @@ class Lookup:
             blobs = await self.connection.mget(request.keys[:n_plain], tracked=request.keys[n_plain:])
             rows = request.rows(blobs)
             return {name: readings[name].totals(state) if name in readings else state for name, state in rows.items()}
+
+
+def _joined(
+    questions: Sequence[_Question],
+) -> tuple[dict[str, list[str]], dict[str, Any], list[tuple[dict[str, slice], slice]]]:
+    """All ids and pairs, and each question's share: its rows by entity, and its pairs."""
+    ids: dict[str, list[str]] = {entity: [] for entity in questions[0].ids}
+    pairs: dict[str, list[Any]] = {entity: [] for entity in questions[0].pairs}
+    parts: list[tuple[dict[str, slice], slice]] = []
+    n_pairs = 0
+    for question in questions:
+        for entity, rows in question.pairs.items():
+            pairs[entity].append(rows + len(ids[entity]))
+        own_rows = {}
+        for entity, own in question.ids.items():
+            own_rows[entity] = slice(len(ids[entity]), len(ids[entity]) + len(own))
+            ids[entity] += own
+        own_pairs = slice(n_pairs, n_pairs + len(next(iter(question.pairs.values()))))
+        n_pairs = own_pairs.stop
+        parts.append((own_rows, own_pairs))
+    return ids, {entity: np.concatenate(rows) for entity, rows in pairs.items()}, parts
 
 
 def pairs_of(n_items: int) -> dict[str, Any]:

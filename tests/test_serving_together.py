@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from features.plan import Plan
+from features.plan import Plan, ServiceSpec
 from headrace.embedded import EmbeddedRedis
 from serving.lookup import _ROWS_TOGETHER_MAX
 from tests.support.served import NOW_MS, Clock, Rows, catalogue, random_events, served, settings_of
@@ -130,3 +131,20 @@ async def test_who_goes_away_takes_nobody_along(http: httpx.AsyncClient, rows: R
     tasks[0].cancel()
     answers = await asyncio.gather(*tasks[1:])
     assert [answer.json()["features"]["user_activity__clicks_7d"] for answer in answers] == [1, 1, 1]
+
+
+async def test_an_item_by_itself_and_one_that_is_ranked_are_two_questions(redis: EmbeddedRedis, plan: Plan) -> None:
+    """The features of a service about items alone are the same whether a user is given or not; what is read is not.
+
+    Joined by their features only, one of the two would be missing its user.
+    """
+    own = tuple(name for name, feature in plan.features.items() if feature.entities == ("item",))
+    with_items = msgspec.structs.replace(plan, services=(*plan.services, ServiceSpec(name="items_v1", features=own)))
+    rows = Rows(with_items, redis.url, Clock())
+    rows.write("clicks", [{"t": NOW_MS - 1, "user_id": "u1", "item_id": f"i{n}"} for n in range(4)])
+    body = {"service": "items_v1", "user_id": "u1", "item_ids": ["i1", "i2"]}
+    async with served(settings_of(redis.url), with_items, Clock()) as http:
+        alone = (http.get(f"/v1/entities/item/i{n}?service=items_v1") for n in range(4))
+        ranked = (http.post("/v1/features", json=body) for _ in range(4))
+        answers = await asyncio.gather(*(each for pair in zip(alone, ranked, strict=True) for each in pair))
+    assert [answer.status_code for answer in answers] == [200] * 8
