@@ -67,7 +67,13 @@ class ChunkSource(DynamicSource[Chunk]):
         self._plan = plan
 
     def build(self, step_id: str, worker_index: int, worker_count: int) -> StatelessSourcePartition[Chunk]:
-        mine = partitions_of(self._settings, [spec.topic for spec in self._plan.events])[worker_index::worker_count]
+        topics = [spec.topic for spec in self._plan.events]
+        # By the partition alone: workers that don't see the same ones yet still agree on who reads which.
+        mine = [
+            each
+            for each in partitions_of(self._settings, topics)
+            if (topics.index(each.topic) + each.number) % worker_count == worker_index
+        ]
         client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
         return _WorkerChunks(WorkerReader(self._settings, self._plan, mine, client))
 
