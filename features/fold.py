@@ -163,6 +163,15 @@ def _fold_decayed(
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
+def tails_of(windows: Ints, now_ms: int) -> Ints:
+    """int64[windows]: the first tick inside each; `windows` begin with width and hop in ms."""
+    tails = np.empty(len(windows), np.int64)
+    for window in range(len(windows)):
+        tails[window] = tail_of(now_ms, windows[window, 0], windows[window, 1])
+    return tails
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
 def _groups(lines: Ints, has_starts: int) -> tuple[Ints, Ints]:
     """The group of each entry, a run of equal row and bucket; and each group's first entry."""
     rows, buckets = lines[0], lines[1 + has_starts]
@@ -180,9 +189,7 @@ def _groups(lines: Ints, has_starts: int) -> tuple[Ints, Ints]:
 @compiled  # type: ignore[untyped-decorator]  # as above
 def _slots(starts: Ints, groups: Ints, n_groups: int, windows: Ints, now_ms: int) -> Ints:
     """Where each entry is counted first: at its group in the finest window that holds it; -1 for nowhere."""
-    tails = np.empty(len(windows), np.int64)
-    for window in range(len(windows)):
-        tails[window] = tail_of(now_ms, windows[window, 0], windows[window, 1])
+    tails = tails_of(windows, now_ms)
     now_tick = now_ms // TICK_MS
     slots = np.empty(len(groups), np.int64)
     for entry in range(len(groups)):

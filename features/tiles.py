@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from features.fold import begin, compiled, fold, tail_of
+from features.fold import begin, compiled, fold, tails_of
 from features.times import TICK_MS
 
 Ints = NDArray[np.int64]
@@ -113,8 +113,8 @@ def meet(  # noqa: PLR0913, PLR0917  # as above
         held = _age(starts, ageing, now_ms)
     else:
         held = np.ones(len(starts), np.bool_)
-        for window in range(len(ageing)):
-            held &= columns[0] >= tail_of(now_ms, ageing[window, 0], ageing[window, 1])
+        for tail in tails_of(ageing, now_ms):
+            held &= columns[0] >= tail
     major = (lines[1 + has_starts] if has_buckets else starts).view(np.uint64)
     minor = starts.view(np.uint64)
     order = _by_row(lines[0], held, n_rows)
@@ -155,9 +155,7 @@ def meet(  # noqa: PLR0913, PLR0917  # as above
 @compiled  # type: ignore[untyped-decorator]  # as above
 def _age(starts: Ints, ageing: Ints, now_ms: int) -> Mask:
     """Rounds starts down to the hop of the finest window that holds them; says which any window holds."""
-    tails = np.empty(len(ageing), np.int64)
-    for window in range(len(ageing)):
-        tails[window] = tail_of(now_ms, ageing[window, 0], ageing[window, 1])
+    tails = tails_of(ageing, now_ms)
     held = np.ones(len(starts), np.bool_)
     for entry in range(len(starts)):
         # Longer windows have earlier tails: the first that holds a tile is the finest.

@@ -16,7 +16,7 @@ from features.rows import Rows
 from features.texts import hash64
 from features.totals import Totals
 from registry.definitions import compile_definitions
-from serving.lookup import MIRRORED
+from serving.lookup import mirrored_families
 from store.codec import decode, encode
 from store.keys import shards_of
 from store.mirror import Mirror
@@ -32,7 +32,7 @@ def compile_all(definitions: str = "features.catalog") -> None:
     blobs = {family: _row(plan, family) for family in families}
     ids = {entity.name: ["a"] for entity in plan.entities}
     pairs = {entity.name: np.zeros(1, np.intp) for entity in plan.entities}
-    apart = [family.name for family in families if family.entity == MIRRORED and not family.has_buckets]
+    apart = [family.name for family in mirrored_families(plan)]
     for service in plan.services:
         for alone in ((), apart):
             program = Program(plan, service.features, alone)

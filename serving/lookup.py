@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from redis.exceptions import RedisError
 
-from features.layout import families_of
+from features.layout import Family, families_of
 from features.plan import Feature, Plan
 from features.program import Asked, Frame, Program
 from features.rows import Rows
@@ -64,15 +64,14 @@ class Answer:
         """What was asked for, in order."""
         return self.program.features
 
-    def row(self, features: Sequence[Feature], entity: str) -> dict[str, Any]:
-        """Values of an entity's only row by full name, as JSON has them; `features` are all that are its own."""
+    def row(self, entity: str) -> dict[str, Any]:
+        """Values of an entity's own features in its only row, by full name, as JSON has them."""
         key = ("rows", entity)
         if key not in self.made:
-            names = [feature.full_name for feature in features]
-            columns = [self._json(feature) for feature in features]
-            self.made[key] = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
-        values: dict[str, Any] = self.made[key][self.rows[entity].start] if features else {}
-        return values
+            own = {each.full_name: self._json(each) for each in self.features if each.entities == (entity,)}
+            self.made[key] = [dict(zip(own, values, strict=True)) for values in zip(*own.values(), strict=True)]
+        rows: list[dict[str, Any]] = self.made[key]
+        return rows[self.rows[entity].start] if rows else {}
 
     def column(self, feature: Feature) -> list[Any]:
         """One feature's values, as JSON has them."""
@@ -121,10 +120,9 @@ class Answer:
 
 @dataclass
 class _Question:
-    """Entities that somebody asks for, and pairs of them; the `answer` is None for who asks alone."""
+    """What somebody asks; the `answer` is None for who asks alone."""
 
-    ids: Mapping[str, Sequence[str]]
-    pairs: Mapping[str, Any]
+    asked: Asked
     now_ms: int
     answer: asyncio.Future[Answer | None]
     defaults_on_error: bool
@@ -137,6 +135,12 @@ class _Together:
     program: Program
     questions: list[_Question]
     n_rows: int = 0
+
+
+def mirrored_families(plan: Plan) -> list[Family]:
+    """Whose rows a server keeps: of items, and with totals of a fixed size."""
+    families = [family for view in plan.views for family in families_of(plan, view)]
+    return [family for family in families if family.entity == MIRRORED and not family.has_buckets]
 
 
 class Lookup:
@@ -176,12 +180,7 @@ class Lookup:
         mirrored: Callable[[int, int], None] = lambda *_: None,
     ) -> Lookup:
         """A lookup of its own connection, with mirrors of up to `mirror_rows` items (0 for none)."""
-        families = [family for view in plan.views for family in families_of(plan, view)]
-        mirrors = {
-            family.name: Mirror(family, mirror_rows)
-            for family in families
-            if mirror_rows and family.entity == MIRRORED and not family.has_buckets
-        }
+        mirrors = {family.name: Mirror(family, mirror_rows) for family in mirrored_families(plan) if mirror_rows}
         keyspace = Keyspace(plan.project, plan.shards)
 
         def forget(keys: Sequence[bytes] | None) -> None:
@@ -247,12 +246,13 @@ class Lookup:
         Raises:
             Problem: 503 when Redis is away, slow or holds what is no row, unless defaults were asked for.
         """
+        asked = Asked(ids, pairs, overrides or {})
         if explain:
             program = self.program(tuple(feature.full_name for feature in program.features), explain=True)
         try:
-            return await self._evaluated(program, ids, pairs, now_ms, overrides, mirrored=not explain)
+            return await self._evaluated(program, asked, now_ms, mirrored=not explain)
         except _UNREADABLE as error:
-            return self._without_rows(program, ids, pairs, now_ms, error, defaults_on_error=defaults_on_error)
+            return self._without_rows(program, asked, now_ms, error, defaults_on_error=defaults_on_error)
 
     async def ask(
         self,
@@ -276,7 +276,7 @@ class Lookup:
             together = self._open[kind] = _Together(program, [])
             # By then all whose requests arrived with this one have asked.
             loop.call_soon(self._begin, kind, together)
-        question = _Question(ids, pairs, now_ms, loop.create_future(), defaults_on_error)
+        question = _Question(Asked(ids, pairs, {}), now_ms, loop.create_future(), defaults_on_error)
         together.questions.append(question)
         together.n_rows += n_rows
         return await question.answer or await self.read(
@@ -300,8 +300,8 @@ class Lookup:
         program, questions = together.program, together.questions
         error: Exception | None = None
         try:
-            ids, pairs, parts = _joined(questions)
-            answer = await self._evaluated(program, ids, pairs, max(each.now_ms for each in questions))
+            asked, parts = _joined([each.asked for each in questions])
+            answer = await self._evaluated(program, asked, max(each.now_ms for each in questions))
         except Exception as raised:  # noqa: BLE001  # every question gets its own answer, whatever went wrong
             error = raised
         for number, question in enumerate(questions):
@@ -313,41 +313,25 @@ class Lookup:
                 question.answer.set_result(None)
             else:
                 # Asking Redis again would only take the time for it again.
-                given = (program, question.ids, question.pairs, question.now_ms, error)
+                given = (program, question.asked, question.now_ms, error)
                 try:
                     question.answer.set_result(self._without_rows(*given, defaults_on_error=question.defaults_on_error))
                 except Problem as problem:
                     question.answer.set_exception(problem)
 
-    async def _evaluated(
-        self,
-        program: Program,
-        ids: Mapping[str, Sequence[str]],
-        pairs: Mapping[str, Any],
-        now_ms: int,
-        overrides: Mapping[str, Mapping[str, Any]] | None = None,
-        *,
-        mirrored: bool = True,
-    ) -> Answer:
-        states = await self._states(program, ids, now_ms, mirrored=mirrored)
-        return self._evaluate(program, states, Asked(ids, pairs, overrides or {}), now_ms)
+    async def _evaluated(self, program: Program, asked: Asked, now_ms: int, *, mirrored: bool = True) -> Answer:
+        states = await self._states(program, asked.ids, now_ms, mirrored=mirrored)
+        return self._evaluate(program, states, asked, now_ms)
 
     def _without_rows(
-        self,
-        program: Program,
-        ids: Mapping[str, Sequence[str]],
-        pairs: Mapping[str, Any],
-        now_ms: int,
-        error: Exception,
-        *,
-        defaults_on_error: bool,
+        self, program: Program, asked: Asked, now_ms: int, error: Exception, *, defaults_on_error: bool
     ) -> Answer:
         """The answer for entities never seen, or a problem, because of an error."""
         if not defaults_on_error:
             detail = str(error) if isinstance(error, ForeignValueError) else f"Redis: {type(error).__name__}: {error}"
             raise unavailable(detail.rstrip(": ")) from error
-        states = {bundle.name: Rows.empty(bundle, len(ids[bundle.entity])) for bundle in program.bundles}
-        return self._evaluate(program, states, Asked(ids, pairs, {}), now_ms, degraded=sum(map(len, ids.values())))
+        states = {bundle.name: Rows.empty(bundle, len(asked.ids[bundle.entity])) for bundle in program.bundles}
+        return self._evaluate(program, states, asked, now_ms, degraded=sum(map(len, asked.ids.values())))
 
     @staticmethod
     def _evaluate(
@@ -386,10 +370,8 @@ class Lookup:
             return {name: readings[name].totals(state) if name in readings else state for name, state in rows.items()}
 
 
-def _joined(
-    questions: Sequence[_Question],
-) -> tuple[dict[str, list[str]], dict[str, Any], list[tuple[dict[str, slice], slice]]]:
-    """All ids and pairs, and each question's share: its rows by entity, and its pairs."""
+def _joined(questions: Sequence[Asked]) -> tuple[Asked, list[tuple[dict[str, slice], slice]]]:
+    """All that is asked, and each question's share: its rows by entity, and its pairs."""
     ids: dict[str, list[str]] = {entity: [] for entity in questions[0].ids}
     pairs: dict[str, list[Any]] = {entity: [] for entity in questions[0].pairs}
     parts: list[tuple[dict[str, slice], slice]] = []
@@ -404,7 +386,7 @@ def _joined(
         own_pairs = slice(n_pairs, n_pairs + len(next(iter(question.pairs.values()))))
         n_pairs = own_pairs.stop
         parts.append((own_rows, own_pairs))
-    return ids, {entity: np.concatenate(rows) for entity, rows in pairs.items()}, parts
+    return Asked(ids, {entity: np.concatenate(rows) for entity, rows in pairs.items()}, {}), parts
 
 
 def pairs_of(n_items: int) -> dict[str, Any]:

@@ -22,7 +22,6 @@ def ranking_json(
     answer: Answer, service: str, plan: str, user_id: str | None, item_ids: list[str], *, explain: bool
 ) -> bytes:
     """The user's features once, and a list of values an item; if asked, how each feature comes about."""
-    of_user = [feature for feature in answer.features if feature.entities == ("user",)]
     of_items = [feature for feature in answer.features if feature.entities != ("user",)]
     columns = [answer.column(feature) for feature in of_items]
     rows = zip(*columns, strict=True) if columns else iter([()] * len(item_ids))
@@ -34,7 +33,7 @@ def ranking_json(
             "id": user_id,
             "status": answer.statuses("user")[0] if "user" in answer.frame.found else None,
             "last_event_at": answer.last_event_ms("user")[0] if "user" in answer.frame.found else None,
-            "features": answer.row(of_user, "user"),
+            "features": answer.row("user"),
         },
         "features": [feature.full_name for feature in of_items],
         "items": [
@@ -89,7 +88,7 @@ def entity_json(answer: Answer, entity: str, entity_id: str, service: str | None
         "as_of": answer.as_of_ms,
         "plan": plan,
         "service": service,
-        "features": answer.row(answer.features, entity),
+        "features": answer.row(entity),
     }
     if answer.degraded:
         document["degraded"] = answer.degraded

@@ -140,10 +140,6 @@ class PartitionReader:
             np.array([message.timestamp()[1] for message in messages], np.int64),
         )
 
-    def close(self) -> None:
-        """Leaves the partition."""
-        self._consumer.close()
-
 
 class WorkerReader:
     """Reads many partitions through one consumer: the broker answers one fetch, and one poll finds what is there."""
