@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 import redis
 import uvloop
 
@@ -48,9 +49,9 @@ async def in_process(project: Project, mirror_rows: int) -> AsyncIterator[Path]:
             return wire.ranking_npy(answer)
 
         def keys(asked: Asked) -> list[bytes]:
-            ids = {"user": [asked.user_id.encode()], "item": [item.encode() for item in asked.item_ids]}
+            ids = {"user": pa.array([asked.user_id]), "item": pa.array(asked.item_ids)}
             wanted = tuple((bundle, ids[bundle.entity]) for bundle in program.bundles)
-            return Request(keyspace, wanted).keys
+            return list(Request(keyspace, wanted).keys)
 
         yield Path(ask, keys)
     finally:

@@ -46,6 +46,11 @@ class Asked:
     pairs: Mapping[str, Index]
     overrides: Mapping[str, Mapping[str, Any]]
 
+    @cached_property
+    def texts(self) -> Mapping[str, pa.StringArray]:
+        """The ids as Arrow has them."""
+        return {entity: pa.array(ids, pa.string()) for entity, ids in self.ids.items()}
+
 
 class Program:
     """Some features of a plan, ready to be evaluated. Families named in `alone` are read apart from the others.
@@ -303,7 +308,7 @@ class Frame:
     def _texts(self, key: str | None, holder: str) -> tuple[pa.StringArray, Floats]:
         """The texts of a feature, or the ids of an entity: what codes stand for, and float64[n], NaN for null."""
         if key is None:
-            ids = pa.array(self._asked.ids[holder], pa.string())
+            ids = self._asked.texts[holder]
             return ids, np.arange(len(ids), dtype=np.float64)
         stage = self._program._stage_of[key]
         if key not in self._others and not stage.has_default(key):

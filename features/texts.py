@@ -149,15 +149,29 @@ def hash64(texts: pa.StringArray) -> NDArray[np.uint64]:
 def _hashes(offsets: NDArray[np.int32], data: NDArray[np.uint8]) -> NDArray[np.uint64]:
     digests = np.empty(len(offsets) - 1, np.uint64)
     for text in range(len(digests)):
-        begin, end = offsets[text], offsets[text + 1]
-        digest = _mix(np.uint64(end - begin) + _MIX_A)
-        for first in range(begin, end, 8):
-            word = np.uint64(0)
-            for at in range(min(first + 8, end) - 1, first - 1, -1):
-                word = word << np.uint64(8) | np.uint64(data[at])
-            digest = _mix(digest ^ word)
-        digests[text] = digest
+        digests[text] = _digest(data, offsets[text], offsets[text + 1], _MIX_A)
     return digests
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def keyed_hashes(offsets: NDArray[np.int32], data: NDArray[np.uint8], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """uint64[n, keys]: hashes of each text as `hash64`, by secret keys instead of a constant."""
+    digests = np.empty((len(offsets) - 1, len(keys)), np.uint64)
+    for text in range(len(digests)):
+        for key in range(len(keys)):
+            digests[text, key] = _digest(data, offsets[text], offsets[text + 1], keys[key])
+    return digests
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _digest(data: NDArray[np.uint8], begin: int, end: int, key: np.uint64) -> np.uint64:
+    digest: np.uint64 = _mix(np.uint64(end - begin) + key)
+    for first in range(begin, end, 8):
+        word = np.uint64(0)
+        for at in range(min(first + 8, end) - 1, first - 1, -1):
+            word = word << np.uint64(8) | np.uint64(data[at])
+        digest = _mix(digest ^ word)
+    return digest
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above

@@ -63,8 +63,11 @@ def _state(bundle: Bundle, blobs: dict[Family, bytes], *, mirrored: bool) -> Row
     rows = decode(bundle, [blobs[family] for family in bundle.families])
     if not mirrored:
         return rows
-    with Mirror(bundle.families[0], 1).reading(["a"], _NOW_MS) as reading:
-        return reading.totals(rows)
+    mirror = Mirror(bundle.families[0], 1)
+    with mirror.reading(pa.array(["a"]), _NOW_MS) as reading:
+        totals = reading.totals(rows)
+    mirror.forget("a")
+    return totals
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ class Reader:
         self._keys = {entity: plan.entity(entity).key for entity in self.program.entities}
 
     def read(
-        self, mget: Callable[[list[bytes]], Any], columns: Mapping[str, Sequence[Any]], now_ms: int, *, full: bool
+        self, mget: Callable[[Sequence[bytes]], Any], columns: Mapping[str, Sequence[Any]], now_ms: int, *, full: bool
     ) -> LazyResponse:
         """Reads and evaluates: `mget` is Redis's."""
         keys, respond = self._begin(columns, now_ms, full=full)
@@ -152,7 +152,7 @@ class Reader:
 
     async def answer(
         self,
-        mget: Callable[[list[bytes]], Awaitable[list[bytes | None]]],
+        mget: Callable[[Sequence[bytes]], Awaitable[list[bytes | None]]],
         columns: Mapping[str, Sequence[Any]],
         now_ms: int,
         *,
@@ -175,11 +175,11 @@ class Reader:
 
     def _begin(
         self, columns: Mapping[str, Sequence[Any]], now_ms: int, *, full: bool
-    ) -> tuple[list[bytes], Callable[[Sequence[bytes | None]], LazyResponse]]:
+    ) -> tuple[Sequence[bytes], Callable[[Sequence[bytes | None]], LazyResponse]]:
         """The keys to read, and what makes the answer of their values."""
         asked, rows_of = self._ask(columns)
-        encoded = {entity: [text.encode() for text in ids] for entity, ids in asked.ids.items()}
-        request = Request(self._keyspace, tuple((bundle, encoded[bundle.entity]) for bundle in self.program.bundles))
+        wanted = tuple((bundle, asked.texts[bundle.entity]) for bundle in self.program.bundles)
+        request = Request(self._keyspace, wanted)
 
         def respond(blobs: Sequence[bytes | None]) -> LazyResponse:
             frame = self.program.evaluate(request.rows(blobs), asked, now_ms)

@@ -320,7 +320,7 @@ class Lookup:
                     question.answer.set_exception(problem)
 
     async def _evaluated(self, program: Program, asked: Asked, now_ms: int, *, mirrored: bool = True) -> Answer:
-        states = await self._states(program, asked.ids, now_ms, mirrored=mirrored)
+        states = await self._states(program, asked, now_ms, mirrored=mirrored)
         return self._evaluate(program, states, asked, now_ms)
 
     def _without_rows(
@@ -345,7 +345,7 @@ class Lookup:
     async def _states(
         self,
         program: Program,
-        ids: Mapping[str, Sequence[str]],
+        asked: Asked,
         now_ms: int,
         *,
         mirrored: bool,
@@ -356,17 +356,17 @@ class Lookup:
             plain, tracked = [], []
             for bundle in program.bundles:
                 mirror = self.mirrors.get(bundle.name) if mirrored else None
+                ids = asked.texts[bundle.entity]
                 if mirror is None:
-                    plain.append((bundle, [text.encode() for text in ids[bundle.entity]]))
+                    plain.append((bundle, ids))
                 else:
-                    reading = stack.enter_context(mirror.reading(ids[bundle.entity], now_ms))
+                    reading = stack.enter_context(mirror.reading(ids, now_ms))
                     readings[bundle.name] = reading
-                    self._mirrored(reading.hits, len(ids[bundle.entity]) - reading.hits)
-                    tracked.append((bundle, [text.encode() for text in reading.missing]))
-            request = Request(self._keyspace, (*plain, *tracked))
-            n_plain = sum(len(own) * len(bundle.families) for bundle, own in plain)
-            blobs = await self.connection.mget(request.keys[:n_plain], tracked=request.keys[n_plain:])
-            rows = request.rows(blobs)
+                    self._mirrored(reading.hits, len(ids) - reading.hits)
+                    tracked.append((bundle, reading.missing))
+            known, remembered = Request(self._keyspace, tuple(plain)), Request(self._keyspace, tuple(tracked))
+            blobs = await self.connection.mget(known.keys, tracked=remembered.keys)
+            rows = known.rows(blobs) | remembered.rows(blobs[len(known.keys) :])
             return {name: readings[name].totals(state) if name in readings else state for name, state in rows.items()}
 
 

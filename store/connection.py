@@ -23,6 +23,8 @@ from redis.exceptions import AuthenticationError, InvalidResponse, RedisError, R
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from store.resp import command
+
 OnInvalidated = Callable[[Sequence[bytes] | None], None]
 Argument = bytes | str | int
 
@@ -37,7 +39,6 @@ TRACKING_VERSION_MIN: Final = (6, 2, 7)
 _pack: Final[Callable[[tuple[Argument, ...]], bytes]] = hiredis.pack_command  # type: ignore[assignment]  # stub: 1-tuple
 _PING: Final = _pack(("PING",))
 _TRACK_NEXT: Final = _pack(("CLIENT", "CACHING", "YES"))
-_LENGTHS: Final = [b"\r\n$%d\r\n" % length for length in range(1024)]
 _MORE: Final = object()
 
 
@@ -98,11 +99,11 @@ class Connection:
         """Whether calls go out at once; False before the first."""
         return self._link is not None and self._link.is_ready
 
-    async def execute(self, *command: Argument) -> Any:
+    async def execute(self, *words: Argument) -> Any:
         """Runs one command.
 
         Args:
-            command: Its name and arguments; a name of two words is two arguments.
+            words: A command's name and arguments; a name of two words is two of them.
 
         Returns:
             The answer as RESP3 has it: bytes, int, float, None, list, dict (of CONFIG GET, HGETALL), set.
@@ -113,17 +114,17 @@ class Connection:
             redis.exceptions.ConnectionError: Redis is away, or went away before it answered.
             redis.exceptions.TimeoutError: There was no answer in time.
         """
-        if not command:
+        if not words:
             msg = "execute() needs a command, such as execute('PING')"
             raise ValueError(msg)
-        (reply,) = await self._call(_pack(command), 1)
+        (reply,) = await self._call(_pack(words), 1)
         return reply
 
     async def mget(self, keys: Sequence[bytes], *, tracked: Sequence[bytes] = ()) -> list[bytes | None]:
         """Reads keys in one write and one round trip; no keys, no round trip.
 
         Args:
-            keys: Keys to read.
+            keys: Keys to read; `store.resp.Arguments` are packed already.
             tracked: More keys to read, of whose next change `on_invalidated` is told; see the class for what to heed.
 
         Returns:
@@ -136,15 +137,15 @@ class Connection:
         if not tracked:
             if not keys:
                 return []
-            (values,) = await self._call(_mget_request(keys), 1)
+            (values,) = await self._call(command(b"MGET", keys), 1)
             return values  # type: ignore[no-any-return]  # an answer of Redis
         if self._on_invalidated is None:
             msg = "mget(tracked=...) needs a Connection made with on_invalidated=, which is told of their changes"
             raise ValueError(msg)
-        request = _TRACK_NEXT + _mget_request(tracked)
+        request = _TRACK_NEXT + command(b"MGET", tracked)
         if not keys:
             return (await self._call(request, 2))[1]  # type: ignore[no-any-return]  # an answer of Redis
-        plain, _, remembered = await self._call(_mget_request(keys) + request, 3)
+        plain, _, remembered = await self._call(command(b"MGET", keys) + request, 3)
         return plain + remembered  # type: ignore[no-any-return]  # answers of Redis
 
     async def aclose(self) -> None:
@@ -418,17 +419,6 @@ class _Link(asyncio.Protocol):
                 return
         if next_s < math.inf:
             self._tick_at(next_s)
-
-
-def _mget_request(keys: Sequence[bytes]) -> bytes:
-    """MGET of many keys: hiredis packs them so slowly that it shows in every read."""
-    parts: list[bytes] = [b""] * (2 * len(keys))
-    try:
-        parts[::2] = [_LENGTHS[len(key)] for key in keys]
-    except IndexError:
-        return _pack(("MGET", *keys))
-    parts[1::2] = keys
-    return b"*%d\r\n$4\r\nMGET%b\r\n" % (len(keys) + 1, b"".join(parts))
 
 
 def _copy(error: RedisError) -> RedisError:

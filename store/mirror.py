@@ -9,7 +9,6 @@ since) aggregations compute from them in any case.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
 from typing import Final, Self
 
 import numpy as np
@@ -19,9 +18,10 @@ from numpy.typing import NDArray
 from features.fold import compiled
 from features.layout import Family
 from features.rows import Rows
-from features.texts import from_buffers
+from features.texts import NO_TEXTS, from_buffers
 from features.totals import Totals, flat, stay_until_ms
 from store.keys import expire_at_ms
+from store.places import PlaceIndex
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -51,8 +51,8 @@ class Mirror:
         # After the totals: the row's last event, and from when to when it may be used; all in ms.
         self._lines = np.zeros((rows_max, int(family.alone.n_totals.sum()) + 3))
         self._used = np.zeros(rows_max, bool)
-        self._place_of: dict[str, int] = {}
-        self._id_at = [""] * rows_max
+        self._index = PlaceIndex(rows_max)
+        self._digests_at = np.zeros((rows_max, 2), np.uint64)
         self._free = list(range(rows_max))
         self._hand = 0
         self._readings: list[Reading] = []
@@ -60,39 +60,43 @@ class Mirror:
         self._text_lines = _text_lines(family)
 
     def __len__(self) -> int:
-        return len(self._place_of)
+        return self._rows_max - len(self._free)
 
     def __repr__(self) -> str:
         return f"<Mirror {self._family.name} rows={len(self)}/{self._rows_max} hits={self.hits} misses={self.misses}>"
 
     def forget(self, entity_id: str) -> None:
         """The entity's row has changed."""
-        place = self._place_of.pop(entity_id, None)
-        if place is not None:
+        place = self._index.remove(self._index.digests(pa.array([entity_id]))[0])
+        if place >= 0:
             self._free.append(place)
         for reading in self._readings:
             reading.fresh.discard(entity_id)
 
     def clear(self) -> None:
         """Any row may have changed."""
-        self._place_of.clear()
+        self._index.clear()
         self._free = list(range(self._rows_max))
         self._texts = _Texts()
         for reading in self._readings:
             reading.fresh.clear()
 
-    def reading(self, ids: Sequence[str], now_ms: int) -> Reading:
+    def reading(self, ids: pa.StringArray, now_ms: int) -> Reading:
         """Begins to read rows: those that the mirror has are taken at once. To be used by `with`."""
         return Reading(self, ids, now_ms)
 
-    def _keep(self, ids: Sequence[str], lines: Floats, fresh: set[str]) -> None:
-        for entity_id, line in zip(ids, lines, strict=True):
+    def _keep(self, ids: pa.StringArray, lines: Floats, fresh: set[str]) -> None:
+        digests = self._index.digests(ids)
+        places = self._index.find(digests).tolist()
+        for at, entity_id in enumerate(ids.to_pylist()):
             if entity_id in fresh:
-                place = self._place_of.get(entity_id)
-                if place is None:
-                    place = self._place_of[entity_id] = self._room()
-                    self._id_at[place] = entity_id
-                self._lines[place] = line
+                place = places[at]
+                # Making room may have taken the place that another of these had.
+                if place < 0 or not np.array_equal(self._digests_at[place], digests[at]):
+                    place = self._room()
+                    self._index.put(digests[at], place)
+                    self._digests_at[place] = digests[at]
+                self._lines[place] = lines[at]
         texts_max = _TEXTS_A_ROW * self._rows_max + 1024
         if len(self._texts) > texts_max or self._texts.n_bytes > _TEXT_BYTES * texts_max:
             self.clear()
@@ -110,7 +114,7 @@ class Mirror:
             self._used[self._hand] = False
             self._hand = (self._hand + 1) % self._rows_max
         place = self._hand
-        del self._place_of[self._id_at[place]]
+        self._index.remove(self._digests_at[place])
         self._hand = (place + 1) % self._rows_max
         return place
 
@@ -120,21 +124,24 @@ class Reading:
 
     Attributes:
         hits: how many rows the mirror had.
-        missing: the ids to read from Redis, each once.
+        missing: the ids to read from Redis, each once; text.
         fresh: those of them whose rows have not changed since.
     """
 
-    def __init__(self, mirror: Mirror, ids: Sequence[str], now_ms: int) -> None:
-        self._mirror, self._ids, self._now_ms = mirror, ids, now_ms
+    def __init__(self, mirror: Mirror, ids: pa.StringArray, now_ms: int) -> None:
+        self._mirror, self._now_ms = mirror, now_ms
         # A mirror that is emptied begins new ones; what was taken from it before is still as of then.
         self._texts = mirror._texts
-        places = np.fromiter(map(mirror._place_of.get, ids, repeat(-1)), np.int64, len(ids))
+        places = mirror._index.find(mirror._index.digests(ids))
         self._columns, self._absent = _take(mirror._lines, places, now_ms, mirror._used)
         self.hits = len(ids) - len(self._absent)
         mirror.hits += self.hits
         mirror.misses += len(self._absent)
-        self.missing = list(dict.fromkeys([ids[index] for index in self._absent.tolist()]))
-        self.fresh = set(self.missing)
+        self.missing, self._missing_at = NO_TEXTS, self._absent
+        if len(self._absent):
+            missing = ids.take(pa.array(self._absent)).dictionary_encode()
+            self.missing, self._missing_at = missing.dictionary, np.asarray(missing.indices)
+        self.fresh = set(self.missing.to_pylist())
 
     def __enter__(self) -> Self:
         self._mirror._readings.append(self)
@@ -146,13 +153,10 @@ class Reading:
     def totals(self, rows: Rows) -> Totals:
         """The totals of all rows, given the rows of the missing ones."""
         mirror = self._mirror
-        if self.missing:
+        if len(self.missing):
             lines = self._fold(rows)
             mirror._keep(self.missing, lines, self.fresh)
-            if len(self.missing) < len(self._absent):
-                order = {entity_id: at for at, entity_id in enumerate(self.missing)}
-                lines = lines[[order[self._ids[index]] for index in self._absent.tolist()]]
-            self._columns[:, self._absent] = lines.T
+            self._columns[:, self._absent] = lines[self._missing_at].T
         last_event_ms = self._columns[-3].astype(np.int64)
         return Totals.of_matrix(mirror._family.alone, self._columns[:-3], last_event_ms, self._texts.array())
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+
+import pyarrow as pa
 
 from features.layout import Bundle
 from features.rows import Rows
 from store.codec import CorruptRowError, decode
 from store.keys import Keyspace
+from store.resp import Arguments
 
 Blob = bytes | None
 
@@ -20,17 +23,16 @@ class ForeignValueError(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """Which rows are wanted: bundles of some entities, by the entities' ids in UTF-8."""
+    """Which rows are wanted: bundles of some entities, by the entities' ids."""
 
     keyspace: Keyspace
-    wanted: tuple[tuple[Bundle, Sequence[bytes]], ...]
+    wanted: tuple[tuple[Bundle, pa.StringArray], ...]
 
     @cached_property
-    def keys(self) -> list[bytes]:
+    def keys(self) -> Arguments:
         """All keys, bundle by bundle and family by family: for one MGET."""
-        return [
-            key for bundle, ids in self.wanted for family in bundle.families for key in self.keyspace.rows(family, ids)
-        ]
+        each = [self.keyspace.arguments(bundle.families, ids) for bundle, ids in self.wanted]
+        return sum(each, Arguments.of(()))
 
     def rows(self, blobs: Sequence[Blob]) -> dict[str, Rows]:
         """The answer of MGET as rows, by the bundle's name.
@@ -42,9 +44,12 @@ class Request:
         at = 0
         for bundle, ids in self.wanted:
             end = at + len(ids) * len(bundle.families)
-            found[bundle.name] = read_rows(bundle, blobs[at:end], self.keys[at:end].__getitem__)
+            found[bundle.name] = read_rows(bundle, blobs[at:end], partial(self._key, at))
             at = end
         return found
+
+    def _key(self, first: int, place: int) -> bytes:
+        return self.keys[first + place]
 
 
 def read_rows(bundle: Bundle, blobs: Sequence[Blob], key_at: Callable[[int], bytes]) -> Rows:

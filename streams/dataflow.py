@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
 import bytewax.operators as op
@@ -79,8 +79,9 @@ class ChunkSource(DynamicSource[Chunk]):
 
 
 class _WorkerChunks(StatelessSourcePartition[Chunk]):
-    def __init__(self, reader: WorkerReader) -> None:
+    def __init__(self, reader: WorkerReader, clock: Callable[..., datetime] = datetime.now) -> None:
         self._reader = reader
+        self._clock = clock
         self._idle = False
 
     def next_batch(self) -> Iterable[Chunk]:
@@ -89,7 +90,7 @@ class _WorkerChunks(StatelessSourcePartition[Chunk]):
         return chunks
 
     def next_awake(self) -> datetime | None:
-        return datetime.now(UTC)
+        return self._clock(UTC)
 
     def close(self) -> None:
         self._reader.close()

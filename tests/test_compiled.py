@@ -16,6 +16,8 @@ MODULES = (
     "store.keys",
     "store.mirror",
     "store.packing",
+    "store.places",
+    "store.resp",
     "streams.dedupe",
 )
 
