@@ -17,6 +17,8 @@ from features.times import Window, duration_ms
 _NAME: Final = re.compile(r"[a-z](?:_?[a-z0-9])*")
 _NAME_LENGTH_MAX: Final = 64
 _MANY_MAX: Final = 1000
+TEXTS_A_ROW_MAX: Final = 65_000
+"""Of the 65,535 that the packed row can count."""
 _NUMBERS: Final[tuple[Kind, ...]] = ("int", "float", "bool")
 
 

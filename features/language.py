@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from features.aggregations.base import Aggregation
 from features.checks import (
+    TEXTS_A_ROW_MAX,
     DeclarationError,
     check_duration,
     check_event,
@@ -312,6 +313,11 @@ class View:
             if event.kinds()[entity.key] != "str":
                 wrong = f"reads {event.__name__}, whose {entity.key!r} is {event.kinds()[entity.key]}"
                 raise mistake(self.name, wrong, f"an id is text: declare {entity.key}: str")
+        tables = {slot.table for spec in self.spec.aggregations for slot in spec.slots()}
+        texts = sum(table.bound or 0 for table in tables if table.bucket == "text") + len(self.handles)
+        if texts > TEXTS_A_ROW_MAX:
+            wrong = f"keeps up to {texts:,} texts a row, more than the {TEXTS_A_ROW_MAX:,} that a row can number"
+            raise mistake(self.name, wrong, "lower buckets= or k=, or split the view")
         kept_ms = duration_ms(entity.forget_after) if entity.forget_after else None
         for spec in self.spec.aggregations:
             place = f"{self.name}.{spec.name}"

@@ -806,3 +806,13 @@ def test_aggregations_are_frozen() -> None:
         assert isinstance(spec, Aggregation)
         with pytest.raises(AttributeError):
             spec.name = "other"  # type: ignore[misc]  # on purpose
+
+
+def test_a_view_whose_rows_could_hold_more_texts_than_a_row_can_number_is_refused() -> None:
+    """The packed row counts its texts in two bytes: without the check row 65,536 would read as empty of texts."""
+    tops = {
+        f"top_{number}": agg.top_k(Click, "item_id", k=3, over="7d", where=col("price") > number, buckets=1000)
+        for number in range(66)
+    }
+    with pytest.raises(DeclarationError, match=r"wide: keeps up to 66,066 texts a row.*lower buckets="):
+        view(user)(type("Wide", (), tops))
