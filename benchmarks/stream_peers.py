@@ -380,7 +380,6 @@ def loop() -> None:
     from registry.settings import Settings
     from registry.store import load_plan
     from store.connect import connect
-    from streams.chunk import Partition
     from streams.decode import Decoder
     from streams.kafka import WorkerReader
     from streams.lane import Lane
@@ -390,8 +389,7 @@ def loop() -> None:
     client = connect(settings.redis_url.get_secret_value(), settings.redis_timeout_s)
     decoder = Decoder(plan, 1, settings.dedupe_s * 1000)
     lane = Lane(plan, 0, 1, client, cache_bytes_max=settings.row_cache_mb * 1_000_000)
-    split = [name.rpartition("/") for name in work.counts]
-    reader = WorkerReader(settings, plan, [Partition(topic, int(number)) for topic, _, number in split], client)
+    reader = WorkerReader(settings, plan, lambda partition: str(partition) in work.counts, client)
     left = work.events
     while left:
         parts = []

@@ -26,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Headrace: a real-time feature store. Settings are HEADRACE_* variables: see README.md.",
 )
+_SECRET = ("HEADRACE_REDIS_URL", "HEADRACE_KAFKA_OPTIONS")
+"""Variables that hold passwords."""
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
@@ -102,7 +104,7 @@ def replay(  # noqa: PLR0913, PLR0917  # each is an option of the command
     from rich.progress import Progress
 
     from features.plan import find_contract
-    from registry.apply import kafka_python
+    from registry.brokers import kafka_python
     from registry.store import load_plan
 
     from headrace.replay import Replay, SystemClock, run  # isort: skip  # after Feast, whose import resets warning filters
@@ -192,7 +194,7 @@ def _settings() -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         variable = f"HEADRACE_{str(first['loc'][0]).upper()}"
-        shown = "" if variable == "HEADRACE_REDIS_URL" else f"={os.environ.get(variable, '')!r}"
+        shown = "" if variable in _SECRET else f"={os.environ.get(variable, '')!r}"
         message = f"{variable}{shown}: {first['msg']}; see the settings in README.md"
         raise ValueError(message) from error
     except SettingsError as error:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import redis
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
 
 from features.plan import CodeChangedError, Plan
 from registry.apply import ApplyError, plan_changes
+from registry.brokers import topics_there
 from registry.settings import Settings
 from registry.store import NotAppliedPlanError, load_plan
 from store.commit import NotAppliedError, read_record
@@ -67,7 +67,7 @@ def _redis(settings: Settings, plan: Plan | None) -> Iterator[Check]:
 
 def _kafka(settings: Settings, plan: Plan | None) -> Iterator[Check]:
     try:
-        there = AdminClient(settings.librdkafka()).list_topics(timeout=settings.redis_timeout_s).topics
+        there = topics_there(settings, settings.redis_timeout_s)
     except KafkaException as error:
         yield Check("kafka", good=False, found=f"{settings.kafka}: {error}; is it up, and is HEADRACE_KAFKA right?")
         return

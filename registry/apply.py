@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import redis
-from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # where it is documented
 from feast import FeatureStore
 
 from features.plan import Plan
+from registry.brokers import topics_there
 from registry.definitions import compile_definitions
 from registry.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from registry.store import applied_plan, changes, project_of, register
 from store.commit import initialise
 from store.keys import Keyspace
-
-if TYPE_CHECKING:
-    from kafka.admin import NewTopic
 
 _KAFKA_TIMEOUT_S = 15.0
 
@@ -80,67 +76,36 @@ def create_topics(settings: Settings, plan: Plan) -> list[str]:
             for name in topics
         ),
     ]
-    client = AdminClient(settings.librdkafka())
     try:
-        # Also the check whether Kafka is there: kafka-python takes twice as long to say so, and leaves sockets open.
-        there = client.list_topics(timeout=_KAFKA_TIMEOUT_S).topics
-        missing = [topic for topic in wanted if topic.name not in there]
+        there = topics_there(settings, _KAFKA_TIMEOUT_S)
+        missing = [topic for topic in wanted if topic.topic not in there]
         if settings.topics == "auto":
-            for topic in missing:
-                client.list_topics(topic.name, timeout=_KAFKA_TIMEOUT_S)
+            topics_there(settings, _KAFKA_TIMEOUT_S, [topic.topic for topic in missing])
             return []
+        return _create(settings, missing) if missing else []
     except KafkaException as error:
         raise _unreachable(settings, error) from error
-    return _create(settings, missing) if missing else []
 
 
 def _unreachable(settings: Settings, error: Exception) -> ApplyError:
     return ApplyError(
-        f"Kafka at {settings.kafka}: {type(error).__name__}: {error}; is it up, and is HEADRACE_KAFKA right?"
+        f"Kafka at {settings.kafka}: {type(error).__name__}: {error}; "
+        "is it up, and are HEADRACE_KAFKA and HEADRACE_KAFKA_OPTIONS right?"
     )
-
-
-def kafka_python(settings: Settings) -> dict[str, Any]:
-    """HEADRACE_KAFKA_OPTIONS, which are librdkafka's, under kafka-python's names."""
-    names = {
-        "security.protocol": "security_protocol",
-        "sasl.mechanism": "sasl_mechanism",
-        "sasl.mechanisms": "sasl_mechanism",
-        "sasl.username": "sasl_plain_username",
-        "sasl.password": "sasl_plain_password",
-        "ssl.ca.location": "ssl_cafile",
-        "ssl.certificate.location": "ssl_certfile",
-        "ssl.key.location": "ssl_keyfile",
-    }
-    return {names[name]: value for name, value in settings.kafka_options.items() if name in names}
 
 
 def _topic(settings: Settings, name: str, configs: dict[str, str]) -> NewTopic:
-    from kafka.admin import NewTopic
-
-    return NewTopic(
-        name=name, num_partitions=settings.partitions, replication_factor=settings.replication, topic_configs=configs
-    )
+    return NewTopic(name, settings.partitions, settings.replication, config=configs)
 
 
 def _create(settings: Settings, missing: list[NewTopic]) -> list[str]:
-    from kafka.admin import KafkaAdminClient
-    from kafka.errors import KafkaError, TopicAlreadyExistsError
-
+    client = AdminClient(settings.librdkafka())
     created = []
-    try:
-        admin = KafkaAdminClient(
-            bootstrap_servers=settings.kafka.split(","),
-            request_timeout_ms=int(_KAFKA_TIMEOUT_S * 1000),
-            **kafka_python(settings),
-        )
+    for name, done in client.create_topics(missing, operation_timeout=_KAFKA_TIMEOUT_S).items():
         try:
-            for topic in missing:
-                with suppress(TopicAlreadyExistsError):
-                    admin.create_topics([topic])
-                    created.append(topic.name)
-        finally:
-            admin.close()
-    except KafkaError as error:
-        raise _unreachable(settings, error) from error
+            done.result()
+            created.append(name)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise
     return created

@@ -43,6 +43,9 @@ class Settings(BaseSettings):
         256, ge=0, description="Rows that the stream keeps instead of reading them again, megabytes; 0 for none"
     )
     dedupe_s: int = Field(300, ge=0, description="An event_id seen again within so many seconds is a duplicate")
+    stream_metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port of the stream's Prometheus metrics; 0 for none"
+    )
     host: str = Field("127.0.0.1", description="Address that the server listens on")
     port: int = Field(8000, ge=0, le=65535, description="Port that the server listens on; 0 for any free one")
     server_processes: int = Field(1, ge=1, description="Server processes that share the port")

@@ -120,6 +120,7 @@ class Writer:
         self._sleep = sleep
         self._clock = clock
         self._sha = ""
+        self._predecessors: set[str] = set()
 
     def claim(self, entity: str, shard: int) -> CommitRecord:
         """Takes a shard over: replaces the token in its record, and returns the record.
@@ -130,6 +131,7 @@ class Writer:
         key = self._keyspace.commit_record(entity, shard)
         while True:
             stored = read_record(self._redis, key)
+            self._predecessors.add(stored.writer)
             mine = stored.advanced(self.token, {})
             try:
                 self.commit([ShardCommit(key, stored, mine)])
@@ -204,10 +206,16 @@ class Writer:
             return FencedError(
                 f"{name} is gone: Redis lost its data since writer {self.token} last wrote", superseded=False
             )
-        writer = msgspec.json.decode(stored, type=CommitRecord).writer
-        if writer != self.token:
+        record = msgspec.json.decode(stored, type=CommitRecord)
+        # A successor goes on from what this writer left. What names one that this writer took over from, or includes
+        # less, is older: taken for a successor's, it would stop the stream for good.
+        behind = any(
+            partition not in record.positions or record.positions[partition].next < known.next
+            for partition, known in commit.expected.positions.items()
+        )
+        if not behind and record.writer not in {self.token, *self._predecessors}:
             return FencedError(
-                f"{name} was claimed by writer {writer}: writer {self.token} is superseded", superseded=True
+                f"{name} was claimed by writer {record.writer}: writer {self.token} is superseded", superseded=True
             )
         return FencedError(
             f"{name} is not what writer {self.token} last wrote: Redis came back with older data", superseded=False

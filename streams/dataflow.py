@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from types import FrameType
 
 import bytewax.operators as op
 import structlog
@@ -27,9 +30,9 @@ from registry.settings import Settings
 from registry.store import load_plan
 from store.commit import FencedError
 from store.connect import connect
-from streams.chunk import Chunk, Part
+from streams.chunk import Chunk, Part, Partition
 from streams.decode import Decoder
-from streams.kafka import DeadLetters, WorkerReader, partitions_of
+from streams.kafka import DeadLetters, WorkerReader
 from streams.lane import Lane
 from streams.metrics import METRICS
 
@@ -37,14 +40,23 @@ _WAIT_S = 0.002
 """An idle worker waits for records, and wakes with the first; other workers' parts wait for it no longer than this."""
 SUPERSEDED_STATUS = 3
 """The exit status of a worker whose shards another one has claimed: it must not be started again."""
+DRAIN_S = 7
+"""A worker that is told to stop takes no longer than this for its last commits; Redis or another worker may be away."""
+
+_stopping: list[int] = []
 
 log = structlog.get_logger()
 
 
 def flow() -> Dataflow:
-    """The dataflow of the applied plan, with settings from HEADRACE_* variables."""
+    """The dataflow of the applied plan, with settings from HEADRACE_* variables.
+
+    SIGTERM or SIGINT ends it once what was read is committed.
+    """
     settings = Settings()
     set_up_logs(as_json=settings.log_json)
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
     plan = load_plan(settings)
     dataflow = Dataflow("headrace")
     chunks = op.input("kafka", dataflow, ChunkSource(settings, plan))
@@ -59,6 +71,13 @@ def flow() -> Dataflow:
     return dataflow
 
 
+def _stop(number: int, _frame: FrameType | None) -> None:
+    if not _stopping:
+        # By the kernel, whatever this process waits for then: all that matters is in Redis.
+        signal.alarm(DRAIN_S)
+    _stopping.append(number)
+
+
 class ChunkSource(DynamicSource[Chunk]):
     """All partitions of all topics of the plan; each worker reads a share of them."""
 
@@ -68,14 +87,13 @@ class ChunkSource(DynamicSource[Chunk]):
 
     def build(self, step_id: str, worker_index: int, worker_count: int) -> StatelessSourcePartition[Chunk]:
         topics = [spec.topic for spec in self._plan.events]
-        # By the partition alone: workers that don't see the same ones yet still agree on who reads which.
-        mine = [
-            each
-            for each in partitions_of(self._settings, topics)
-            if (topics.index(each.topic) + each.number) % worker_count == worker_index
-        ]
+
+        def is_mine(partition: Partition) -> bool:
+            # By the partition alone: workers that don't see the same ones yet still agree on who reads which.
+            return (topics.index(partition.topic) + partition.number) % worker_count == worker_index
+
         client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
-        return _WorkerChunks(WorkerReader(self._settings, self._plan, mine, client))
+        return _WorkerChunks(WorkerReader(self._settings, self._plan, is_mine, client))
 
 
 class _WorkerChunks(StatelessSourcePartition[Chunk]):
@@ -85,6 +103,8 @@ class _WorkerChunks(StatelessSourcePartition[Chunk]):
         self._idle = False
 
     def next_batch(self) -> Iterable[Chunk]:
+        if _stopping:
+            raise StopIteration
         chunks = self._reader.next_chunks(_WAIT_S if self._idle else 0.0)
         self._idle = not any(chunk.values for chunk in chunks)
         return chunks
@@ -141,16 +161,26 @@ class _LanePartition(StatefulSinkPartition[Part, None]):
         self._lane = lane
 
     def write_batch(self, items: list[Part]) -> None:
-        try:
+        with _until_fenced():
             written = self._lane.start(items)
-        except FencedError as error:
-            log.critical("writer_stops", reason=str(error))
-            # At once, with a status that the supervisor knows: all that matters is in Redis.
-            os._exit(SUPERSEDED_STATUS if error.superseded else 1)
         METRICS.committed(written.rows, written.evicted)
+
+    def close(self) -> None:
+        with _until_fenced():
+            self._lane.settle()
 
     def snapshot(self) -> None:
         return None
+
+
+@contextmanager
+def _until_fenced() -> Iterator[None]:
+    try:
+        yield
+    except FencedError as error:
+        log.critical("writer_stops", reason=str(error))
+        # At once, with a status that the supervisor knows: all that matters is in Redis.
+        os._exit(SUPERSEDED_STATUS if error.superseded else 1)
 
 
 def _lane_key(lane: int) -> str:

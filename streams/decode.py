@@ -203,11 +203,10 @@ class ContractDecoder:
                 pass  # The contract has the last word, and the better message.
         try:
             return self._storable(self._contract.model_validate_json(value))
-        except ValidationError as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001  # a validator of the user's own may raise anything: we go on
             raise ValueError(_reason(error)) from None
-        except Exception as error:  # a validator of the user's own may raise anything: the stream goes on
-            msg = f"the contract failed: {type(error).__name__}: {error}"
-            raise ValueError(msg) from error
 
     def _storable(self, event: Event) -> Event:
         """The event, if its columns can hold it: validators of a contract's own may return anything."""
@@ -242,7 +241,19 @@ def _fits(name: str, kind: Kind, value: Any) -> bool:
     return math.isfinite(value) and (kind != "int" or abs(value) <= WHOLE_MAX)
 
 
-def _reason(error: ValidationError) -> str:
+def _reason(error: BaseException) -> str:
+    """One line: what is wrong with which field, or what the contract raised."""
+    try:
+        return _refusal(error) if isinstance(error, ValidationError) else _failure(error) + f": {error}"
+    except Exception:  # noqa: BLE001  # what a validator raised, or made of the value, may not even be shown
+        return _failure(error)
+
+
+def _failure(error: BaseException) -> str:
+    return f"the contract failed: {type(error).__name__}"
+
+
+def _refusal(error: ValidationError) -> str:
     """One line: what is wrong with which field."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])

@@ -12,13 +12,20 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from features.plan import Plan
+from registry.brokers import topics_there
 from registry.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from store.commit import Position, read_record
 from store.keys import Keyspace
-from streams.chunk import Chunk, DeadLetter, Partition
+from streams.chunk import Chunk, DeadLetter, Ints, Partition
+from streams.metrics import METRICS
 
 IDLE_S = 1.0
 """A partition without records says so this often, so that its shards' offsets move on."""
+LOOK_S = 30.0
+"""A worker looks this often whether a topic has gained partitions."""
+_LOOK_TIMEOUT_S = 0.5
+"""No record is read meanwhile. A broker that takes longer is asked again the next time."""
+_LAG_S = 1.0
 _KAFKA_TIMEOUT_S = 15.0
 _LETTER_VALUE_BYTES_MAX = DEAD_LETTER_BYTES_MAX - 65_536
 """What is longer is cut, with its length in a header: a letter that can't be written would stop the stream for good."""
@@ -40,19 +47,14 @@ def partitions_of(settings: Settings, topics: Iterable[str]) -> list[Partition]:
     """All partitions of the topics.
 
     Raises:
-        KafkaException: if the broker can't be reached or a topic isn't there.
+        KafkaException: if the broker can't be reached, does not let us in, or a topic isn't there.
     """
-    consumer = _consumer(settings)
-    try:
-        found = []
-        for topic in topics:
-            metadata = consumer.list_topics(topic, timeout=_KAFKA_TIMEOUT_S).topics[topic]
-            if metadata.error is not None:
-                raise KafkaException(metadata.error)
-            found += [Partition(topic, number) for number in sorted(metadata.partitions)]
-        return found
-    finally:
-        consumer.close()
+    found = []
+    for topic, metadata in topics_there(settings, _KAFKA_TIMEOUT_S, topics).items():
+        if metadata.error is not None:
+            raise KafkaException(metadata.error)
+        found += [Partition(topic, number) for number in sorted(metadata.partitions)]
+    return found
 
 
 class Start(NamedTuple):
@@ -88,8 +90,8 @@ class PartitionReader:
     """Reads one partition from where its shards are, in chunks.
 
     It starts at the lowest committed offset of all shards, or before it at the offset where the dedupe horizon begins,
-    but not below what the broker still has. What retention took away is reported as lost, and passed over by an empty
-    range, so that the shards move on.
+    but not below what the broker still has. What retention took away, before or while it reads, is reported as lost,
+    and passed over by an empty range, so that the shards move on.
 
     Raises:
         LogLostError: if the topic ends before the committed offset.
@@ -110,58 +112,108 @@ class PartitionReader:
         self._clock = clock
         self._spoken_s = clock()
         self._consumer = consumer or _consumer(settings)
-        low, high = self._consumer.get_watermark_offsets(TopicPartition(*partition), timeout=_KAFKA_TIMEOUT_S)
-        positions = [record.position(*partition) for record in _records(plan, client)]
-        start = start_of(partition, positions, low, high)
-        self._lost, self._fresh, self._at = start.lost, start.fresh, start.at
+        self._fresh = self._read_ms = 0
+        self._begin([record.position(*partition) for record in _records(plan, client)])
+
+    def _begin(self, positions: Sequence[Position | None]) -> None:
+        low, high = self._consumer.get_watermark_offsets(TopicPartition(*self._partition), timeout=_KAFKA_TIMEOUT_S)
+        start = start_of(self._partition, positions, low, high)
+        self._lost, self._fresh, self._at = start.lost, max(start.fresh, self._fresh), start.at
         if start.lost:
             first, last = start.lost[0], start.lost[1] - 1
-            log.error("records_lost", partition=str(partition), first=first, last=last, reason="retention")
-        self._consumer.assign([TopicPartition(*partition, start.at)])
+            log.error("records_lost", partition=str(self._partition), first=first, last=last, reason="retention")
+            METRICS.lost(self._partition, last + 1 - first)
+        self._consumer.assign([TopicPartition(*self._partition, start.at)])
 
     def next_chunk(self) -> Chunk | None:
         """The next records, an empty range once a second when there are none, otherwise None. Never blocks."""
         if self._lost:
             (start, end), self._lost = self._lost, None
             return Chunk(self._partition, start, end, self._fresh)
-        messages: list[Any] = [each for each in self._consumer.consume(self._chunk_events, timeout=0) if _usable(each)]
+        came: list[Any] = self._consumer.consume(self._chunk_events, timeout=0)
+        messages = [each for each in came if _usable(each)]
+        start, self._at = self._at, messages[-1].offset() + 1 if messages else self._at
+        if len(messages) < len(came) and any(map(_is_out_of_range, came)):
+            # As at the start, with what was read so far.
+            at = self._at
+            self._begin([Position(max(at, self._fresh), at)])
+            return Chunk(self._partition, start, at, self._fresh, *_columns(messages))
         if not messages and self._clock() - self._spoken_s < IDLE_S:
             return None
         self._spoken_s = self._clock()
-        start, self._at = self._at, messages[-1].offset() + 1 if messages else self._at
-        return Chunk(
-            self._partition,
-            start,
-            self._at,
-            self._fresh,
-            [message.value() for message in messages],
-            [message.key() for message in messages],
-            np.array([message.offset() for message in messages], np.int64),
-            np.array([message.timestamp()[1] for message in messages], np.int64),
-        )
+        if messages:
+            self._read_ms = messages[-1].timestamp()[1]
+        return Chunk(self._partition, start, self._at, self._fresh, *_columns(messages))
+
+    def say_lag(self, now_ms: int) -> None:
+        """Brings the partition's lag up to date, by what the broker said with the last records that it sent."""
+        _, high = self._consumer.get_watermark_offsets(TopicPartition(*self._partition), cached=True)
+        records = max(high - self._at, 0)
+        METRICS.behind(self._partition, records, max(now_ms - self._read_ms, 0) / 1000 if records else 0.0)
 
 
 class WorkerReader:
-    """Reads many partitions through one consumer: the broker answers one fetch, and one poll finds what is there."""
+    """Reads many partitions through one consumer: the broker answers one fetch, and one poll finds what is there.
 
-    def __init__(self, settings: Settings, plan: Plan, partitions: Iterable[Partition], client: redis.Redis) -> None:
-        shared = _Shared(settings)
-        self._shared = shared
-        self._readers = [
-            PartitionReader(settings, plan, each, client, consumer=_OfPartition(shared, each)) for each in partitions
-        ]
+    It reads those partitions of the plan's topics that `is_mine`, also those that are added while it reads.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        plan: Plan,
+        is_mine: Callable[[Partition], bool],
+        client: redis.Redis,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings, self._plan, self._is_mine, self._client = settings, plan, is_mine, client
+        self._clock = clock
+        self._looked_s = self._said_s = clock()
+        self._shared = _Shared(settings)
+        self._readers: dict[Partition, PartitionReader] = {}
+        self._read(partitions_of(settings, self._topics))
+        log.info("partitions_read", partitions=list(map(str, self._readers)))
 
     def next_chunks(self, wait_s: float = 0.0) -> list[Chunk]:
         """The next chunk of every partition that has one; at most `chunk_events` records in all.
 
         Waits up to `wait_s` for the first of them.
         """
+        now_s = self._clock()
+        if not 0 <= now_s - self._looked_s < LOOK_S:
+            self._looked_s = now_s
+            self._look()
         self._shared.poll(wait_s)
-        return [chunk for reader in self._readers if (chunk := reader.next_chunk())]
+        chunks = [chunk for reader in self._readers.values() if (chunk := reader.next_chunk())]
+        if not 0 <= now_s - self._said_s < _LAG_S:
+            self._said_s = now_s
+            for reader in self._readers.values():
+                reader.say_lag(int(now_s * 1000))
+        return chunks
 
     def close(self) -> None:
         """Leaves all partitions."""
         self._shared.consumer.close()
+
+    @property
+    def _topics(self) -> list[str]:
+        return [spec.topic for spec in self._plan.events]
+
+    def _look(self) -> None:
+        """Finds partitions that topics have gained."""
+        try:
+            for topic in self._topics:
+                there = self._shared.consumer.list_topics(topic, timeout=_LOOK_TIMEOUT_S).topics[topic].partitions
+                self._read(Partition(topic, number) for number in sorted(there))
+        except KafkaException as error:
+            log.warning("partitions_unknown", error=str(error), again_in_s=LOOK_S)
+
+    def _read(self, there: Iterable[Partition]) -> None:
+        for each in there:
+            if each not in self._readers and self._is_mine(each):
+                self._readers[each] = PartitionReader(
+                    self._settings, self._plan, each, self._client, consumer=_OfPartition(self._shared, each)
+                )
 
 
 class _Shared:
@@ -192,6 +244,8 @@ class _OfPartition:
         self.get_watermark_offsets = shared.consumer.get_watermark_offsets
 
     def assign(self, partitions: list[TopicPartition]) -> None:
+        if self._partition in self._shared.read:
+            self._shared.consumer.incremental_unassign(partitions)
         self._shared.read[self._partition] = []
         self._shared.consumer.incremental_assign(partitions)
 
@@ -262,10 +316,29 @@ def _usable(message: Any) -> bool:
     error = message.error()
     if error is None:
         return True
+    if _is_out_of_range(message):
+        return False
     if error.fatal() or error.code() not in _PASSING:
         raise KafkaException(error)
     log.warning("kafka_unavailable", error=str(error))
     return False
+
+
+def _is_out_of_range(message: Any) -> bool:
+    """Whether this says that the broker does not have the offset that was to be read next."""
+    error = message.error()
+    # By this name a consumer says so that was told not to go elsewhere by itself (auto.offset.reset).
+    return error is not None and error.code() == KafkaError._AUTO_OFFSET_RESET
+
+
+def _columns(messages: list[Any]) -> tuple[list[bytes | None], list[bytes | None], Ints, Ints]:
+    """Values, keys, offsets and record timestamps."""
+    return (
+        [message.value() for message in messages],
+        [message.key() for message in messages],
+        np.array([message.offset() for message in messages], np.int64),
+        np.array([message.timestamp()[1] for message in messages], np.int64),
+    )
 
 
 def _consumer(settings: Settings) -> Consumer:

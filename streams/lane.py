@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import compress, islice, pairwise
 from operator import ne
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +32,7 @@ IDLE_COMMIT_S = 1.0
 _CACHED_OVERHEAD_BYTES = 180
 """Of a kept row, besides its bytes: key, entry, two objects."""
 _KEPT_S = 60.0
+_Todo = SimpleQueue[tuple[Sequence[ShardCommit], Future[None]] | None]
 
 
 class GapError(RuntimeError):
@@ -86,7 +90,7 @@ class Lane:
         # Before a row that is not used expires in Redis, it is gone from here.
         kept_s = min(family.retention_ms for bundle in self._bundles for family in bundle.families) / 2000
         self._cache = RowCache(cache_bytes_max, min(kept_s, _KEPT_S), clock())
-        self._committer = ThreadPoolExecutor(1, f"commit-{lane}")
+        self._committer = _Committer(self._writer.commit)
         self._pending: Future[None] | None = None
 
     def write(self, parts: Sequence[Part]) -> Written:
@@ -214,10 +218,37 @@ class Lane:
             # came back with less.
             commits[name] = ShardCommit(self._keyspace.commit_record(*name), shard.record, new, rows)
         self.settle()
-        self._pending = self._committer.submit(self._writer.commit, list(commits.values()))
+        self._pending = self._committer.submit(list(commits.values()))
         # As if it were done: if it isn't, nothing of what follows will be either.
         for name, commit in commits.items():
             self._shards[name].record = commit.new
+
+
+class _Committer:
+    """Commits one after the other, in a thread that its process does not wait for at its end, as it would for an
+    executor's: what is not committed then is read again, and Redis may be away for long.
+    """
+
+    def __init__(self, commit: Callable[[Sequence[ShardCommit]], None]) -> None:
+        self._todo: _Todo = SimpleQueue()
+        Thread(target=_commit_all, args=(commit, self._todo), name="commit", daemon=True).start()
+        finalize(self, self._todo.put, None).atexit = False  # The thread goes when the lane does.
+
+    def submit(self, commits: Sequence[ShardCommit]) -> Future[None]:
+        done: Future[None] = Future()
+        self._todo.put((commits, done))
+        return done
+
+
+def _commit_all(commit: Callable[[Sequence[ShardCommit]], None], todo: _Todo) -> None:
+    while (next_one := todo.get()) is not None:
+        commits, done = next_one
+        try:
+            commit(commits)
+        except BaseException as error:  # noqa: BLE001  # raised where it is waited for
+            done.set_exception(error)
+        else:
+            done.set_result(None)
 
 
 class RowCache:

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from prometheus_client import Counter
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from subprocess import Popen
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, start_http_server
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from streams.chunk import Partition
 from streams.decode import Decoded
+
+_SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""The variable by which prometheus_client keeps values in files of a folder; set before it is first imported."""
 
 
 class _Metrics:
     def __init__(self) -> None:
+        of_one = ["topic", "partition"]
         self.events = Counter("headrace_stream_events", "Events counted", ["topic"])
         self.duplicates = Counter("headrace_stream_duplicates", "Records left out as duplicates", ["topic"])
         self.dead_letters = Counter("headrace_stream_dead_letters", "Records that their contract refused", ["topic"])
         self.rows = Counter("headrace_stream_rows_written", "Rows committed")
         self.evicted = Counter("headrace_stream_buckets_evicted", "Buckets evicted to keep a declared bound")
+        self.records_lost = Counter("headrace_stream_records_lost", "Records deleted before they were read", of_one)
+        self.lag = Gauge(
+            "headrace_stream_lag_records", "Records not yet read", of_one, multiprocess_mode="livemostrecent"
+        )
+        self.lag_seconds = Gauge(
+            "headrace_stream_lag_seconds",
+            "Age of the last record read, while others follow",
+            of_one,
+            multiprocess_mode="livemostrecent",
+        )
 
     def decoded(self, topic: str, decoded: Decoded) -> None:
         """Counts a chunk."""
@@ -26,5 +48,45 @@ class _Metrics:
         self.rows.inc(rows)
         self.evicted.inc(evicted)
 
+    def lost(self, partition: Partition, records: int) -> None:
+        """Counts records that are gone from the broker."""
+        self.records_lost.labels(*partition).inc(records)
+
+    def behind(self, partition: Partition, records: int, seconds: float) -> None:
+        """Says how far the reader of a partition is behind its end."""
+        self.lag.labels(*partition).set(records)
+        self.lag_seconds.labels(*partition).set(seconds)
+
 
 METRICS = _Metrics()
+
+
+@contextmanager
+def metrics_served(host: str, port: int) -> Iterator[Callable[[Popen[bytes]], None]]:
+    """Serves what processes that are started meanwhile count, all together; what they counted stays when they end.
+
+    Gives a function that must be told of each that has ended. Port 0 serves nothing.
+    """
+    if not port:
+        yield lambda _: None
+        return
+    with tempfile.TemporaryDirectory(prefix="headrace-metrics-") as folder:
+        os.environ[_SHARED_FOLDER] = folder
+        registry = CollectorRegistry()
+        registry.register(_OfTheStream(None, folder))  # type: ignore[no-untyped-call]  # it has no types
+        server, thread = start_http_server(port, host, registry)
+        try:
+            yield lambda ended: mark_process_dead(ended.pid, folder)  # type: ignore[no-untyped-call]  # it has no types
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+            del os.environ[_SHARED_FOLDER]
+
+
+class _OfTheStream(MultiProcessCollector):
+    """Without the metrics of Feast's server, which every process that imports Feast has."""
+
+    def collect(self) -> list[Metric]:
+        every = super().collect()  # type: ignore[no-untyped-call]  # it has no types
+        return [metric for metric in every if metric.name.startswith("headrace_")]

@@ -16,6 +16,7 @@ import structlog
 
 from registry.settings import Settings
 from streams.dataflow import SUPERSEDED_STATUS
+from streams.metrics import metrics_served
 
 _BACKOFF_S = (1, 2, 5, 10, 30)
 _STEADY_S = 60.0
@@ -39,13 +40,31 @@ def supervise(settings: Settings, processes: int, sleep: Callable[[float], None]
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    with metrics_served(settings.host, settings.stream_metrics_port) as ended:
+        return _run(settings, processes, stopping, ended, sleep)
+
+
+def _run(
+    settings: Settings,
+    processes: int,
+    stopping: list[int],
+    ended: Callable[[subprocess.Popen[bytes]], None],
+    sleep: Callable[[float], None],
+) -> int:
     failures = 0
     while True:
         began = time.monotonic()
-        workers = _start(settings, processes)
-        while not stopping and all(worker.poll() is None for worker in workers):
-            sleep(0.1)
-        statuses = _stop(workers)
+        statuses: list[int] = []
+        try:
+            workers = _start(settings, processes)
+        except OSError as error:
+            log.error("workers_not_started", error=str(error))  # noqa: TRY400  # all that matters is in its text
+        else:
+            while not stopping and all(worker.poll() is None for worker in workers):
+                sleep(0.1)
+            statuses = _stop(workers)
+            for worker in workers:
+                ended(worker)
         if stopping:
             return 0
         if SUPERSEDED_STATUS in statuses:
@@ -75,7 +94,14 @@ def _start(settings: Settings, processes: int) -> list[subprocess.Popen[bytes]]:
     addresses = ";".join(f"127.0.0.1:{port}" for port in _free_ports(processes))
     command = [sys.executable, "-m", "bytewax.run", "streams.dataflow:flow", "-s", "1"]
     cluster = [["-i", str(number), "-a", addresses] if processes > 1 else [] for number in range(processes)]
-    return [subprocess.Popen([*command, *more], env=environment) for more in cluster]
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for more in cluster:
+            started.append(subprocess.Popen([*command, *more], env=environment))  # noqa: PERF401  # one may fail
+    except BaseException:
+        _stop(started)
+        raise
+    return started
 
 
 def _free_ports(count: int) -> list[int]:

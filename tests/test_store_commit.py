@@ -253,6 +253,33 @@ def test_redis_that_came_back_with_older_data_is_noticed(client: Any) -> None:
     assert everything(client) == before
 
 
+@pytest.mark.parametrize("since", ["events", "no events"])
+@pytest.mark.parametrize("writers", [1, 2], ids=["of its predecessor", "of the one before"])
+def test_redis_that_came_back_as_an_earlier_writer_left_it_has_no_other_writer(
+    client: Any, since: str, writers: int
+) -> None:
+    """A copy from before the last restart names an earlier writer: that one is gone, so this one must start again.
+
+    To compare tokens alone took it for a successor: the supervisor left the stream down for good.
+    """
+    copy = b""
+    for number in range(writers):
+        earlier = Writer(client, SPACE)
+        record = earlier.claim("user", 0)
+        earlier.commit([ShardCommit(key_of(0), record, next_of(record, earlier, 10 * number))])
+        copy = copy or client.get(key_of(0))
+    writer = a_writer(client)
+    record = writer.claim("user", 0)
+    if since == "events":
+        new = next_of(record, writer, 500)
+        writer.commit([ShardCommit(key_of(0), record, new)])
+        record = new
+    client.set(key_of(0), copy)
+    with pytest.raises(FencedError) as caught:
+        writer.commit([ShardCommit(key_of(0), record, next_of(record, writer, 600))])
+    assert not caught.value.superseded
+
+
 def test_redis_that_came_back_empty_is_noticed(client: Any) -> None:
     writer = a_writer(client)
     first = writer.claim("user", 3)

@@ -1,7 +1,7 @@
 """A real Apache Kafka for tests: what the embedded broker can't show.
 
 That is replay, retention, durability, broker timestamps and transactions. It is the artifact that
-Maven has, on the Java of this machine: one node in KRaft mode, on 127.0.0.1.
+Maven has, on the Java of this machine: one node in KRaft mode, or several, on 127.0.0.1.
 
 `python -m tests.support.kafka` prints what this machine lacks for it, or nothing.
 """
@@ -61,8 +61,8 @@ _POM: Final = f"""\
 
 _PROPERTIES: Final = """\
 process.roles=broker,controller
-node.id=1
-controller.quorum.voters=1@127.0.0.1:{controller_port}
+node.id={node}
+controller.quorum.voters={voters}
 controller.listener.names=CONTROLLER
 listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
 advertised.listeners=PLAINTEXT://127.0.0.1:{port}
@@ -84,6 +84,21 @@ group.initial.rebalance.delay.ms=0
 # A killed broker may register again once its old session is over: 9 s by default.
 broker.heartbeat.interval.ms=500
 broker.session.timeout.ms=3000
+"""
+
+# Instead of the lines of the same names above; the test's own clients, and the broker, use PLAINTEXT.
+_SECURE: Final = """\
+listeners=PLAINTEXT://127.0.0.1:{port},SASL_PLAINTEXT://127.0.0.1:{sasl_port},SASL_SSL://127.0.0.1:{ssl_port},\
+CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port},SASL_PLAINTEXT://127.0.0.1:{sasl_port},SASL_SSL://127.0.0.1:{ssl_port}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL
+sasl.enabled.mechanisms=SCRAM-SHA-256
+listener.name.sasl_plaintext.scram-sha-256.sasl.jaas.config=\
+org.apache.kafka.common.security.scram.ScramLoginModule required;
+listener.name.sasl_ssl.scram-sha-256.sasl.jaas.config=\
+org.apache.kafka.common.security.scram.ScramLoginModule required;
+ssl.keystore.type=PEM
+ssl.keystore.location={home}/server.pem
 """
 
 # Quick to start rather than quick for long.
@@ -149,11 +164,16 @@ class RealKafka:
     """Apache Kafka on 127.0.0.1 for the length of a `with` block, with nothing in it.
 
     `kill`, `stop` and `start` leave its data and its port as they are.
+
+    Args:
+        password: of the user `alice`. With it there are listeners for SASL/SCRAM-SHA-256, without and with TLS, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, password: str = "") -> None:
+        self._password = password
         self._folder: Path | None = None
-        self._port = 0
+        self._port = self._sasl_port = self._ssl_port = 0
+        self._node = 1
         self._process: subprocess.Popen[bytes] | None = None
 
     def __repr__(self) -> str:
@@ -197,12 +217,36 @@ class RealKafka:
         """The address, as Kafka clients take it."""
         return f"127.0.0.1:{self._port}"
 
+    @property
+    def sasl_servers(self) -> str:
+        """As `bootstrap_servers`, for SASL_PLAINTEXT."""
+        return f"127.0.0.1:{self._sasl_port}"
+
+    @property
+    def ssl_servers(self) -> str:
+        """As `bootstrap_servers`, for SASL_SSL, with a certificate by `ca`."""
+        return f"127.0.0.1:{self._ssl_port}"
+
+    @property
+    def ca(self) -> Path:
+        """The certificate of who signed the broker's."""
+        return self._home / "ca.pem"
+
     def start(self) -> None:
         """Start it again, after `stop` or `kill`, on the same port and data."""
+        self.launch()
+        self.wait()
+
+    def launch(self) -> None:
+        """As `start`, but don't wait until it is ready."""
         if self._process is not None:
             msg = f"{self!r} is running: stop it first"
             raise ServerError(msg)
         self._process = spawn(self._command("kafka.Kafka", self._properties), log=self._log)
+
+    def wait(self) -> None:
+        """Wait until a launched one is ready."""
+        assert self._process is not None
         try:
             wait_until_ready(
                 self._process,
@@ -254,15 +298,26 @@ class RealKafka:
     def _format(self) -> None:
         """Choose ports and make the data folder, as `kafka-storage.sh format` does."""
         self._port, controller_port = free_port(), free_port()
-        self._properties.write_text(
-            _PROPERTIES.format(port=self._port, controller_port=controller_port, data=self._home / "data")
-        )
-        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        self.format(controller_port, 1, f"1@127.0.0.1:{controller_port}", _cluster_id())
+
+    def format(self, controller_port: int, node: int, voters: str, cluster_id: str, more: str = "") -> None:
+        """Make the data folder of a node of a cluster."""
+        self._folder = self._folder or Path(tempfile.mkdtemp(prefix="headrace-kafka-"))
+        self._port, self._node = self._port or free_port(), node
+        names = {"port": self._port, "controller_port": controller_port, "node": node, "voters": voters}
+        text = _PROPERTIES.format(**names, data=self._home / "data") + more
+        users: list[str] = []
+        if self._password:
+            self._sasl_port, self._ssl_port = free_port(), free_port()
+            text += _SECURE.format(**names, sasl_port=self._sasl_port, ssl_port=self._ssl_port, home=self._home)
+            _certify(self._home)
+            users = ["--add-scram", f"SCRAM-SHA-256=[name=alice,password={self._password}]"]
+        self._properties.write_text(text)
         # As an argument of its own, an id that begins with a dash would be read as an option.
         done = subprocess.run(
             self._command(
                 "kafka.tools.StorageTool",
-                *("format", f"--cluster-id={cluster}", "--config", self._properties),
+                *("format", f"--cluster-id={cluster_id}", "--config", str(self._properties), *users),
             ),
             check=False,
             stdin=subprocess.DEVNULL,
@@ -286,7 +341,7 @@ class RealKafka:
             return False
         admin = AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
         try:
-            return bool(admin.list_topics(timeout=1).brokers)
+            return self._node in admin.list_topics(timeout=1).brokers
         except KafkaException:
             return False
 
@@ -294,6 +349,56 @@ class RealKafka:
         self.kill()
         shutil.rmtree(self._home, ignore_errors=True)
         self._folder = None
+
+
+class KafkaCluster:
+    """Three brokers, each also a controller: what two of them have is acknowledged, and one may go."""
+
+    def __init__(self) -> None:
+        self.nodes = [RealKafka() for _ in range(3)]
+
+    def __enter__(self) -> Self:
+        jars()
+        ports = [free_port() for _ in self.nodes]
+        voters = ",".join(f"{number}@127.0.0.1:{port}" for number, port in enumerate(ports, 1))
+        cluster_id = _cluster_id()
+        try:
+            for number, (node, port) in enumerate(zip(self.nodes, ports, strict=True), 1):
+                node.format(port, number, voters, cluster_id, "min.insync.replicas=2\n")
+                node.launch()
+            for node in self.nodes:
+                node.wait()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for node in self.nodes:
+            node.__exit__(kind, error, traceback)
+
+    @property
+    def bootstrap_servers(self) -> str:
+        """The addresses, as Kafka clients take them."""
+        return ",".join(node.bootstrap_servers for node in self.nodes)
+
+
+def _cluster_id() -> str:
+    return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+
+
+def _certify(folder: Path) -> None:
+    """Make a certificate authority of our own, and the broker's key and certificate by it."""
+    for command in (
+        "req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -subj /CN=headrace-test-ca",
+        "req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=127.0.0.1",
+        "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile server.ext -out server.crt",
+    ):
+        (folder / "server.ext").write_text("subjectAltName=IP:127.0.0.1\n")
+        subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True, timeout=60)
+    (folder / "server.pem").write_text((folder / "server.key").read_text() + (folder / "server.crt").read_text())
 
 
 if __name__ == "__main__":  # For the Makefile.

@@ -17,13 +17,14 @@ from typing import Any, Self
 
 import httpx
 from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from headrace.embedded import EmbeddedRedis, end, free_port, spawn
 from registry.settings import Settings
 from store.commit import read_record
 from store.connect import connect
 from store.keys import Keyspace
-from tests.support.kafka import RealKafka
+from tests.support.kafka import KafkaCluster, RealKafka
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOPICS = ("impressions", "clicks", "likes")
@@ -40,24 +41,45 @@ def wait_for(what: str, condition: Callable[[], bool], deadline_s: float = DEADL
         time.sleep(0.05)
 
 
-class Stack:
-    """Everything from Kafka to HTTP, on ports and in folders of its own; all of it gone at exit."""
+def children_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """Process ids of a process's children."""
+    try:
+        return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
 
-    def __init__(self, **settings: Any) -> None:
+
+class Stack:
+    """Everything from Kafka to HTTP, on ports and in folders of its own; all of it gone at exit.
+
+    With `running`, a broker that is shared: it is left as it is, and its topics are emptied by making them anew.
+    """
+
+    def __init__(
+        self,
+        *,
+        kafka: RealKafka | KafkaCluster | None = None,
+        running: RealKafka | None = None,
+        redis: EmbeddedRedis | None = None,
+        **settings: Any,
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="headrace-test-"))
-        self.redis = EmbeddedRedis()
-        self.kafka = RealKafka()
+        self.redis = redis or EmbeddedRedis()
+        self.kafka: Any = running or kafka or RealKafka()
+        self._shared = running is not None
         self._options = settings
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
         try:
             self.redis.__enter__()
-            self.kafka.__enter__()
+            if self._shared:
+                self._delete_topics()
+            else:
+                self.kafka.__enter__()
             shutil.copy(ROOT / "feature_store.yaml", self.folder)
-            self.settings = Settings(
-                repo=self.folder, redis_url=self.redis.url, kafka=self.kafka.bootstrap_servers, **self._options
-            )
+            options = {"kafka": self.kafka.bootstrap_servers, **self._options}
+            self.settings = Settings(repo=self.folder, redis_url=self.redis.url, **options)
             self.client: Any = connect(self.redis.url, 10)
             self.headrace("apply")
         except BaseException:
@@ -72,12 +94,21 @@ class Stack:
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
                 end(process)
-        self.kafka.__exit__(kind, error, trace)
+        if not self._shared:
+            self.kafka.__exit__(kind, error, trace)
         self.redis.__exit__(kind, error, trace)
         if error is not None:
             for log in sorted(self.folder.glob("*.log")):
                 print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}")
         shutil.rmtree(self.folder)
+
+    def _delete_topics(self) -> None:
+        admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap_servers})
+        there = [name for name in admin.list_topics(timeout=10).topics if not name.startswith("__")]
+        if there:
+            for done in admin.delete_topics(there).values():
+                done.result()
+            wait_for("topics are gone", lambda: not admin.list_topics(timeout=10).topics.keys() & set(there))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -106,6 +137,11 @@ class Stack:
     def start_worker(self, name: str) -> subprocess.Popen[bytes]:
         """The dataflow without a supervisor: one process, as an operator would run it."""
         return self.start(name, "-m", "bytewax.run", "streams.dataflow:flow", "-s", "1")
+
+    def start_stream(self, processes: int, name: str = "stream") -> subprocess.Popen[bytes]:
+        """`headrace stream`; workers that ran for 5 s were well, so that it never gives up in a test of many kills."""
+        script = "from streams import supervise; supervise._STEADY_S = 5; from headrace.cli import main; main()"
+        return self.start(name, "-c", script, "stream", "--processes", str(processes))
 
     def start_server(self) -> str:
         """The HTTP server; returns its address once it is ready."""
