@@ -21,7 +21,7 @@ DEAD_LETTER_BYTES_MAX: Final = 8_000_000
 class Settings(BaseSettings):
     """Where things are and how much of them; every field is a variable `HEADRACE_<FIELD>`."""
 
-    model_config = SettingsConfigDict(env_prefix="HEADRACE_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="HEADRACE_", extra="ignore", hide_input_in_errors=True)
 
     repo: Path = Field(Path(), description="Folder of feature_store.yaml")
     definitions: str = Field("features.catalog", description="Importable package that declares the features")

@@ -65,9 +65,16 @@ class Address:
 
     def url_of(self, node: Node) -> str:
         """The URL of one server of a cluster, or of a master."""
-        host, port = node
-        host = f"[{host}]" if ":" in host else host
-        return self._server._replace(netloc=f"{self._server.netloc}{host}:{port}").geturl()
+        return self._server._replace(netloc=self._server.netloc + _netloc(node)).geturl()
+
+    def url_of_sentinel(self, node: Node) -> str:
+        """The URL of a sentinel; user and password are the master's."""
+        return self._server._replace(netloc=_netloc(node), path="/0").geturl()
+
+
+def _netloc(node: Node) -> str:
+    host, port = node
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _node(text: str, default_port: int) -> Node:

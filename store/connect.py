@@ -13,6 +13,7 @@ from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
+from redis.sentinel import Sentinel
 
 from store.address import Address, Node
 from store.slots import AGAIN_S, by_slot, is_elsewhere, is_moving, not_covered, owners_of, places_by_slot, slot_of
@@ -34,6 +35,8 @@ def connect(url: str, timeout_s: float) -> redis.Redis:
     if address.kind == "cluster":
         cluster: Any = ClusterClient(address, timeout_s)
         return cluster  # type: ignore[no-any-return]  # to callers it is one
+    if address.kind == "sentinel":
+        return _master(address, timeout_s)
     client: redis.Redis = redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
     return client
 
@@ -42,6 +45,31 @@ def servers(client: redis.Redis) -> list[redis.Redis]:
     """The servers behind a client, each by itself: one, or the masters of a cluster."""
     behind: Any = client
     return behind.masters() if isinstance(behind, ClusterClient) else [client]
+
+
+def _master(address: Address, timeout_s: float) -> redis.Redis:
+    """A client of the master that sentinels name, asked for each of its connections."""
+    timeouts: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    options: dict[str, Any] = redis.connection.parse_url(address.url_of(address.seeds[0]))  # type: ignore[no-untyped-call]  # redis-py's
+    options = {name: value for name, value in options.items() if name not in {"host", "port"}}
+    tls: dict[str, Any] = {"ssl": True} if options.pop("connection_class", None) else {}
+    of_sentinel = tls | {name: value for name, value in options.items() if name.startswith("ssl_")}
+    make: Any = Sentinel
+    # A sentinel that is away is not asked again: there are others.
+    sentinel = make(address.seeds, sentinel_kwargs={**of_sentinel, **timeouts, "retry": Retry(NoBackoff(), 0)})
+    client: redis.Redis = sentinel.master_for(
+        address.master, **options, **tls, **timeouts, redis_connect_func=_greet_master
+    )
+    return client
+
+
+def _greet_master(connection: Any) -> None:
+    """Begins a connection, unless the server is a master no longer, or not yet."""
+    connection.on_connect()
+    connection.send_command("ROLE")
+    if connection.read_response()[0] not in {b"master", "master"}:
+        msg = f"Redis at {connection.host}:{connection.port} is no master: sentinels have not agreed on another yet"
+        raise RedisConnectionError(msg)
 
 
 @dataclass(eq=False)

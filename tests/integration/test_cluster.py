@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,11 +15,14 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from headrace.embedded import EmbeddedRedis, free_port
+from store.cluster import Cluster
 from store.commit import Position, RowWrite, ShardCommit, Writer, initialise, read_record
 from store.connect import connect, servers
+from store.connection import _Link
 from store.keys import Keyspace
 from store.slots import slot_of
-from tests.support.cluster import RedisCluster
+from tests.support.cluster import DEADLINE_S, RedisCluster, wait_for
+from tests.support.failing import check_nothing_lost
 
 SPACE = Keyspace("test", 20)
 KEYS = [b"{test:item:%d}:row:%d" % (at % 20, at) for at in range(200)]
@@ -73,7 +78,7 @@ def test_keys_of_all_nodes_take_one_round_trip_a_node(
     monkeypatch.setattr(Connection, "send_packed_command", sent)
     monkeypatch.setattr(Connection, "read_response", received)
     assert client.mget([*KEYS, b"{test:item:3}:none"]) == [*VALUES, None]
-    masters = {cluster.master_of(key).port for key in KEYS}
+    masters = {cluster.master_of(key).port for key in KEYS[:20]}
     assert len(masters) == 3
     assert {what for what, _ in done[:3]} == {"sent"}
     assert {port for _, port in done[:3]} == masters
@@ -136,6 +141,153 @@ def test_a_lost_master_s_replica_answers(cluster: RedisCluster, client: Any) -> 
     assert client.mget(KEYS) == VALUES
 
 
+async def test_a_server_s_reads_take_one_round_trip_a_node(
+    cluster: RedisCluster, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 slots on three nodes, tracked or not: each node is written to once."""
+    fill(client)
+    reading = Cluster(cluster.url, 10, on_invalidated=lambda _: None)
+    try:
+        await reading.mget(KEYS)
+        sent: list[object] = []
+        send = _Link.send
+
+        def noted(link: _Link, request: bytes, n_replies: int) -> Any:
+            if b"MGET" in request:
+                sent.append(link)
+            return send(link, request, n_replies)
+
+        monkeypatch.setattr(_Link, "send", noted)
+        assert await reading.mget(KEYS[:50], tracked=KEYS[50:]) == VALUES
+        assert len(sent) == len(set(sent)) == len({cluster.master_of(key).port for key in KEYS[:20]}) == 3
+    finally:
+        await reading.aclose()
+
+
+class Keeper:
+    """Keeps values as `Connection` says that one may, and reads only what it does not have."""
+
+    def __init__(self, url: str) -> None:
+        self.kept: dict[bytes, bytes | None] = {}
+        self._wanted: list[set[bytes]] = []
+        self.cluster = Cluster(url, 10, on_invalidated=self._invalidated)
+
+    def _invalidated(self, keys: Sequence[bytes] | None) -> None:
+        for key in list(self.kept) if keys is None else keys:
+            self.kept.pop(key, None)
+        for wanted in self._wanted:
+            wanted.difference_update(list(wanted) if keys is None else keys)
+
+    async def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The values, those that are kept without asking."""
+        found = {key: self.kept[key] for key in keys if key in self.kept}
+        missing = [key for key in keys if key not in found]
+        wanted = set(missing)
+        self._wanted.append(wanted)
+        try:
+            values = await self.cluster.mget((), tracked=missing) if missing else []
+        finally:
+            self._wanted.remove(wanted)
+        read = dict(zip(missing, values, strict=True))
+        self.kept |= {key: value for key, value in read.items() if key in wanted}
+        return [{**found, **read}[key] for key in keys]
+
+
+async def become(keeper: Keeper, keys: Sequence[bytes], values: Sequence[bytes | None]) -> None:
+    """Returns once these values are read, which may be kept ones."""
+    async with asyncio.timeout(DEADLINE_S):
+        while await keeper.read(keys) != values:  # noqa: ASYNC110  # what is waited for happens in Redis
+            await asyncio.sleep(0.02)
+
+
+async def keep(keeper: Keeper, keys: Sequence[bytes], values: Sequence[bytes | None]) -> None:
+    """Returns once these values are all kept, which they are not while nodes still tell one another of slots."""
+    async with asyncio.timeout(DEADLINE_S):
+        while set(keeper.kept) != set(keys):
+            assert await keeper.read(keys) == values
+            await asyncio.sleep(0.02)
+
+
+async def test_kept_values_follow_a_slot_that_moves(cluster: RedisCluster, client: Any) -> None:
+    """Whoever keeps values ends with the right ones at every step of a move: keys that are still here, that have gone,
+    and that were on no node before. Without a look at the nodes a key that was kept as absent stays so: the node that
+    gives its slot away never has it.
+    """
+    fill(client)
+    own = [key for key in KEYS if key.startswith(b"{test:item:7}")]
+    absent = [b"{test:item:7}:absent:%d" % at for at in range(3)]
+    keys = own + absent
+    slot, to = slot_of(own[0]), cluster.other_master(own[0])
+    keeper = Keeper(cluster.url)
+
+    async def written(key: bytes, value: bytes) -> None:
+        await asyncio.to_thread(client.execute_command, "SET", key, value)
+        values[keys.index(key)] = value
+        await become(keeper, keys, values)
+
+    try:
+        values: list[bytes | None] = [*(VALUES[KEYS.index(key)] for key in own), *[None] * 3]
+        await keep(keeper, keys, values)
+        source = await asyncio.to_thread(cluster.begin_move, slot, to)
+        await written(absent[0], b"made at the new master")
+        await written(own[0], b"not moved yet")
+        await asyncio.to_thread(cluster.move_keys, slot, source, to, 5)
+        for key in own:
+            await written(key, b"half moved " + key)
+        while await asyncio.to_thread(cluster.move_keys, slot, source, to, 5):
+            await written(own[1], b"another " + bytes(str(len(keeper.kept)), "ascii"))
+        await written(absent[1], b"all moved")
+        await asyncio.to_thread(cluster.end_move, slot, source, to)
+        await written(absent[2], b"at its new place")
+        for key in own:
+            await written(key, b"moved " + key)
+    finally:
+        await keeper.cluster.aclose()
+
+
+async def test_kept_values_follow_a_master_that_is_demoted(cluster: RedisCluster, client: Any) -> None:
+    """It stays up, and so do connections to it; nobody reads from it, since everything that is read is kept."""
+    fill(client)
+    keeper = Keeper(cluster.url)
+    try:
+        await keep(keeper, KEYS, VALUES)
+        master = cluster.master_of(KEYS[0])
+        replica = cluster.replica_of(master)
+        cluster.do(replica, "CLUSTER", "FAILOVER")
+        await asyncio.to_thread(wait_for, "the replica is the master", lambda: cluster.master_of(KEYS[0]) is replica)
+        values = [b"new " + value for value in VALUES]
+        pipeline = client.pipeline()
+        for key, value in zip(KEYS, values, strict=True):
+            pipeline.execute_command("SET", key, value)
+        await asyncio.to_thread(pipeline.execute)
+        await become(keeper, KEYS, values)
+    finally:
+        await keeper.cluster.aclose()
+
+
+async def test_a_server_reads_on_after_a_fail_over(cluster: RedisCluster, client: Any) -> None:
+    """A read that finds the master dead has its replica's answer, if that is promoted within the deadline."""
+    fill(client)
+    cluster.settled()
+    reading = Cluster(cluster.url, DEADLINE_S, on_invalidated=lambda _: None)
+    try:
+        assert await reading.mget(KEYS) == VALUES
+        victim = cluster.master_of(KEYS[0])
+        failing_over = asyncio.create_task(asyncio.to_thread(cluster.fail_over, victim))
+        n = 0
+        while not failing_over.done():
+            assert await reading.mget(KEYS) == VALUES
+            n += 1
+            await asyncio.sleep(0.01)
+        await failing_over
+        assert n > 0
+        victim.start()
+        await asyncio.to_thread(cluster.settled)
+        assert await reading.mget((), tracked=KEYS) == VALUES
+    finally:
+        await reading.aclose()
+
+
 def test_a_cluster_that_is_away_or_none_says_so() -> None:
     nobody = free_port()
     with (
@@ -149,3 +301,22 @@ def test_a_cluster_that_is_away_or_none_says_so() -> None:
         pytest.raises(ResponseError, match=r"is no node of a Redis Cluster: write redis:// in place of"),
     ):
         client.get(b"k")
+
+
+@pytest.mark.kafka
+def test_masters_that_die_in_mid_flow_leave_every_row_as_brute_force_has_it() -> None:
+    """Two of three masters are killed, one after the other, and come back as replicas, while two workers write and a
+    server answers: 0 differences. A writer that went on after a fail-over without comparing records would lose what
+    the dead master had not yet passed on; one that sent a commit again without looking would count it twice.
+    """
+    cluster, keyspace = RedisCluster(), Keyspace("headrace", 8)
+    records = [keyspace.commit_record(entity, 3) for entity in ("user", "item")]
+    check_nothing_lost(cluster, [partial(fail_over, cluster, record) for record in records])
+
+
+def fail_over(cluster: RedisCluster, key: bytes) -> None:
+    """The master of a key dies, its replica takes over, and it comes back."""
+    victim = cluster.master_of(key)
+    cluster.fail_over(victim)
+    victim.start()
+    cluster.settled()

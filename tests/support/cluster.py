@@ -95,6 +95,15 @@ class RedisCluster:
         wait_for(f"one master of {key!r}", agreed)
         return found[0]
 
+    def replica_of(self, master: EmbeddedRedis) -> EmbeddedRedis:
+        """A replica of a master."""
+        roles = {node.port: self.do(node, "ROLE") for node in self.nodes if node.is_running}
+        return next(
+            each
+            for each in self.nodes
+            if roles.get(each.port, [b""])[0] == b"slave" and roles[each.port][2] == master.port
+        )
+
     def settled(self) -> None:
         """Returns once every node that is up finds all slots served, and every replica is in step with its master."""
         wait_for("the cluster is whole", lambda: all(self._is_well(node) for node in self.nodes if node.is_running))

@@ -41,11 +41,16 @@ def wait_for(what: str, condition: Callable[[], bool], deadline_s: float = DEADL
 
 
 class Stack:
-    """Everything from Kafka to HTTP, on ports and in folders of its own; all of it gone at exit."""
+    """Everything from Kafka to HTTP, on ports and in folders of its own; all of it gone at exit.
 
-    def __init__(self, **settings: Any) -> None:
+    Args:
+        redis: one server unless given: what has a `url`, and is there in a `with` block.
+        settings: those that are not the default.
+    """
+
+    def __init__(self, redis: Any = None, **settings: Any) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="headrace-test-"))
-        self.redis = EmbeddedRedis()
+        self.redis: Any = redis or EmbeddedRedis()
         self.kafka = RealKafka()
         self._options = settings
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -106,6 +111,10 @@ class Stack:
     def start_worker(self, name: str) -> subprocess.Popen[bytes]:
         """The dataflow without a supervisor: one process, as an operator would run it."""
         return self.start(name, "-m", "bytewax.run", "streams.dataflow:flow", "-s", "1")
+
+    def start_stream(self, name: str, processes: int) -> subprocess.Popen[bytes]:
+        """The dataflow as a service has it: workers that a supervisor starts again."""
+        return self.start(name, "-m", "headrace", "stream", "--processes", str(processes))
 
     def start_server(self) -> str:
         """The HTTP server; returns its address once it is ready."""
