@@ -14,7 +14,7 @@ from registry.brokers import topics_there
 from registry.settings import Settings
 from registry.store import NotAppliedPlanError, load_plan
 from store.commit import NotAppliedError, read_record
-from store.connect import connect
+from store.connect import connect, servers
 from store.keys import Keyspace
 
 
@@ -47,11 +47,12 @@ def examine(settings: Settings) -> Iterator[Check]:
 def _redis(settings: Settings, plan: Plan | None) -> Iterator[Check]:
     try:
         client: Any = connect(settings.redis_url.get_secret_value(), settings.redis_timeout_s)
-        info = client.info()
-        yield Check("redis", good=True, found=f"version {info['redis_version']}, {info['used_memory_human']} used")
-        policy = info.get("maxmemory_policy", "noeviction")
-        remedy = "" if policy == "noeviction" else ": it drops single rows and so breaks counts; set noeviction"
-        yield Check("redis maxmemory-policy", good=not remedy, found=policy + remedy)
+        for server in servers(client):
+            info: Any = server.info()
+            yield Check("redis", good=True, found=f"version {info['redis_version']}, {info['used_memory_human']} used")
+            policy = info.get("maxmemory_policy", "noeviction")
+            remedy = "" if policy == "noeviction" else ": it drops single rows and so breaks counts; set noeviction"
+            yield Check("redis maxmemory-policy", good=not remedy, found=policy + remedy)
         if plan is not None:
             keyspace = Keyspace(plan.project, plan.shards)
             entities = sorted({view.entities[0] for view in plan.views if len(view.entities) == 1})

@@ -224,6 +224,11 @@ class EmbeddedRedis:
         return self._process.pid
 
     @property
+    def is_running(self) -> bool:
+        """Whether it was started and neither stopped nor killed since."""
+        return self._process is not None
+
+    @property
     def folder(self) -> Path:
         """Where it keeps its files."""
         if self._folder is None:

@@ -9,6 +9,8 @@ from typing import Any, Final, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from store.address import FORMS, Address
+
 DEAD_LETTER_SUFFIX: Final = ".dead-letter"
 """What a contract refuses goes to the topic's name with this."""
 
@@ -19,7 +21,7 @@ DEAD_LETTER_BYTES_MAX: Final = 8_000_000
 class Settings(BaseSettings):
     """Where things are and how much of them; every field is a variable `HEADRACE_<FIELD>`."""
 
-    model_config = SettingsConfigDict(env_prefix="HEADRACE_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="HEADRACE_", extra="ignore", hide_input_in_errors=True)
 
     repo: Path = Field(Path(), description="Folder of feature_store.yaml")
     definitions: str = Field("features.catalog", description="Importable package that declares the features")
@@ -27,7 +29,9 @@ class Settings(BaseSettings):
     kafka_options: dict[str, str] = Field(
         {}, repr=False, description='More librdkafka options as JSON, such as {"security.protocol": "SASL_SSL", …}'
     )
-    redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="Redis, password included")
+    redis_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"), description=f"Redis, password included: {FORMS}"
+    )
     redis_timeout_s: float = Field(5.0, gt=0, description="Deadline of one Redis call, seconds")
     shards: int = Field(16, ge=1, le=4096, description="Shards of each entity; fixed by the first apply")
     lanes: int = Field(
@@ -59,9 +63,7 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _is_redis_url(cls, value: SecretStr) -> SecretStr:
-        if not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
-            msg = "an address of Redis starts with redis://, rediss:// or unix://"
-            raise ValueError(msg)
+        Address.parse(value.get_secret_value())
         return value
 
     def environment(self) -> dict[str, str]:

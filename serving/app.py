@@ -257,17 +257,16 @@ class _Routes:
         return self._answer(orjson.dumps({"status": "ready", "plan": self._plan.fingerprint}))
 
     async def _unready(self) -> list[str]:
-        memory = (await self._redis.execute("INFO", "memory")).decode()
-        reasons = []
-        policy = memory.partition("maxmemory_policy:")[2].partition("\r\n")[0]
-        if policy not in ("", "noeviction"):
-            reasons.append(
-                f"Redis has maxmemory-policy {policy}, which drops single rows and so breaks counts; set noeviction"
-            )
+        memory = [each.decode() for each in await self._redis.everywhere("INFO", "memory")]
+        policies = {each.partition("maxmemory_policy:")[2].partition("\r\n")[0] for each in memory}
+        reasons = [
+            f"Redis has maxmemory-policy {policy}, which drops single rows and so breaks counts; set noeviction"
+            for policy in sorted(policies - {"", "noeviction"})
+        ]
         keyspace = Keyspace(self._plan.project, self._plan.shards)
         entities = {view.entities[0] for view in self._plan.views if len(view.entities) == 1}
         records = [keyspace.commit_record(entity, shard) for entity in entities for shard in range(self._plan.shards)]
-        if missing := len(records) - await self._redis.execute("EXISTS", *records):
+        if missing := (await self._redis.mget(records)).count(None):
             reasons.append(
                 f"Redis lacks {missing} of {len(records)} commit records of this project; run `headrace apply`"
             )

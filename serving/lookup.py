@@ -20,6 +20,8 @@ from features.rows import Rows
 from features.totals import Totals
 from features.values import to_arrow, to_json
 from serving.problems import Problem, invalid, unavailable
+from store.address import Address
+from store.cluster import Cluster
 from store.connection import Connection
 from store.keys import Keyspace
 from store.mirror import Mirror, Reading
@@ -148,7 +150,7 @@ class Lookup:
 
     Args:
         plan: the applied plan.
-        connection: to Redis; see `connect`.
+        connection: to Redis, or a `Cluster`, which reads as one does; see `connect`.
         mirrors: by family name.
         mirrored: is told of each request how many rows a mirror had, and how many not.
     """
@@ -192,7 +194,8 @@ class Lookup:
                     name, entity_id = keyspace.row_of(key)
                     mirrors[name].forget(entity_id.decode())
 
-        connection = Connection(url, timeout_s, on_invalidated=forget if mirrors else None)
+        kind = Cluster if Address.parse(url).kind == "cluster" else Connection
+        connection: Any = kind(url, timeout_s, on_invalidated=forget if mirrors else None)
         return cls(plan, connection, mirrors, mirrored)
 
     def warm_up(self) -> None:

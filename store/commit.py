@@ -165,7 +165,9 @@ class Writer:
             keys, values, expires = zip(*commit.rows, strict=True) if commit.rows else ((), (), ())
             records = (commit.expected.encode(), commit.new.encode())
             arguments = chain.from_iterable(zip(values, expires, strict=True))
-            pipeline.evalsha(self._sha, 1 + len(keys), commit.record_key, *keys, *records, *arguments)
+            pipeline.execute_command(
+                "EVALSHA", self._sha, 1 + len(keys), commit.record_key, *keys, *records, *arguments
+            )
         answers = pipeline.execute(raise_on_error=False)
         again = []
         for commit, answer in zip(commits, answers, strict=True):
@@ -244,5 +246,5 @@ def initialise(client: redis.Redis, keyspace: Keyspace, entities: Iterable[str])
     keys = [keyspace.commit_record(entity, shard) for entity in entities for shard in range(keyspace.shards)]
     pipeline: Any = client.pipeline(transaction=False)
     for key in keys:
-        pipeline.set(key, record, nx=True)
+        pipeline.execute_command("SET", key, record, "NX")
     return sum(bool(created) for created in pipeline.execute())

@@ -13,6 +13,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import hiredis
@@ -23,6 +24,7 @@ from redis.exceptions import AuthenticationError, InvalidResponse, RedisError, R
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from store.address import Address, Node
 from store.resp import command
 
 OnInvalidated = Callable[[Sequence[bytes] | None], None]
@@ -31,6 +33,8 @@ Argument = bytes | str | int
 CLIENT_NAME: Final = "headrace"
 IDLE_S: Final = 0.9
 """A connection that tracks keys and has heard nothing for so long is pinged."""
+SENTINEL_S: Final = 1.0
+"""So often sentinels are asked whether a master still is it."""
 GRACE_S: Final = 0.05
 """A late answer gets so much more: after a stall of this process it may lie in the socket, not yet read."""
 TRACKING_VERSION_MIN: Final = (6, 2, 7)
@@ -38,7 +42,8 @@ TRACKING_VERSION_MIN: Final = (6, 2, 7)
 
 _pack: Final[Callable[[tuple[Argument, ...]], bytes]] = hiredis.pack_command  # type: ignore[assignment]  # stub: 1-tuple
 _PING: Final = _pack(("PING",))
-_TRACK_NEXT: Final = _pack(("CLIENT", "CACHING", "YES"))
+TRACK_NEXT: Final = _pack(("CLIENT", "CACHING", "YES"))
+"""Before a command, in the same request: the keys that it reads are tracked. It has an answer of its own."""
 _MORE: Final = object()
 
 
@@ -74,7 +79,9 @@ class Connection:
     1 s + `timeout_s`: with an event loop that runs, kept values are never staler than that.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://` with redis-py's options, those for timeouts aside.
+        url: `redis://`, `rediss://` or `unix://` with redis-py's options, those for timeouts aside; or
+            `redis+sentinel://`: every connection is to whom the sentinels then name as the master, is refused by one
+            that is none, and ends when they name another.
         timeout_s: The time that a call has.
         on_invalidated: Called with the keys that changed, or None for all; it must be quick and must not raise.
 
@@ -83,7 +90,9 @@ class Connection:
     """
 
     def __init__(self, url: str, timeout_s: float, *, on_invalidated: OnInvalidated | None = None) -> None:
-        self._node = _Node(url, tracking=on_invalidated is not None)
+        tracking = on_invalidated is not None
+        is_named = url.partition("://")[0].endswith("+sentinel")
+        self._node = _Master(url, timeout_s, tracking=tracking) if is_named else _Node(url, tracking=tracking)
         self._timeout_s = timeout_s
         self._on_invalidated = on_invalidated
         self._link: _Link | None = None
@@ -142,11 +151,20 @@ class Connection:
         if self._on_invalidated is None:
             msg = "mget(tracked=...) needs a Connection made with on_invalidated=, which is told of their changes"
             raise ValueError(msg)
-        request = _TRACK_NEXT + command(b"MGET", tracked)
+        request = TRACK_NEXT + command(b"MGET", tracked)
         if not keys:
             return (await self._call(request, 2))[1]  # type: ignore[no-any-return]  # an answer of Redis
         plain, _, remembered = await self._call(command(b"MGET", keys) + request, 3)
         return plain + remembered  # type: ignore[no-any-return]  # answers of Redis
+
+    async def everywhere(self, *words: Argument) -> list[Any]:
+        """Runs a command on every master, which is this one; see `execute`."""
+        return [await self.execute(*words)]
+
+    async def ask(self, request: bytes, n_replies: int) -> list[Any]:
+        """Sends packed commands in one write; returns all their answers, errors that Redis gave among them."""
+        link = self._link or self._connect()
+        return await link.send(request, n_replies)
 
     async def aclose(self) -> None:
         """Closes the connection for good; calls that wait fail, as later ones do."""
@@ -155,6 +173,7 @@ class Connection:
             self._link.end(RedisConnectionError(f"the connection to Redis at {self._node} was closed"))
         if self._links:
             await asyncio.wait(self._links)
+        await self._node.aclose()
 
     async def _call(self, request: bytes, n_replies: int) -> list[Any]:
         """Sends and returns the answers, or raises the first that is an error."""
@@ -213,6 +232,13 @@ class _Node:
             tls = parsed.ssl_context.get() if isinstance(parsed, SSLConnection) else None
             await loop.create_connection(lambda: protocol, parsed.host, int(parsed.port), ssl=tls)
 
+    async def stay(self, closed: asyncio.Future[None]) -> None:
+        """Returns once the socket is closed; raises when it should be."""
+        await closed
+
+    async def aclose(self) -> None:
+        """Closes what was opened to find it."""
+
     def refusal(self, greeted: Sequence[Any]) -> RedisError | None:
         """What is wrong with the answers to the greeting, if anything is."""
         error = next((reply for reply in greeted if isinstance(reply, RedisError)), None)
@@ -233,6 +259,61 @@ class _Node:
                     f"update it to {needed} or later, or read without tracking"
                 )
         return None
+
+
+class _Master(_Node):
+    """The master that sentinels know by a name."""
+
+    def __init__(self, url: str, timeout_s: float, *, tracking: bool) -> None:
+        address = Address.parse(url)
+        super().__init__(address.url_of(address.seeds[0]), tracking=tracking)
+        self.greeting += _pack(("ROLE",))
+        self.n_greetings += 1
+        self._address = address
+        # All of them, and the master then, within the time of a call.
+        own_s = timeout_s / (len(address.seeds) + 1)
+        self._sentinels = [Connection(address.url_of_sentinel(each), own_s) for each in address.seeds]
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} ({self._address})"
+
+    async def connect(self, loop: asyncio.AbstractEventLoop, protocol: asyncio.BaseProtocol) -> None:
+        self._parsed.host, self._parsed.port = await self._named()
+        await super().connect(loop, protocol)
+
+    async def stay(self, closed: asyncio.Future[None]) -> None:
+        """A master that is cut off from the sentinels is not told that it is one no longer."""
+        while not closed.done():
+            await asyncio.wait([closed], timeout=SENTINEL_S)
+            with suppress(RedisError):
+                if not closed.done() and await self._named() != (self._parsed.host, self._parsed.port):
+                    break
+        if not closed.done():
+            msg = "the sentinels name another master"
+            raise RedisConnectionError(msg)
+
+    async def aclose(self) -> None:
+        for sentinel in self._sentinels:
+            await sentinel.aclose()
+
+    def refusal(self, greeted: Sequence[Any]) -> RedisError | None:
+        if (refused := super().refusal(greeted)) or len(greeted) < self.n_greetings or greeted[-1][0] == b"master":
+            return refused
+        return RedisConnectionError(f"Redis at {self} is no master: the sentinels have not agreed on another yet")
+
+    async def _named(self) -> Node:
+        """The address of the master, from the first sentinel that has one."""
+        told = []
+        for sentinel in self._sentinels:
+            try:
+                found = await sentinel.execute("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._address.master)
+            except RedisError as error:
+                told.append(str(error))
+                continue
+            if found is not None:
+                return found[0].decode(), int(found[1])
+            told.append(f"{sentinel} knows no master {self._address.master!r}")
+        raise RedisConnectionError("; ".join(told))
 
 
 class _Call:
@@ -354,7 +435,7 @@ class _Link(asyncio.Protocol):
         """Connects, and returns once the socket is closed."""
         try:
             await self._node.connect(self._loop, self)
-            await self._socket_closed
+            await self._node.stay(self._socket_closed)
         except Exception as error:  # noqa: BLE001  # whatever it is, the calls that wait must hear of it
             self.end(RedisConnectionError(f"Redis at {self._node} can't be reached: {error}"))
 

@@ -52,7 +52,8 @@ def children_of(process: subprocess.Popen[bytes]) -> list[int]:
 class Stack:
     """Everything from Kafka to HTTP, on ports and in folders of its own; all of it gone at exit.
 
-    With `running`, a broker that is shared: it is left as it is, and its topics are emptied by making them anew.
+    With `running`, a broker that is shared: it is left as it is, and its topics are emptied by making them anew. `redis`
+    is one server unless given: what has a `url`, and is there in a `with` block.
     """
 
     def __init__(
@@ -60,11 +61,11 @@ class Stack:
         *,
         kafka: RealKafka | KafkaCluster | None = None,
         running: RealKafka | None = None,
-        redis: EmbeddedRedis | None = None,
+        redis: Any = None,
         **settings: Any,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="headrace-test-"))
-        self.redis = redis or EmbeddedRedis()
+        self.redis: Any = redis or EmbeddedRedis()
         self.kafka: Any = running or kafka or RealKafka()
         self._shared = running is not None
         self._options = settings

@@ -1,0 +1,175 @@
+"""A real Redis Cluster: masters and a replica of each, as processes on 127.0.0.1."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Final, Self
+
+import redis
+from redis.exceptions import RedisError
+
+from headrace.embedded import EmbeddedRedis, free_port
+from store.slots import SLOTS, slot_of
+
+DEADLINE_S: Final = 60.0
+NODE_TIMEOUT_MS: Final = 2000
+"""A master that is silent for so long has its replica promoted."""
+
+
+def wait_for(what: str, condition: Callable[[], object]) -> None:
+    """Returns once the condition holds, which may fail to be read until then."""
+    until_s = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            if condition():
+                return
+        except RedisError as error:
+            what = f"{what} ({error})" if str(error) not in what else what
+        assert time.monotonic() < until_s, f"waited {DEADLINE_S:g} s in vain: {what}"
+        time.sleep(0.02)
+
+
+def redis7() -> str:
+    """The `redis-server` on PATH, 7.0 or later: 6.2 can't be told where its cluster's port is to be."""
+    found = shutil.which("redis-server")
+    assert found, "there is no redis-server on PATH (Debian: apt-get install redis-server)"
+    return found
+
+
+class RedisCluster:
+    """Three masters with a third of the slots each, and a replica of each; all gone at the end of the block."""
+
+    def __init__(self, masters: int = 3) -> None:
+        self._n_masters = masters
+        self._stack = ExitStack()
+        self.nodes: list[EmbeddedRedis] = []
+        self._bus: list[int] = []
+
+    def __enter__(self) -> Self:
+        try:
+            for _ in range(2 * self._n_masters):
+                self._bus.append(free_port())
+                server = EmbeddedRedis(
+                    redis7(),
+                    args=(
+                        *("--cluster-enabled", "yes", "--cluster-port", str(self._bus[-1])),
+                        *("--cluster-node-timeout", str(NODE_TIMEOUT_MS), "--cluster-replica-validity-factor", "0"),
+                        *("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1"),
+                    ),
+                )
+                self.nodes.append(self._stack.enter_context(server))
+            self._make()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    @property
+    def url(self) -> str:
+        """As `HEADRACE_REDIS_URL` takes it; it names two of the nodes."""
+        return f"redis+cluster://127.0.0.1:{self.nodes[0].port},127.0.0.1:{self.nodes[1].port}"
+
+    def do(self, node: EmbeddedRedis, *words: Any) -> Any:
+        """Runs a command on one node."""
+        with redis.Redis.from_url(node.url, socket_timeout=10) as client:
+            return client.execute_command(*words)
+
+    def master_of(self, key: bytes) -> EmbeddedRedis:
+        """The node that has a key, as all that are up agree."""
+        found: list[EmbeddedRedis] = []
+
+        def agreed() -> bool:
+            ports = {self._owner(node, slot_of(key)) for node in self.nodes if node.is_running}
+            found[:] = [node for node in self.nodes if node.port in ports and node.is_running]
+            return len(ports) == len(found) == 1
+
+        wait_for(f"one master of {key!r}", agreed)
+        return found[0]
+
+    def replica_of(self, master: EmbeddedRedis) -> EmbeddedRedis:
+        """A replica of a master."""
+        roles = {node.port: self.do(node, "ROLE") for node in self.nodes if node.is_running}
+        return next(
+            each
+            for each in self.nodes
+            if roles.get(each.port, [b""])[0] == b"slave" and roles[each.port][2] == master.port
+        )
+
+    def settled(self) -> None:
+        """Returns once every node that is up finds all slots served, and every replica is in step with its master."""
+        wait_for("the cluster is whole", lambda: all(self._is_well(node) for node in self.nodes if node.is_running))
+
+    def fail_over(self, victim: EmbeddedRedis) -> None:
+        """Kills a master, and returns once its replica has taken its place."""
+        slot = next(first for first, _, master, *_ in self.do(victim, "CLUSTER", "SLOTS") if master[1] == victim.port)
+        victim.kill()
+        others = [node for node in self.nodes if node.is_running]
+        wait_for("its replica is promoted", lambda: all(self._owner(each, slot) != victim.port for each in others))
+
+    def begin_move(self, slot: int, to: EmbeddedRedis) -> EmbeddedRedis:
+        """A slot is on its way to another master; returns the one that it leaves."""
+        source = next(node for node in self.nodes if node.is_running and self._owner(node, slot) == node.port)
+        self.do(to, "CLUSTER", "SETSLOT", slot, "IMPORTING", self.do(source, "CLUSTER", "MYID"))
+        self.do(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", self.do(to, "CLUSTER", "MYID"))
+        return source
+
+    def move_keys(self, slot: int, source: EmbeddedRedis, to: EmbeddedRedis, n: int) -> int:
+        """Moves up to n keys of a slot; returns how many there were."""
+        keys = self.do(source, "CLUSTER", "GETKEYSINSLOT", slot, n)
+        if keys:
+            self.do(source, "MIGRATE", "127.0.0.1", to.port, "", 0, 5000, "KEYS", *keys)
+        return len(keys)
+
+    def end_move(self, slot: int, source: EmbeddedRedis, to: EmbeddedRedis) -> None:
+        """The slot is the other's."""
+        for node in (to, source):
+            self.do(node, "CLUSTER", "SETSLOT", slot, "NODE", self.do(to, "CLUSTER", "MYID"))
+
+    def _make(self) -> None:
+        masters, replicas = self.nodes[: self._n_masters], self.nodes[self._n_masters :]
+        ends = [SLOTS * at // self._n_masters for at in range(self._n_masters + 1)]
+        for number, master in enumerate(masters):
+            self.do(master, "CLUSTER", "ADDSLOTSRANGE", ends[number], ends[number + 1] - 1)
+            self.do(master, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+        for node, bus in zip(self.nodes[1:], self._bus[1:], strict=True):
+            self.do(self.nodes[0], "CLUSTER", "MEET", "127.0.0.1", node.port, bus)
+        wait_for("nodes know one another", lambda: all(self._knows_all(node) for node in self.nodes))
+        for master, replica in zip(masters, replicas, strict=True):
+            self.do(replica, "CLUSTER", "REPLICATE", self.do(master, "CLUSTER", "MYID"))
+        self.settled()
+
+    def _owner(self, node: EmbeddedRedis, slot: int) -> int:
+        """The port of the master of a slot, as a node knows it; -1 for none."""
+        for first, last, master, *_ in self.do(node, "CLUSTER", "SLOTS"):
+            if first <= slot <= last:
+                return int(master[1])
+        return -1
+
+    def _knows_all(self, node: EmbeddedRedis) -> bool:
+        known = self.do(node, "CLUSTER", "NODES")
+        return bool(known.count(b"\n") == len(self.nodes) and b"handshake" not in known)
+
+    def _is_well(self, node: EmbeddedRedis) -> bool:
+        if b"cluster_state:ok" not in self.do(node, "CLUSTER", "INFO"):
+            return False
+        role = self.do(node, "ROLE")
+        if role[0] == b"master":
+            return len(role[2]) == 1
+        master = next(each for each in self.nodes if each.port == role[2])
+        written = self.do(master, "ROLE")[1]
+        return bool(role[3] == b"connected" and self.do(node, "ROLE")[4] >= written)
+
+    def other_master(self, key: bytes) -> EmbeddedRedis:
+        """A master that does not have a key."""
+        own = self.master_of(key)
+        running = (node for node in self.nodes if node.is_running and node is not own)
+        return next(node for node in running if self.do(node, "ROLE")[0] == b"master")
