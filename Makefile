@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench lock clean
+.PHONY: help demo test lint audit bench soak lock clean
 
 # More arguments for the command of a target: make test ARGS="-k window -x"
 ARGS ?=
@@ -37,6 +37,9 @@ lint: $(READY) ## Check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy $(CODE)
+
+soak: $(READY) ## Serve 10 minutes at 80 %, then twice too much; ARGS="--seconds 60" for less
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 bench: $(READY) ## Measure against the peers
 	@$(BIN)/python -m benchmarks $(ARGS)
