@@ -41,6 +41,10 @@ lint: $(READY) ## Check style, format and types
 soak: $(READY) ## Serve 10 minutes at 80 %, then twice too much; ARGS="--seconds 60" for less
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
+# Not part of lint: it asks pypi.org itself, which a machine behind a mirror of packages can't reach. There it fails.
+audit: $(READY) ## Ask PyPI's advisories about the locked versions
+	$(BIN)/pip-audit --strict --disable-pip --no-deps -r requirements.lock
+
 bench: $(READY) ## Measure against the peers
 	@$(BIN)/python -m benchmarks $(ARGS)
 

@@ -114,6 +114,9 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Arguments, variables, files of `HEADRACE_SECRETS_DIR`: the first that has a value."""
         folder = os.environ.get("HEADRACE_SECRETS_DIR")
+        if folder and not Path(folder).is_dir():
+            msg = f"HEADRACE_SECRETS_DIR={folder!r} is no folder"
+            raise ValueError(msg)
         files = [SecretsSettingsSource(settings_cls, secrets_dir=folder)] if folder else []
         return init_settings, env_settings, *files
 

@@ -21,7 +21,7 @@ from features.plan import Plan
 from features.program import Program
 from registry.online import Reader
 from registry.settings import Settings
-from serving import wire
+from serving import contract, wire
 from serving.front import Bytes, DirectRoute, Server
 from serving.guard import Guard
 from serving.keys import Keys
@@ -104,12 +104,20 @@ def create_app(settings: Settings, plan: Plan, clock: Callable[[], float] = time
         metrics,
         Guard.of(settings, Keys(settings.api_keys_file, metrics.keys_read)),
         [
-            DirectRoute("GET", "/v1/entities/{entity}/{entity_id:path}", routes.entity, [wire.JSON]),
-            DirectRoute("POST", "/v1/features", routes.features, wire.FORMATS),
-            DirectRoute("POST", "/get-online-features", routes.get_online_features, [wire.JSON]),
-            DirectRoute("GET", "/v1/services/{name}", routes.service, [wire.JSON]),
-            DirectRoute("GET", "/healthz", routes.healthz, [wire.JSON], scope=None, is_vital=True),
-            DirectRoute("GET", "/readyz", routes.readyz, [wire.JSON], scope=None, is_vital=True),
+            DirectRoute(
+                "GET", "/v1/entities/{entity}/{entity_id:path}", routes.entity, [wire.JSON], answers=contract.ENTITY
+            ),
+            DirectRoute("POST", "/v1/features", routes.features, wire.FORMATS, answers=contract.RANKING),
+            DirectRoute(
+                "POST", "/get-online-features", routes.get_online_features, [wire.JSON], answers=contract.FEAST
+            ),
+            DirectRoute("GET", "/v1/services/{name}", routes.service, [wire.JSON], answers=contract.SERVICE),
+            DirectRoute(
+                "GET", "/healthz", routes.healthz, [wire.JSON], answers=contract.HEALTH, scope=None, is_vital=True
+            ),
+            DirectRoute(
+                "GET", "/readyz", routes.readyz, [wire.JSON], answers=contract.READY, scope=None, is_vital=True
+            ),
             DirectRoute("GET", "/metrics", routes.prometheus, [CONTENT_TYPE_LATEST], scope=for_metrics, is_vital=True),
         ][: None if settings.metrics != "off" else -1],
         title="Headrace",

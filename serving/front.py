@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
+from serving import contract
 from serving.guard import Guard
 from serving.keys import Key
 from serving.keys import Scope as KeyScope
@@ -28,29 +29,9 @@ from serving.protocol import BEYOND
 
 log = structlog.get_logger()
 
-_PROBLEM: dict[str, Any] = {
+_PROBLEM: Final[dict[str, Any]] = {
     "description": "A problem document (RFC 9457)",
-    "content": {
-        MEDIA_TYPE: {
-            "schema": {
-                "type": "object",
-                "required": ["type", "title", "status", "detail"],
-                "properties": {
-                    "type": {"type": "string"},
-                    "title": {"type": "string"},
-                    "status": {"type": "integer"},
-                    "detail": {"type": "string"},
-                    "errors": {
-                        "type": "array",
-                        "items": {
-                            "type": "object",
-                            "properties": {"field": {"type": "string"}, "detail": {"type": "string"}},
-                        },
-                    },
-                },
-            }
-        }
-    },
+    "content": {MEDIA_TYPE: {"schema": contract.PROBLEM}},
 }
 
 
@@ -87,6 +68,7 @@ class DirectRoute(APIRoute):
     Args:
         method, path, endpoint: as FastAPI has them.
         media_types: of its answers.
+        answers: the schema of those that are JSON.
         scope: what a key must be good for to call it; None if no key is needed. A call for `write` is audited.
         is_vital: never refused for want of time: operators must see what is the matter.
     """
@@ -98,14 +80,15 @@ class DirectRoute(APIRoute):
         endpoint: Callable[..., Awaitable[Response]],
         media_types: Sequence[str],
         *,
+        answers: contract.Schema | None = None,
         scope: KeyScope | None = "read",
         is_vital: bool = False,
     ) -> None:
-        answers: dict[int | str, dict[str, Any]] = {
-            200: {"content": {media_type: {} for media_type in media_types}},
-            "default": _PROBLEM,
-        }
-        super().__init__(path, endpoint, methods=[method], response_class=Response, responses=answers)
+        content: dict[str, Any] = {media_type: {} for media_type in media_types}
+        if answers is not None:
+            content["application/json"] = {"schema": answers}
+        responses: dict[int | str, dict[str, Any]] = {200: {"content": content}, "default": _PROBLEM}
+        super().__init__(path, endpoint, methods=[method], response_class=Response, responses=responses)
         self.scope = scope
         self.is_vital = is_vital
         self._models = [
@@ -176,6 +159,18 @@ class Server(FastAPI):
         self._direct = routes
         self.router.routes.extend(routes)
         self.add_exception_handler(HTTPException, _not_found)
+
+    def openapi(self) -> dict[str, Any]:
+        """The contract, with the keys that the server asks for."""
+        if self.openapi_schema is None and not self._guard.keys.is_open:
+            document = super().openapi()
+            document["components"]["securitySchemes"] = contract.SECURITY
+            for route in self._direct:
+                if route.scope is not None:
+                    operations = document["paths"][route.path_format]
+                    for operation in operations.values():
+                        operation["security"] = [{name: []} for name in contract.SECURITY]
+        return super().openapi()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102  # ASGI's
         if scope["type"] != "http":

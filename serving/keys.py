@@ -129,6 +129,11 @@ class Keys:
             self._take(KeyFile.read(path))
             self._look_at_s = monotonic() + LOOK_S
 
+    @property
+    def is_open(self) -> bool:
+        """Whether no key is asked for."""
+        return self._path is None
+
     def admit(self, headers: Sequence[tuple[bytes, bytes]], scope: str) -> Key | None:
         """The key in a request's headers; None where the server is open.
 

@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 import threading
@@ -102,10 +103,14 @@ def _check_open(settings: Settings) -> None:
 
 def config(settings: Settings, plan: Plan, **options: Any) -> uvicorn.Config:
     """How uvicorn serves the plan; `options` are more of uvicorn's."""
-    # Both are read here, for an error that names the file; uvicorn's own would not.
-    for path in (settings.tls_certificate, settings.tls_key):
-        if path is not None:
-            path.open("rb").close()
+    if settings.tls_certificate is not None:
+        # For an error that names the files; uvicorn's own would not.
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certificate, settings.tls_key)
+        except OSError as error:
+            files = ", ".join(str(path) for path in (settings.tls_certificate, settings.tls_key) if path is not None)
+            message = f"HEADRACE_TLS_CERTIFICATE and HEADRACE_TLS_KEY can't be used: {files}: {error}"
+            raise ValueError(message) from error
     return uvicorn.Config(
         create_app(settings, plan),
         http=limited(Limits.of(settings)),
