@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench lock clean
+.PHONY: help demo test lint audit bench soak lock clean
 
 # More arguments for the command of a target: make test ARGS="-k window -x"
 ARGS ?=
@@ -37,6 +37,13 @@ lint: $(READY) ## Check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy $(CODE)
+
+soak: $(READY) ## Serve 10 minutes at 80 %, then twice too much; ARGS="--seconds 60" for less
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
+
+# Not part of lint: it asks pypi.org itself, which a machine behind a mirror of packages can't reach. There it fails.
+audit: $(READY) ## Ask PyPI's advisories about the locked versions
+	$(BIN)/pip-audit --strict --disable-pip --no-deps -r requirements.lock
 
 bench: $(READY) ## Measure against the peers
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -6,9 +6,11 @@ import os
 import re
 import sys
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import structlog
 import typer
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
@@ -28,6 +30,9 @@ app = typer.Typer(
 )
 _SECRET = ("HEADRACE_REDIS_URL", "HEADRACE_KAFKA_OPTIONS")
 """Variables that hold passwords."""
+keys = typer.Typer(no_args_is_help=True, help="API keys of the server: the file HEADRACE_API_KEYS_FILE.")
+app.add_typer(keys, name="keys")
+log = structlog.get_logger()
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
@@ -49,6 +54,7 @@ def apply() -> None:
 
     settings = Settings()
     done = run(settings, _redis(settings))
+    _audit("apply", plan=done.plan.fingerprint, changes=len(done.changes), topics=list(done.topics))
     _show_changes(done.changes)
     for topic in done.topics:
         out.print(f"+ topic {topic}")
@@ -172,6 +178,58 @@ def show(
     out.print(table)
 
 
+class _Scope(StrEnum):
+    read = "read"
+    write = "write"
+    admin = "admin"
+
+
+@keys.command("add")
+def add_key(
+    name: Annotated[str, typer.Argument(help="Whose it is, for people")],
+    scope: Annotated[list[_Scope], typer.Option(help="What it is good for; may be given again")] = [_Scope.read],  # noqa: B006  # typer's way to have a default
+    rate: Annotated[float | None, typer.Option(help="Most requests a second of each server process", min=0.001)] = None,
+) -> None:
+    """Make a key and print it: it can't be seen again. Servers take it within a second."""
+    from serving.keys import KeyFile, new_key
+
+    path = _keys_path()
+    known = KeyFile.read(path) if path.exists() else KeyFile()
+    key, secret = new_key(name, [each.value for each in scope], rate)
+    KeyFile(keys=[*known.keys, key]).write(path)
+    _audit("keys add", key=key.id, name=name, scopes=sorted(key.scopes))
+    out.print(secret, highlight=False, markup=False)
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """Show all keys, without their secrets."""
+    from serving.keys import KeyFile
+
+    table = Table("id", "name", "scopes", "requests/s")
+    for key in KeyFile.read(_keys_path()).keys:
+        table.add_row(
+            key.id, Text(key.name), ", ".join(sorted(key.scopes)), "" if key.rate is None else f"{key.rate:g}"
+        )
+    out.print(table)
+
+
+@keys.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(metavar="ID", help="The part of the key before the dot")]) -> None:
+    """Take a key away. Servers refuse it within a second."""
+    from serving.keys import KeyFile
+
+    path = _keys_path()
+    known = KeyFile.read(path)
+    kept = [key for key in known.keys if key.id != key_id]
+    if len(kept) == len(known.keys):
+        message = f"there is no key {key_id!r} in {path}; `headrace keys list` shows those that there are"
+        raise LookupError(message)
+    KeyFile(keys=kept).write(path)
+    _audit("keys revoke", key=key_id)
+    out.print(f"key {key_id} is revoked", highlight=False)
+
+
 @app.command()
 def doctor() -> None:
     """Check that Kafka, Redis and the registry can be reached and agree."""
@@ -187,12 +245,28 @@ def doctor() -> None:
     raise typer.Exit(0 if healthy else 1)
 
 
+def _keys_path() -> Path:
+    path = Settings().api_keys_file
+    if path is None:
+        message = "HEADRACE_API_KEYS_FILE must name the file of keys"
+        raise ValueError(message)
+    return path
+
+
+def _audit(action: str, **what: Any) -> None:
+    """A line in the log for whatever changes something."""
+    log.info("audit", action=action, uid=os.getuid(), **what)
+
+
 def _settings() -> Settings:
     """The settings, or an error that names the variable."""
     try:
         return Settings()
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
+        if not first["loc"]:  # Settings that don't fit together, which its text names.
+            message = f"{first['msg'].removeprefix('Value error, ')}; see the settings in README.md"
+            raise ValueError(message) from error
         variable = f"HEADRACE_{str(first['loc'][0]).upper()}"
         shown = "" if variable in _SECRET else f"={os.environ.get(variable, '')!r}"
         message = f"{variable}{shown}: {first['msg']}; see the settings in README.md"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
 
 from store.address import FORMS, Address
 
@@ -23,6 +24,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="HEADRACE_", extra="ignore", hide_input_in_errors=True)
 
+    secrets_dir: Path | None = Field(
+        None,
+        description="Folder of files named as these variables are, one value each; a variable wins over its file",
+    )
     repo: Path = Field(Path(), description="Folder of feature_store.yaml")
     definitions: str = Field("features.catalog", description="Importable package that declares the features")
     kafka: str = Field("127.0.0.1:9092", description="Kafka bootstrap servers")
@@ -58,6 +63,33 @@ class Settings(BaseSettings):
         50_000, ge=0, description="Item rows that each server process keeps while Redis has them unchanged; 0 for none"
     )
     items_max: int = Field(1000, ge=1, description="Most candidate items of one request")
+    rows_max: int = Field(1000, ge=1, description="Most entity rows of one request to /get-online-features")
+    body_bytes_max: int = Field(2_000_000, ge=1, description="Largest body of a request, bytes")
+    header_bytes_max: int = Field(32_768, ge=1024, description="Largest head of a request, bytes")
+    deadline_s: float = Field(
+        5.0,
+        gt=0,
+        description="Deadline of a request's head, of its body and answer, and of the client's taking it, seconds each",
+    )
+    idle_s: int = Field(75, ge=1, description="How long a connection may be idle, seconds")
+    connections_max: int = Field(1000, ge=1, description="Most connections of each server process")
+    requests_max: int = Field(
+        8,
+        ge=1,
+        description="Requests in work at once in each server process, beyond which it refuses (503) once there are "
+        "more than it can carry; at least the requests a second times the seconds of a round trip to Redis",
+    )
+    api_keys_file: Path | None = Field(
+        None, description="File of API keys that callers must have, made by `headrace keys`; without it all may read"
+    )
+    open_to_all: bool = Field(
+        default=False, description="Serve without API keys even on an address that other machines can reach"
+    )
+    metrics: Literal["open", "admin", "off"] = Field(
+        "open", description="Who may read /metrics: all, keys with the scope admin, or nobody"
+    )
+    tls_certificate: Path | None = Field(None, description="Certificate chain (PEM) to serve HTTPS with")
+    tls_key: Path | None = Field(None, description="Its private key (PEM), if it is in a file of its own")
     log_json: bool = Field(default=False, description="Log lines as JSON, for machines")
 
     @field_validator("redis_url")
@@ -66,11 +98,38 @@ class Settings(BaseSettings):
         Address.parse(value.get_secret_value())
         return value
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.tls_key is not None and self.tls_certificate is None:
+            msg = "HEADRACE_TLS_KEY needs HEADRACE_TLS_CERTIFICATE"
+            raise ValueError(msg)
+        if self.metrics == "admin" and self.api_keys_file is None:
+            msg = "HEADRACE_METRICS=admin needs HEADRACE_API_KEYS_FILE"
+            raise ValueError(msg)
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  # pydantic's signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003  # as above
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, variables, files of `HEADRACE_SECRETS_DIR`: the first that has a value."""
+        folder = os.environ.get("HEADRACE_SECRETS_DIR")
+        if folder and not Path(folder).is_dir():
+            msg = f"HEADRACE_SECRETS_DIR={folder!r} is no folder"
+            raise ValueError(msg)
+        files = [SecretsSettingsSource(settings_cls, secrets_dir=folder)] if folder else []
+        return init_settings, env_settings, *files
+
     def environment(self) -> dict[str, str]:
         """The settings as variables, for a child process."""
         plain: dict[str, Any] = self.model_dump(mode="json") | {"redis_url": self.redis_url.get_secret_value()}
         plain["kafka_options"] = json.dumps(self.kafka_options)
-        return {f"HEADRACE_{name.upper()}": str(value) for name, value in plain.items()}
+        return {f"HEADRACE_{name.upper()}": str(value) for name, value in plain.items() if value is not None}
 
     def librdkafka(self, **options: Any) -> dict[str, Any]:
         """Options of a confluent_kafka client."""

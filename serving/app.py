@@ -21,8 +21,11 @@ from features.plan import Plan
 from features.program import Program
 from registry.online import Reader
 from registry.settings import Settings
-from serving import wire
+from serving import contract, wire
 from serving.front import Bytes, DirectRoute, Server
+from serving.guard import Guard
+from serving.keys import Keys
+from serving.keys import Scope as KeyScope
 from serving.lookup import Lookup, pairs_of
 from serving.metrics import Metrics
 from serving.problems import Problem, invalid, unavailable
@@ -96,17 +99,27 @@ def create_app(settings: Settings, plan: Plan, clock: Callable[[], float] = time
     """The server of an applied plan; `clock` gives seconds since the epoch."""
     metrics = Metrics()
     routes = _Routes(settings, plan, metrics, clock)
+    for_metrics: KeyScope | None = "admin" if settings.metrics == "admin" else None
     return Server(
         metrics,
+        Guard.of(settings, Keys(settings.api_keys_file, metrics.keys_read)),
         [
-            DirectRoute("GET", "/v1/entities/{entity}/{entity_id:path}", routes.entity, [wire.JSON]),
-            DirectRoute("POST", "/v1/features", routes.features, wire.FORMATS),
-            DirectRoute("POST", "/get-online-features", routes.get_online_features, [wire.JSON]),
-            DirectRoute("GET", "/v1/services/{name}", routes.service, [wire.JSON]),
-            DirectRoute("GET", "/healthz", routes.healthz, [wire.JSON]),
-            DirectRoute("GET", "/readyz", routes.readyz, [wire.JSON]),
-            DirectRoute("GET", "/metrics", routes.prometheus, [CONTENT_TYPE_LATEST]),
-        ],
+            DirectRoute(
+                "GET", "/v1/entities/{entity}/{entity_id:path}", routes.entity, [wire.JSON], answers=contract.ENTITY
+            ),
+            DirectRoute("POST", "/v1/features", routes.features, wire.FORMATS, answers=contract.RANKING),
+            DirectRoute(
+                "POST", "/get-online-features", routes.get_online_features, [wire.JSON], answers=contract.FEAST
+            ),
+            DirectRoute("GET", "/v1/services/{name}", routes.service, [wire.JSON], answers=contract.SERVICE),
+            DirectRoute(
+                "GET", "/healthz", routes.healthz, [wire.JSON], answers=contract.HEALTH, scope=None, is_vital=True
+            ),
+            DirectRoute(
+                "GET", "/readyz", routes.readyz, [wire.JSON], answers=contract.READY, scope=None, is_vital=True
+            ),
+            DirectRoute("GET", "/metrics", routes.prometheus, [CONTENT_TYPE_LATEST], scope=for_metrics, is_vital=True),
+        ][: None if settings.metrics != "off" else -1],
         title="Headrace",
         version="1",
         lifespan=routes.running,
@@ -226,6 +239,14 @@ class _Routes:
             names = [reference.replace(":", "__", 1) for reference in body.features]
         else:
             raise invalid("features", "name features as view:feature, or a feature_service")
+        n_rows = max(map(len, body.entities.values()), default=0)
+        if n_rows > self._settings.rows_max:
+            raise invalid(
+                "entities",
+                f"{n_rows} rows are more than the {self._settings.rows_max} of HEADRACE_ROWS_MAX; split it",
+            )
+        if len(names) > len(self._plan.features):
+            raise invalid("features", f"{len(names)} are more than the {len(self._plan.features)} that there are")
         unknown = [name for name in names if name not in self._plan.features]
         if unknown:
             raise Problem(404, "Unknown feature", f"features: not applied: {', '.join(unknown)}")

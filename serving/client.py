@@ -5,11 +5,18 @@ For example:
     with Client("http://127.0.0.1:8000") as client:
         ranking = client.features("ranking_v1", user_id="u1", item_ids=["i1", "i2"])
         scores = model.predict(ranking.matrix)
+
+A server that has too much to do says when to come back (503 or 429 with `Retry-After`): the clients do, if there is
+time for it within the call's deadline.
 """
 
 from __future__ import annotations
 
+import asyncio
 import io
+import random
+import ssl
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -46,8 +53,14 @@ class Ranking:
 class _Calls:
     """What both clients send, and how they read the answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._names: dict[tuple[str, str], tuple[str, ...]] = {}
+
+    @staticmethod
+    def _options(base_url: str, key: str | None, verify: ssl.SSLContext | bool) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+        return {"base_url": base_url, "headers": headers, "verify": verify}
 
     @staticmethod
     def _ranking_request(
@@ -62,6 +75,16 @@ class _Calls:
         return {"method": "POST", "url": "/v1/features", "json": body, "headers": {"Accept": "application/x-npy"}}
 
     @staticmethod
+    def _pause_s(response: httpx.Response, left_s: float) -> float | None:
+        """How long to wait before the same is asked again; None if it shall not be."""
+        after = response.headers.get("retry-after", "")
+        if response.status_code not in (429, 503) or not after.isdigit():
+            return None
+        # Not all at one moment: those who were refused together would be too many together again.
+        pause_s = int(after) + random.uniform(0, 0.1)
+        return pause_s if pause_s < left_s else None
+
+    @staticmethod
     def _checked(response: httpx.Response) -> httpx.Response:
         if response.status_code != httpx.codes.OK:
             is_problem = response.headers.get("content-type", "").startswith("application/problem+json")
@@ -69,6 +92,19 @@ class _Calls:
                 response.status_code, response.json() if is_problem else {"title": response.reason_phrase}
             )
         return response
+
+    @staticmethod
+    def _entity_request(entity: str, entity_id: str, service: str | None) -> dict[str, Any]:
+        params = {"service": service} if service else {}
+        return {"method": "GET", "url": _entity_path(entity, entity_id), "params": params}
+
+    @staticmethod
+    def _names_request(service: str, response: httpx.Response) -> dict[str, Any]:
+        return {"method": "GET", "url": f"/v1/services/{service}", "params": {"plan": response.headers["x-plan"]}}
+
+    @staticmethod
+    def _left_s(until_s: float) -> float:
+        return max(until_s - time.monotonic(), 0.001)
 
     def _known_names(self, service: str, response: httpx.Response) -> tuple[str, ...] | None:
         """The columns' names, from the answer or from an earlier one of the same plan."""
@@ -87,11 +123,20 @@ def _matrix(response: httpx.Response) -> NDArray[np.float32]:
 
 
 class Client(_Calls):
-    """The blocking client. Safe to share between threads; `timeout_s` bounds every call."""
+    """The blocking client. Safe to share between threads.
 
-    def __init__(self, base_url: str, timeout_s: float = 2.0) -> None:
-        super().__init__()
-        self._http = httpx.Client(base_url=base_url, timeout=timeout_s)
+    Args:
+        base_url: the server's, such as http://127.0.0.1:8000.
+        timeout_s: bounds every call.
+        key: an API key, if the server asks for one.
+        verify: how to check the server's certificate, as httpx takes it.
+    """
+
+    def __init__(
+        self, base_url: str, timeout_s: float = 2.0, *, key: str | None = None, verify: ssl.SSLContext | bool = True
+    ) -> None:
+        super().__init__(timeout_s)
+        self._http = httpx.Client(**self._options(base_url, key, verify))
 
     def features(self, service: str, user_id: str | None, item_ids: Sequence[str], as_of: int | None = None) -> Ranking:
         """The features of one user (None for an anonymous one) and candidate items, a row an item, in the order asked.
@@ -100,17 +145,29 @@ class Client(_Calls):
             HeadraceError: if the server answers with a problem.
             httpx.HTTPError: if it does not answer in time.
         """
-        response = self._checked(self._http.request(**self._ranking_request(service, user_id, item_ids, as_of)))
+        until_s = time.monotonic() + self._timeout_s
+        request = self._ranking_request(service, user_id, item_ids, as_of)
+        response = self._checked(self._send(until_s, request))
         names = self._known_names(service, response) or self._learn(
-            service, self._http.get(f"/v1/services/{service}", params={"plan": response.headers["x-plan"]})
+            service, self._send(until_s, self._names_request(service, response))
         )
         return Ranking(_matrix(response), names, response.headers["x-plan"])
 
     def entity(self, entity: str, entity_id: str, service: str | None = None) -> dict[str, Any]:
         """One entity's features, as `GET /v1/entities/{entity}/{id}` answers."""
-        params = {"service": service} if service else {}
-        document: dict[str, Any] = self._checked(self._http.get(_entity_path(entity, entity_id), params=params)).json()
+        until_s = time.monotonic() + self._timeout_s
+        document: dict[str, Any] = self._checked(
+            self._send(until_s, self._entity_request(entity, entity_id, service))
+        ).json()
         return document
+
+    def _send(self, until_s: float, request: dict[str, Any]) -> httpx.Response:
+        while True:
+            response = self._http.request(**request, timeout=self._left_s(until_s))
+            pause_s = self._pause_s(response, until_s - time.monotonic())
+            if pause_s is None:
+                return response
+            time.sleep(pause_s)
 
     def close(self) -> None:
         """Closes the connections."""
@@ -126,29 +183,41 @@ class Client(_Calls):
 
 
 class AsyncClient(_Calls):
-    """The client for asyncio."""
+    """The client for asyncio; made as `Client`."""
 
-    def __init__(self, base_url: str, timeout_s: float = 2.0) -> None:
-        super().__init__()
-        self._http = httpx.AsyncClient(base_url=base_url, timeout=timeout_s)
+    def __init__(
+        self, base_url: str, timeout_s: float = 2.0, *, key: str | None = None, verify: ssl.SSLContext | bool = True
+    ) -> None:
+        super().__init__(timeout_s)
+        self._http = httpx.AsyncClient(**self._options(base_url, key, verify))
 
     async def features(
         self, service: str, user_id: str | None, item_ids: Sequence[str], as_of: int | None = None
     ) -> Ranking:
         """As `Client.features`."""
-        response = self._checked(await self._http.request(**self._ranking_request(service, user_id, item_ids, as_of)))
+        until_s = time.monotonic() + self._timeout_s
+        request = self._ranking_request(service, user_id, item_ids, as_of)
+        response = self._checked(await self._send(until_s, request))
         names = self._known_names(service, response) or self._learn(
-            service, await self._http.get(f"/v1/services/{service}", params={"plan": response.headers["x-plan"]})
+            service, await self._send(until_s, self._names_request(service, response))
         )
         return Ranking(_matrix(response), names, response.headers["x-plan"])
 
     async def entity(self, entity: str, entity_id: str, service: str | None = None) -> dict[str, Any]:
         """As `Client.entity`."""
-        params = {"service": service} if service else {}
+        until_s = time.monotonic() + self._timeout_s
         document: dict[str, Any] = self._checked(
-            await self._http.get(_entity_path(entity, entity_id), params=params)
+            await self._send(until_s, self._entity_request(entity, entity_id, service))
         ).json()
         return document
+
+    async def _send(self, until_s: float, request: dict[str, Any]) -> httpx.Response:
+        while True:
+            response = await self._http.request(**request, timeout=self._left_s(until_s))
+            pause_s = self._pause_s(response, until_s - time.monotonic())
+            if pause_s is None:
+                return response
+            await asyncio.sleep(pause_s)
 
     async def aclose(self) -> None:
         """Closes the connections."""

@@ -6,10 +6,12 @@ adds (six layers of middleware, two exit stacks, the solving of dependencies) is
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, get_type_hints
+from typing import Any, Final, get_type_hints
 
+import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
@@ -17,32 +19,19 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
+from serving import contract
+from serving.guard import Guard
+from serving.keys import Key
+from serving.keys import Scope as KeyScope
 from serving.metrics import Metrics
-from serving.problems import MEDIA_TYPE, problem_of, refused
+from serving.problems import MEDIA_TYPE, Problem, problem_of, refused
+from serving.protocol import BEYOND
 
-_PROBLEM: dict[str, Any] = {
+log = structlog.get_logger()
+
+_PROBLEM: Final[dict[str, Any]] = {
     "description": "A problem document (RFC 9457)",
-    "content": {
-        MEDIA_TYPE: {
-            "schema": {
-                "type": "object",
-                "required": ["type", "title", "status", "detail"],
-                "properties": {
-                    "type": {"type": "string"},
-                    "title": {"type": "string"},
-                    "status": {"type": "integer"},
-                    "detail": {"type": "string"},
-                    "errors": {
-                        "type": "array",
-                        "items": {
-                            "type": "object",
-                            "properties": {"field": {"type": "string"}, "detail": {"type": "string"}},
-                        },
-                    },
-                },
-            }
-        }
-    },
+    "content": {MEDIA_TYPE: {"schema": contract.PROBLEM}},
 }
 
 
@@ -57,45 +46,102 @@ class Bytes(Response):
         self.raw_headers = [*headers, (b"content-length", b"%d" % len(body))]
 
 
+_AGAIN: Final = {"Retry-After": "1"}
+_TOO_MUCH: Final = Problem(
+    503, "Overloaded", "more is asked than this process can answer in time", headers=_AGAIN
+).response()
+"""Made once, as the next: refusing must be cheap."""
+_TOO_MANY: Final = Problem(
+    503,
+    "Overloaded",
+    "there are more connections than this process has room for (HEADRACE_CONNECTIONS_MAX)",
+    headers={**_AGAIN, "Connection": "close"},
+).response()
+
+
 class DirectRoute(APIRoute):
     """A route that FastAPI documents by its endpoint's signature, and that is called without FastAPI.
 
     The endpoint takes the request, the path's parameters as texts, and at most one pydantic model, which is made of
     the body's JSON; of the query if there is no body. Whatever it raises is answered as a problem.
+
+    Args:
+        method, path, endpoint: as FastAPI has them.
+        media_types: of its answers.
+        answers: the schema of those that are JSON.
+        scope: what a key must be good for to call it; None if no key is needed. A call for `write` is audited.
+        is_vital: never refused for want of time: operators must see what is the matter.
     """
 
     def __init__(
-        self, method: str, path: str, endpoint: Callable[..., Awaitable[Response]], media_types: Sequence[str]
+        self,
+        method: str,
+        path: str,
+        endpoint: Callable[..., Awaitable[Response]],
+        media_types: Sequence[str],
+        *,
+        answers: contract.Schema | None = None,
+        scope: KeyScope | None = "read",
+        is_vital: bool = False,
     ) -> None:
-        answers: dict[int | str, dict[str, Any]] = {
-            200: {"content": {media_type: {} for media_type in media_types}},
-            "default": _PROBLEM,
-        }
-        super().__init__(path, endpoint, methods=[method], response_class=Response, responses=answers)
-        self.app = self.answer
+        content: dict[str, Any] = {media_type: {} for media_type in media_types}
+        if answers is not None:
+            content["application/json"] = {"schema": answers}
+        responses: dict[int | str, dict[str, Any]] = {200: {"content": content}, "default": _PROBLEM}
+        super().__init__(path, endpoint, methods=[method], response_class=Response, responses=responses)
+        self.scope = scope
+        self.is_vital = is_vital
         self._models = [
             (name, hint)
             for name, hint in get_type_hints(endpoint).items()
             if isinstance(hint, type) and issubclass(hint, BaseModel)
         ]
 
-    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The endpoint's answer, or a problem: an ASGI application."""
-        request = Request(scope, receive)
+    async def answer(self, request: Request, guard: Guard) -> Response:
+        """The endpoint's answer, or a problem."""
+        key: Key | None = None
+        body: bytes | None = None
+        response: Response | None = None
+        deadline = asyncio.timeout(guard.deadline_s)
         try:
-            given: dict[str, Any] = dict(scope["path_params"])
-            for name, model in self._models:
-                given[name] = await self._made(model, request)
-            response = await self.endpoint(request, **given)
+            async with deadline:
+                key = guard.key(request.scope["headers"], self.scope)
+                # It may be long in coming: until it is there, nothing is held up and nothing is in work.
+                body = b"" if self.body_field is None else await guard.body(request.scope, request.receive)
+                response = await self._answer(request, body, guard)
         except Exception as error:  # noqa: BLE001  # the last place where it can become an answer
-            response = problem_of(error, request_line(request)).response()
-        await response(scope, receive, send)
+            late = guard.too_late(has_body=body is not None) if deadline.expired() else error
+            response = problem_of(late, request_line(request)).response()
+        finally:
+            if self.scope == "write":
+                status = None if response is None else response.status_code
+                log.info("audit", action=request_line(request), key=key.id if key else None, status=status)
+        return response
 
-    async def _made(self, model: type[BaseModel], request: Request) -> BaseModel:
+    async def _answer(self, request: Request, body: bytes, guard: Guard) -> Response:
+        if self.is_vital:
+            return await self._called(request, body)
+        if BEYOND in request.scope:
+            return _TOO_MANY
+        if not guard.gate.enter(time.perf_counter()):
+            return _TOO_MUCH
+        try:
+            return await self._called(request, body)
+        finally:
+            guard.gate.leave(time.perf_counter())
+
+    async def _called(self, request: Request, body: bytes) -> Response:
+        given: dict[str, Any] = dict(request.scope["path_params"])
+        for name, model in self._models:
+            given[name] = self._made(model, request, body)
+        response: Response = await self.endpoint(request, **given)
+        return response
+
+    def _made(self, model: type[BaseModel], request: Request, body: bytes) -> BaseModel:
         try:
             if self.body_field is None:
                 return model.model_validate(dict(request.query_params))
-            return model.model_validate_json(await request.body())
+            return model.model_validate_json(body)
         except ValidationError as error:
             raise refused(error) from error
 
@@ -106,12 +152,25 @@ class Server(FastAPI):
     An answer that has reached a client is in the metrics, whichever process is asked for them.
     """
 
-    def __init__(self, metrics: Metrics, routes: Sequence[DirectRoute], **options: Any) -> None:
+    def __init__(self, metrics: Metrics, guard: Guard, routes: Sequence[DirectRoute], **options: Any) -> None:
         super().__init__(**options)
         self._metrics = metrics
+        self._guard = guard
         self._direct = routes
         self.router.routes.extend(routes)
         self.add_exception_handler(HTTPException, _not_found)
+
+    def openapi(self) -> dict[str, Any]:
+        """The contract, with the keys that the server asks for."""
+        if self.openapi_schema is None and not self._guard.keys.is_open:
+            document = super().openapi()
+            document["components"]["securitySchemes"] = contract.SECURITY
+            for route in self._direct:
+                if route.scope is not None:
+                    operations = document["paths"][route.path_format]
+                    for operation in operations.values():
+                        operation["security"] = [{name: []} for name in contract.SECURITY]
+        return super().openapi()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102  # ASGI's
         if scope["type"] != "http":
@@ -129,7 +188,10 @@ class Server(FastAPI):
             match, found = route.matches(scope)
             if match is Match.FULL:
                 scope.update(found)
-                await route.answer(scope, receive, counted)
+                response = await route.answer(Request(scope, receive), self._guard)
+                if response is _TOO_MUCH or response is _TOO_MANY:
+                    self._metrics.shed()
+                await response(scope, receive, counted)
                 return
         await super().__call__(scope, receive, counted)
 

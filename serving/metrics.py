@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
@@ -36,6 +36,16 @@ class Metrics:
             return requests.labels(route, status).inc, seconds.labels(route).observe
 
         self._counted = counted
+        self.shed = Counter("headrace_requests_shed", "Requests refused: too much is asked", registry=self.registry).inc
+        self._keys = Counter(
+            "headrace_api_keys_reads", "Readings of a changed file of API keys", ["result"], registry=self.registry
+        )
+        self._keys_broken = Gauge(
+            "headrace_api_keys_broken",
+            "Whether the file of API keys can't be read, so that an earlier one is in force",
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Counts an answer and the time it took."""
@@ -47,6 +57,11 @@ class Metrics:
         """Counts rows that the mirror had, and rows that it had not."""
         self._hit(hits)
         self._missed(misses)
+
+    def keys_read(self, well: bool) -> None:
+        """Counts a reading of a changed file of API keys."""
+        self._keys.labels("ok" if well else "failed").inc()
+        self._keys_broken.set(not well)
 
     def text(self) -> bytes:
         """All values, as Prometheus reads them."""

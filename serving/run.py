@@ -8,12 +8,14 @@ at once, and the other stood idle.
 from __future__ import annotations
 
 import gc
+import ipaddress
 import logging
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 import threading
@@ -36,10 +38,10 @@ from registry.settings import Settings
 from registry.store import load_plan
 from serving.app import create_app
 from serving.metrics import SHARED_FOLDER
+from serving.protocol import Limits, limited
 
-UVICORN: Final[dict[str, Any]] = {
+_UVICORN: Final[dict[str, Any]] = {
     "loop": "uvloop",
-    "http": "httptools",
     "ws": "none",
     "lifespan": "on",
     "access_log": False,
@@ -48,8 +50,6 @@ UVICORN: Final[dict[str, Any]] = {
     "proxy_headers": False,
     "server_header": False,
     "backlog": 2048,
-    # Longer than load balancers and pools of clients keep idle connections: closed by us, one may just be in use again.
-    "timeout_keep_alive": 75,
     "timeout_graceful_shutdown": 5,
 }
 _AGAIN_S = 1.0
@@ -66,8 +66,10 @@ def run(settings: Settings) -> int:
     Raises:
         NotAppliedPlanError: if nothing was applied.
         OSError: if the port can't be had.
+        ValueError: if everybody could read what was not said to be for everybody.
     """
     set_up_logs(as_json=settings.log_json)
+    _check_open(settings)
     plan = load_plan(settings)
     with _reserve(settings.host, settings.port) as reserved:
         host, port = reserved.getsockname()[:2]
@@ -81,6 +83,44 @@ def run(settings: Settings) -> int:
         with tempfile.TemporaryDirectory(prefix="headrace-metrics-") as folder:
             os.environ[SHARED_FOLDER] = folder
             return _supervise(settings.model_copy(update={"host": host, "port": port}), plan)
+
+
+def _check_open(settings: Settings) -> None:
+    """Strangers come in by an address that they can reach; that this is meant must be said."""
+    if settings.api_keys_file is not None or settings.open_to_all or settings.host == "localhost":
+        return
+    try:
+        is_own = ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        is_own = False
+    if not is_own:
+        message = (
+            f"HEADRACE_HOST={settings.host} can be reached by others, who need no key: make keys with `headrace keys`, "
+            "name their file in HEADRACE_API_KEYS_FILE, or say HEADRACE_OPEN_TO_ALL=true"
+        )
+        raise ValueError(message)
+
+
+def config(settings: Settings, plan: Plan, **options: Any) -> uvicorn.Config:
+    """How uvicorn serves the plan; `options` are more of uvicorn's."""
+    if settings.tls_certificate is not None:
+        # For an error that names the files; uvicorn's own would not.
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certificate, settings.tls_key)
+        except OSError as error:
+            files = ", ".join(str(path) for path in (settings.tls_certificate, settings.tls_key) if path is not None)
+            message = f"HEADRACE_TLS_CERTIFICATE and HEADRACE_TLS_KEY can't be used: {files}: {error}"
+            raise ValueError(message) from error
+    return uvicorn.Config(
+        create_app(settings, plan),
+        http=limited(Limits.of(settings)),
+        # Longer than load balancers and pools of clients keep idle connections: closed by us, one may be in use again.
+        timeout_keep_alive=settings.idle_s,
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
+        **_UVICORN,
+        **options,
+    )
 
 
 def _reserve(host: str, port: int) -> socket.socket:
@@ -110,11 +150,12 @@ def _serve(settings: Settings, plan: Plan, listener: socket.socket, on_ready: Ca
             gc.collect()
             gc.freeze()
             # As uvicorn says it where it opens the socket itself.
+            scheme = "http" if settings.tls_certificate is None else "https"
             host, port = listener.getsockname()[:2]
-            logging.getLogger("uvicorn.error").info("Uvicorn running on http://%s:%d", host, port)
+            logging.getLogger("uvicorn.error").info("Uvicorn running on %s://%s:%d", scheme, host, port)
         on_ready()
 
-    server = uvicorn.Server(uvicorn.Config(create_app(settings, plan), callback_notify=ready, **UVICORN))
+    server = uvicorn.Server(config(settings, plan, callback_notify=ready))
     with suppress(KeyboardInterrupt):  # Raised when all has been answered.
         server.run(sockets=[listener])
     return 0 if server.started else 1

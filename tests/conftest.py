@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import pytest
@@ -68,6 +70,25 @@ def real_kafka() -> Iterator[RealKafka]:
         _leave_out(missing)
     with RealKafka() as kafka:
         yield kafka
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A key and its certificate for 127.0.0.1, of nobody's authority."""
+    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
+    made = subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
+            *("-keyout", path, "-out", f"{path}.public", "-days", "2", "-subj", "/CN=headrace"),
+            *("-addext", "subjectAltName=IP:127.0.0.1"),
+        ],
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert made.returncode == 0, made.stderr
+    path.write_text(path.read_text() + Path(f"{path}.public").read_text())
+    return path
 
 
 def _leave_out(reason: str) -> NoReturn:

@@ -10,7 +10,6 @@ import random
 import signal
 import socket
 import ssl
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -107,25 +106,6 @@ def client(server: EmbeddedRedis) -> Iterator[Any]:
     """Somebody else, who writes."""
     with redis.Redis.from_url(server.url) as found:
         yield found
-
-
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A key and its certificate for 127.0.0.1, of nobody's authority."""
-    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
-    made = subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
-            *("-keyout", path, "-out", f"{path}.public", "-days", "2", "-subj", "/CN=headrace"),
-            *("-addext", "subjectAltName=IP:127.0.0.1"),
-        ],
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
-    assert made.returncode == 0, made.stderr
-    path.write_text(path.read_text() + Path(f"{path}.public").read_text())
-    return path
 
 
 class Heard:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import orjson
+import uvicorn
 
 from features.plan import Plan
+from headrace.embedded import free_port
 from registry.definitions import compile_definitions
 from registry.settings import Settings
+from serving import run
 from serving.app import create_app
 from store.commit import initialise
 from store.connect import connect
@@ -22,6 +26,7 @@ from store.keys import Keyspace
 from streams.chunk import Chunk, Partition
 from streams.decode import Decoder
 from streams.lane import Lane
+from tests.support.stack import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOW_MS = 2_000_023_200_000
@@ -111,6 +116,23 @@ async def served(settings: Settings, plan: Plan, clock: Clock) -> AsyncIterator[
         httpx.AsyncClient(transport=transport, base_url="http://headrace") as http,
     ):
         yield http
+
+
+@contextmanager
+def listening(settings: Settings, plan: Plan) -> Iterator[int]:
+    """The server as production runs it, but in a thread of this process; gives its port on 127.0.0.1."""
+    port = free_port()
+    server = uvicorn.Server(run.config(settings, plan, host="127.0.0.1", port=port))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for("the server listens", lambda: server.started or not thread.is_alive())
+        assert server.started
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def project_folder(folder: Path) -> Path:

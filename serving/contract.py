@@ -1,0 +1,110 @@
+"""What the answers look like, for the OpenAPI document: JSON Schemas of what `serving.wire` and the routes write."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+Schema = dict[str, Any]
+
+
+def _object(required: dict[str, Schema], optional: dict[str, Schema] | None = None) -> Schema:
+    """An object with these members and no others."""
+    return {
+        "type": "object",
+        "required": list(required),
+        "properties": {**required, **(optional or {})},
+        "additionalProperties": False,
+    }
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+_TEXT: Final[Schema] = {"type": "string"}
+_INT: Final[Schema] = {"type": "integer"}
+_MS: Final[Schema] = {"type": ["integer", "null"], "description": "ms since the epoch"}
+_VALUE: Final[Schema] = {
+    "description": "A feature's value; null where there is none",
+    "type": ["number", "boolean", "string", "null", "array"],
+    "items": _TEXT,
+}
+_FEATURES: Final[Schema] = {"type": "object", "additionalProperties": _VALUE}
+_STATUS: Final[Schema] = {"enum": ["PRESENT", "NOT_FOUND", "UNAVAILABLE"]}
+_EXPLAIN: Final[Schema] = {"type": "object", "description": "How each feature comes about, if that was asked"}
+_DEGRADED: Final[Schema] = {"type": "integer", "description": "How many rows could not be read"}
+
+RANKING: Final = _object(
+    {
+        "service": _TEXT,
+        "plan": _TEXT,
+        "as_of": _INT,
+        "user": _object(
+            {
+                "id": {"type": ["string", "null"]},
+                "status": {"enum": [*_STATUS["enum"], None]},
+                "last_event_at": _MS,
+                "features": _FEATURES,
+            },
+            {"explain": _EXPLAIN},
+        ),
+        "features": _list(_TEXT),
+        "items": _list(_object({"id": _TEXT, "status": _STATUS, "values": _list(_VALUE)}, {"explain": _EXPLAIN})),
+    },
+    {"degraded": _DEGRADED},
+)
+
+ENTITY: Final = _object(
+    {
+        "entity": _TEXT,
+        "id": _TEXT,
+        "status": _STATUS,
+        "last_event_at": _MS,
+        "as_of": _INT,
+        "plan": _TEXT,
+        "service": {"type": ["string", "null"]},
+        "features": _FEATURES,
+    },
+    {"degraded": _DEGRADED},
+)
+
+SERVICE: Final = _object(
+    {
+        "service": _TEXT,
+        "plan": _TEXT,
+        "features": _list(_object({"name": _TEXT, "type": _TEXT, "entities": _list(_TEXT), "doc": _TEXT})),
+        "matrix": _list(_TEXT),
+    }
+)
+
+FEAST: Final = _object(
+    {
+        "metadata": _object({"feature_names": _object({"val": _list(_TEXT)})}),
+        "results": _list(
+            _object({"values": _list({}), "statuses": _list(_TEXT), "event_timestamps": _list(_TEXT)}),
+        ),
+    }
+)
+
+HEALTH: Final = _object({"status": _TEXT})
+READY: Final = _object({"status": _TEXT, "plan": _TEXT})
+
+PROBLEM: Final[Schema] = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": _TEXT,
+        "title": _TEXT,
+        "status": _INT,
+        "detail": _TEXT,
+        "errors": _list(
+            {"type": "object", "required": ["field", "detail"], "properties": {"field": _TEXT, "detail": _TEXT}}
+        ),
+    },
+}
+
+SECURITY: Final[Schema] = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key: id.secret"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same"},
+}
+"""The ways to send a key; either will do."""

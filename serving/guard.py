@@ -1,0 +1,132 @@
+"""What a request must pass before anything is done for it: its key, its size, its time, and a server that has time.
+
+A request in work is one whose body is there and whose answer is not. Of these a process has as many at once as come
+together, which is quick, since they are evaluated together. Where more than `requests_max` are there on average over
+`WINDOW_S`, it is no crowd but more than can be carried: from then on what comes beyond `requests_max` is refused, at a
+tenth of the cost of an answer, until a window in which hardly anything had to be. So what is accepted waits for at most
+`requests_max` others, however much is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope
+
+from registry.settings import Settings
+from serving.keys import Key, Keys
+from serving.problems import Problem
+
+WINDOW_S: Final = 0.1
+_FEW: Final = 0.1
+"""Below twice the capacity's excess over it, but more than the crowds of a load that can be carried."""
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+class Gate:
+    """Counts requests in work, and says whether one more is taken.
+
+    Args:
+        requests_max: how many are taken when there is too much.
+    """
+
+    def __init__(self, requests_max: int) -> None:
+        self._most = requests_max
+        self.working = 0
+        self.is_shedding = False
+        self._area = 0.0
+        self._last_s = self._began_s = 0.0
+        self._arrived = self._refused = 0
+
+    def __repr__(self) -> str:
+        return f"<Gate working={self.working} {'shedding' if self.is_shedding else 'open'}>"
+
+    def enter(self, now_s: float) -> bool:
+        """Takes a request, which must `leave`; or refuses it."""
+        self._advance(now_s)
+        if now_s - self._began_s >= WINDOW_S:
+            self._turn(now_s)
+        self._arrived += 1
+        if self.is_shedding and self.working >= self._most:
+            self._refused += 1
+            return False
+        self.working += 1
+        return True
+
+    def leave(self, now_s: float) -> None:
+        """A request's answer is there."""
+        self._advance(now_s)
+        self.working -= 1
+
+    def _advance(self, now_s: float) -> None:
+        self._area += self.working * (now_s - self._last_s)
+        self._last_s = now_s
+
+    def _turn(self, now_s: float) -> None:
+        """Begins a window; whether to shed in it is learned from the last."""
+        if self.is_shedding:
+            self.is_shedding = self._refused > _FEW * self._arrived
+        else:
+            self.is_shedding = self._area > self._most * (now_s - self._began_s)
+        self._area, self._began_s = 0.0, now_s
+        self._arrived = self._refused = 0
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What the server asks of every request, made once a process."""
+
+    gate: Gate
+    keys: Keys
+    body_bytes_max: int
+    deadline_s: float
+
+    @classmethod
+    def of(cls, settings: Settings, keys: Keys) -> Guard:
+        """The guard that settings ask for."""
+        return cls(Gate(settings.requests_max), keys, settings.body_bytes_max, settings.deadline_s)
+
+    def key(self, headers: Headers, scope: str | None) -> Key | None:
+        """The caller's key; None where none is needed.
+
+        Raises:
+            Problem: 401 without a key that is known, 403 without the scope, 429 beyond its rate.
+        """
+        return None if scope is None else self.keys.admit(headers, scope)
+
+    async def body(self, scope: Scope, receive: Receive) -> bytes:
+        """The body of a request.
+
+        Raises:
+            Problem: 413 once it is, or says that it is, too large; nothing more of it is kept.
+            ClientDisconnect: if the connection ends before it does.
+        """
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value) > self.body_bytes_max:
+                raise self._too_large(int(value))
+        body: bytes = b""
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body += message.get("body", b"")
+            if len(body) > self.body_bytes_max:
+                raise self._too_large(len(body))
+            if not message.get("more_body", False):
+                return body
+
+    def too_late(self, *, has_body: bool) -> Problem:
+        """The deadline has passed: the caller's fault where the body is not there, otherwise ours."""
+        if has_body:
+            detail = f"there was no answer within {self.deadline_s:g} s (HEADRACE_DEADLINE_S)"
+            return Problem(503, "Unavailable", detail, headers={"Retry-After": "1"})
+        detail = f"body: it was not there within {self.deadline_s:g} s (HEADRACE_DEADLINE_S)"
+        # What else is sent of it is no request.
+        return Problem(408, "Request timeout", detail, headers={"Connection": "close"})
+
+    def _too_large(self, n_bytes: int) -> Problem:
+        detail = f"{n_bytes:,} bytes are more than the {self.body_bytes_max:,} of HEADRACE_BODY_BYTES_MAX; split it"
+        return Problem(413, "Content too large", f"body: {detail}", errors=[{"field": "body", "detail": detail}])
