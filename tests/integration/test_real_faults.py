@@ -168,7 +168,8 @@ class Trial:
     @property
     def file(self) -> Path:
         """All that Redis knows."""
-        return self.stack.redis.folder / "appendonly.aof"
+        found: Path = self.stack.redis.folder / "appendonly.aof"
+        return found
 
     def stream(self, processes: int) -> None:
         self.supervisor = self.stack.start_stream(processes, f"stream-of-{processes}")
@@ -265,7 +266,7 @@ class Trial:
 
 @pytest.mark.parametrize("appendfsync", ["everysec"])
 def test_20_rounds_of_kill_9_and_two_rollbacks_leave_every_feature_as_brute_force_has_it(appendfsync: str) -> None:
-    """A worker, Redis or the broker is killed while events flow, with 2 and then 3 workers; then Redis goes back in time.
+    """Workers, Redis and the broker are killed while events flow, with 2 and then 3 workers; Redis is rolled back, too.
 
     Offsets kept apart from rows, a row cache that outlives what Redis has, duplicates remembered only in memory, or a
     rollback taken for a successor would each leave differences, or no stream.

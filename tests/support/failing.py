@@ -83,7 +83,7 @@ def check_nothing_lost(redis: Any, happenings: Sequence[Callable[[], None]]) -> 
     """Runs the stream and the server on a Redis to which things happen: 0 differences, by HTTP and by Feast's SDK."""
     seed = random.randrange(1 << 32)
     print("seed", seed)
-    with Stack(redis, shards=8, lanes=2, chunk_events=200) as stack:
+    with Stack(redis=redis, shards=8, lanes=2, chunk_events=200) as stack:
         stack.start_stream(2)
         address = stack.start_server()
         with Flow(stack, address, random.Random(seed)) as flow:

@@ -52,8 +52,8 @@ def children_of(process: subprocess.Popen[bytes]) -> list[int]:
 class Stack:
     """Everything from Kafka to HTTP, on ports and in folders of its own; all of it gone at exit.
 
-    With `running`, a broker that is shared: it is left as it is, and its topics are emptied by making them anew. `redis`
-    is one server unless given: what has a `url`, and is there in a `with` block.
+    With `running`, a broker that is shared: it is left as it is, and its topics are emptied by making them anew.
+    `redis` is one server unless given: what has a `url`, and is there in a `with` block.
     """
 
     def __init__(
