@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any, Final, Self
 
 import redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from headrace.embedded import EmbeddedRedis, free_port
 from store.slots import SLOTS, slot_of
@@ -31,6 +31,25 @@ def wait_for(what: str, condition: Callable[[], object]) -> None:
             what = f"{what} ({error})" if str(error) not in what else what
         assert time.monotonic() < until_s, f"waited {DEADLINE_S:g} s in vain: {what}"
         time.sleep(0.02)
+
+
+@contextmanager
+def falling_behind(master: EmbeddedRedis, replica: EmbeddedRedis, key: bytes) -> Iterator[None]:
+    """Within it a replica hears no more of its master, which has written a key since; otherwise it is well."""
+    with (
+        redis.Redis(port=master.port, socket_timeout=10) as of_master,
+        redis.Redis(port=replica.port, socket_timeout=10, single_connection_client=True) as of_replica,
+    ):
+        with suppress(ResponseError):  # Of one that is in no cluster.
+            of_replica.readonly()
+        for name, value in (("masteruser", "nobody"), ("masterauth", "wrong")):
+            of_replica.config_set(name, value)
+        of_master.client_kill_filter(_type="replica")
+        wait_for("it hears no more", lambda: of_replica.info("replication")["master_link_status"] == "down")
+        wait_for("its master has more", lambda: of_master.get(key) != of_replica.get(key))
+        yield
+        for name in ("masteruser", "masterauth"):
+            of_replica.config_set(name, "")
 
 
 def redis7() -> str:
