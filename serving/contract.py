@@ -25,9 +25,10 @@ _TEXT: Final[Schema] = {"type": "string"}
 _INT: Final[Schema] = {"type": "integer"}
 _MS: Final[Schema] = {"type": ["integer", "null"], "description": "ms since the epoch"}
 _VALUE: Final[Schema] = {
-    "description": "A feature's value; null where there is none",
-    "type": ["number", "boolean", "string", "null", "array"],
+    "description": "A feature's value; null where there is none, an object by bucket",
+    "type": ["number", "boolean", "string", "null", "array", "object"],
     "items": _TEXT,
+    "additionalProperties": {"type": ["number", "null"]},
 }
 _FEATURES: Final[Schema] = {"type": "object", "additionalProperties": _VALUE}
 _STATUS: Final[Schema] = {"enum": ["PRESENT", "NOT_FOUND", "UNAVAILABLE"]}
@@ -81,7 +82,7 @@ FEAST: Final = _object(
     {
         "metadata": _object({"feature_names": _object({"val": _list(_TEXT)})}),
         "results": _list(
-            _object({"values": _list({}), "statuses": _list(_TEXT), "event_timestamps": _list(_TEXT)}),
+            _object({"values": _list({}), "statuses": _list(_TEXT)}, {"event_timestamps": _list(_TEXT)}),
         ),
     }
 )

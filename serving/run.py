@@ -50,7 +50,8 @@ _UVICORN: Final[dict[str, Any]] = {
     "proxy_headers": False,
     "server_header": False,
     "backlog": 2048,
-    "timeout_graceful_shutdown": 5,
+    # Above HEADRACE_DEADLINE_S, so that whatever is in flight has its answer, and below `_STOP_S`.
+    "timeout_graceful_shutdown": 7,
 }
 _AGAIN_S = 1.0
 _LOOK_S = 0.2
