@@ -93,7 +93,8 @@ class ChunkSource(DynamicSource[Chunk]):
             return (topics.index(partition.topic) + partition.number) % worker_count == worker_index
 
         client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
-        return _WorkerChunks(WorkerReader(self._settings, self._plan, is_mine, client))
+        with _failures_said():
+            return _WorkerChunks(WorkerReader(self._settings, self._plan, is_mine, client))
 
 
 class _WorkerChunks(StatelessSourcePartition[Chunk]):
@@ -105,7 +106,8 @@ class _WorkerChunks(StatelessSourcePartition[Chunk]):
     def next_batch(self) -> Iterable[Chunk]:
         if _stopping:
             raise StopIteration
-        chunks = self._reader.next_chunks(_WAIT_S if self._idle else 0.0)
+        with _failures_said():
+            chunks = self._reader.next_chunks(_WAIT_S if self._idle else 0.0)
         self._idle = not any(chunk.values for chunk in chunks)
         return chunks
 
@@ -125,6 +127,10 @@ class DecodeStep:
         self._dead_letters: DeadLetters | None = None
 
     def __call__(self, chunks: list[Chunk]) -> list[tuple[str, Part]]:
+        with _failures_said():
+            return self._decoded(chunks)
+
+    def _decoded(self, chunks: list[Chunk]) -> list[tuple[str, Part]]:
         out: list[tuple[str, Part]] = []
         for chunk, decoded in zip(chunks, self._decoder.decode_all(chunks), strict=True):
             if decoded.dead_letters:
@@ -151,7 +157,8 @@ class LaneSink(FixedPartitionedSink[Part, None]):
     def build_part(self, step_id: str, for_part: str, resume_state: None) -> StatefulSinkPartition[Part, None]:
         client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
         cache_bytes_max = self._settings.row_cache_mb * 1_000_000 // self._settings.lanes
-        lane = Lane(self._plan, int(for_part), self._settings.lanes, client, cache_bytes_max=cache_bytes_max)
+        with _failures_said():
+            lane = Lane(self._plan, int(for_part), self._settings.lanes, client, cache_bytes_max=cache_bytes_max)
         log.info("lane_claimed", lane=for_part, plan=self._plan.fingerprint)
         return _LanePartition(lane)
 
@@ -161,12 +168,12 @@ class _LanePartition(StatefulSinkPartition[Part, None]):
         self._lane = lane
 
     def write_batch(self, items: list[Part]) -> None:
-        with _until_fenced():
+        with _failures_said():
             written = self._lane.start(items)
         METRICS.committed(written.rows, written.evicted)
 
     def close(self) -> None:
-        with _until_fenced():
+        with _failures_said():
             self._lane.settle()
 
     def snapshot(self) -> None:
@@ -174,13 +181,19 @@ class _LanePartition(StatefulSinkPartition[Part, None]):
 
 
 @contextmanager
-def _until_fenced() -> Iterator[None]:
+def _failures_said() -> Iterator[None]:
+    """Logs what ends this worker: of several, Bytewax often says only that another one has gone."""
     try:
         yield
     except FencedError as error:
         log.critical("writer_stops", reason=str(error))
         # At once, with a status that the supervisor knows: all that matters is in Redis.
         os._exit(SUPERSEDED_STATUS if error.superseded else 1)
+    except StopIteration:
+        raise
+    except Exception as error:
+        log.critical("worker_fails", error=f"{type(error).__name__}: {error}")
+        raise
 
 
 def _lane_key(lane: int) -> str:

@@ -204,7 +204,8 @@ class WorkerReader:
         try:
             for topic in self._topics:
                 there = self._shared.consumer.list_topics(topic, timeout=_LOOK_TIMEOUT_S).topics[topic].partitions
-                self._read(Partition(topic, number) for number in sorted(there))
+                # One that is made just now may have no leader, and to ask it would take long.
+                self._read(Partition(topic, number) for number in sorted(there) if there[number].leader >= 0)
         except KafkaException as error:
             log.warning("partitions_unknown", error=str(error), again_in_s=LOOK_S)
 

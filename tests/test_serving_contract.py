@@ -24,7 +24,13 @@ from tests.support.served import Clock, Rows, catalogue, listening, random_event
 
 EXAMPLES = 40
 NOBODY = "redis://127.0.0.1:1/0"
-RANKING = {"service": "ranking_v1", "item_ids": ["i1", "?"], "items": None, "context": {}, "as_of": None}
+RANKING: dict[str, Any] = {
+    "service": "ranking_v1",
+    "item_ids": ["i1", "?"],
+    "items": None,
+    "context": {},
+    "as_of": None,
+}
 FEAST = {"features": ["user_activity:clicks_7d"], "entities": {"user_id": ["u1", None, "u2"]}}
 load_all_checks()
 WANTED: Any = CHECKS.get_by_names(

@@ -141,7 +141,7 @@ class Readers(threading.Thread):
 class Trial:
     """All of it running, with one fault after the other."""
 
-    def __init__(self, rng: random.Random, appendfsync: str) -> None:
+    def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.faults: Counter[str] = Counter()
         self.stack = Stack(
@@ -149,11 +149,12 @@ class Trial:
             lanes=3,
             chunk_events=200,
             redis_timeout_s=2,
-            redis=EmbeddedRedis(appendonly=True, args=("--appendfsync", appendfsync)),
+            redis=EmbeddedRedis(appendonly=True, args=("--appendfsync", "everysec")),
         )
 
     def __enter__(self) -> Self:
         self.stack.__enter__()
+        self.applied_bytes = self.file.stat().st_size
         self.readers = Readers(self.stack.start_server(), random.Random(self.rng.random()))
         self.shoppers = Shoppers(self.stack.kafka.bootstrap_servers, random.Random(self.rng.random()))
         self.readers.start()
@@ -183,7 +184,7 @@ class Trial:
             now = self.committed()
             return all(now.get(partition, 0) >= end for partition, end in ends.items() if end)
 
-        wait_for("the stream goes on", passed, 240)
+        wait_for("the stream goes on", passed, 400)
 
     def ends(self) -> dict[str, int]:
         return {
@@ -221,10 +222,13 @@ class Trial:
         self.up()
 
     def redis_loses_its_last_writes(self) -> None:
-        """As a machine that fails does with appendfsync everysec: its last second is not on the disk."""
+        """As a machine that fails does with appendfsync everysec: its last second is not on the disk.
+
+        With `always` it would be; but what a process has written survives its own end in either case.
+        """
         self.down()
-        size = self.file.stat().st_size
-        os.truncate(self.file, size - self.rng.randint(1, min(200_000, size // 10)))
+        newer = self.file.stat().st_size - self.applied_bytes
+        os.truncate(self.file, self.applied_bytes + newer - self.rng.randint(0, min(200_000, newer)))
         self.up()
 
     def broker(self) -> None:
@@ -264,8 +268,7 @@ class Trial:
         self.up()
 
 
-@pytest.mark.parametrize("appendfsync", ["everysec"])
-def test_20_rounds_of_kill_9_and_two_rollbacks_leave_every_feature_as_brute_force_has_it(appendfsync: str) -> None:
+def test_20_rounds_of_kill_9_and_two_rollbacks_leave_every_feature_as_brute_force_has_it() -> None:
     """Workers, Redis and the broker are killed while events flow, with 2 and then 3 workers; Redis is rolled back, too.
 
     Offsets kept apart from rows, a row cache that outlives what Redis has, duplicates remembered only in memory, or a
@@ -273,7 +276,7 @@ def test_20_rounds_of_kill_9_and_two_rollbacks_leave_every_feature_as_brute_forc
     """
     seed = random.randrange(1 << 32)
     print("seed", seed)
-    with Trial(random.Random(seed), appendfsync) as trial:
+    with Trial(random.Random(seed)) as trial:
         for processes in (2, 3):
             trial.stream(processes)
             trial.wait_for_progress()

@@ -52,22 +52,22 @@ def children_of(process: subprocess.Popen[bytes]) -> list[int]:
 class Stack:
     """Everything from Kafka to HTTP, on ports and in folders of its own; all of it gone at exit.
 
-    With `running`, a broker that is shared: it is left as it is, and its topics are emptied by making them anew.
+    A `shared` broker runs already, and goes on; what topics it has are deleted first.
     `redis` is one server unless given: what has a `url`, and is there in a `with` block.
     """
 
     def __init__(
         self,
         *,
-        kafka: RealKafka | KafkaCluster | None = None,
-        running: RealKafka | None = None,
+        broker: RealKafka | KafkaCluster | None = None,
+        shared: bool = False,
         redis: Any = None,
         **settings: Any,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="headrace-test-"))
         self.redis: Any = redis or EmbeddedRedis()
-        self.kafka: Any = running or kafka or RealKafka()
-        self._shared = running is not None
+        self.kafka: Any = broker or RealKafka()
+        self._shared = shared
         self._options = settings
         self._processes: list[subprocess.Popen[bytes]] = []
 
