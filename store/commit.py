@@ -26,6 +26,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from store.keys import Keyspace
 
+VERSION: Final = 1
+"""Of the commit record's layout."""
+
 _COMMIT_LUA: Final = files("store").joinpath("commit.lua").read_text()
 _UNAVAILABLE: Final = (RedisConnectionError, RedisTimeoutError, ConnectionError, TimeoutError)
 _PATIENCE_S: Final = 30.0
@@ -49,6 +52,10 @@ class NotAppliedError(RuntimeError):
     """Redis has no commit record where there should be one."""
 
 
+class RecordError(RuntimeError):
+    """A commit record is of another version, or none at all: this worker must not touch its shard."""
+
+
 class Position(msgspec.Struct, frozen=True, array_like=True):
     """What of a topic partition a shard's rows include: all before `next`; duplicates are told from `horizon` on."""
 
@@ -61,7 +68,7 @@ class CommitRecord(msgspec.Struct, frozen=True, dict=True):
 
     writer: str
     positions: dict[str, Position] = {}
-    version: int = 1
+    version: int = VERSION
 
     def encode(self) -> bytes:
         """Canonical JSON: equal records are equal bytes."""
@@ -174,7 +181,7 @@ class Writer:
                 raise answer
             elif answer != 1 and self._redis.get(commit.record_key) != commit.new.encode():
                 # Had it been the new one, a first sending of this commit would only have arrived late.
-                raise self._fenced(commit)
+                raise self.fenced(commit.record_key)
         return again
 
     def _unsettled(self, commits: list[ShardCommit], deadline: float, cause: Exception) -> list[ShardCommit]:
@@ -194,17 +201,18 @@ class Writer:
             if record == commit.expected.encode():
                 again.append(commit)
             elif record != commit.new.encode():
-                raise self._fenced(commit)
+                raise self.fenced(commit.record_key)
         return again
 
-    def _fenced(self, commit: ShardCommit) -> FencedError:
-        stored = self._redis.get(commit.record_key)
-        name = commit.record_key.decode()
+    def fenced(self, record_key: bytes) -> FencedError:
+        """The error that says why a shard's record is not this writer's."""
+        stored = self._redis.get(record_key)
+        name = record_key.decode()
         if stored is None:
             return FencedError(
                 f"{name} is gone: Redis lost its data since writer {self.token} last wrote", superseded=False
             )
-        writer = msgspec.json.decode(stored, type=CommitRecord).writer
+        writer = _decoded(record_key, stored).writer
         if writer != self.token:
             return FencedError(
                 f"{name} was claimed by writer {writer}: writer {self.token} is superseded", superseded=True
@@ -219,6 +227,7 @@ def read_record(client: redis.Redis, key: bytes) -> CommitRecord:
 
     Raises:
         NotAppliedError: if there is none.
+        RecordError: if it is not of this version.
     """
     stored: Any = client.get(key)
     if stored is None:
@@ -227,7 +236,22 @@ def read_record(client: redis.Redis, key: bytes) -> CommitRecord:
             "run `headrace apply` first (if it ran before, Redis has lost its data)"
         )
         raise NotAppliedError(msg)
-    return msgspec.json.decode(stored, type=CommitRecord)
+    return _decoded(key, stored)
+
+
+def _decoded(key: bytes, stored: bytes) -> CommitRecord:
+    try:
+        record = msgspec.json.decode(stored, type=CommitRecord)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        record = None
+    # Records are compared byte for byte: one that says more than is understood here could never be replaced.
+    if record is None or record.version != VERSION or record.encode() != stored:
+        msg = (
+            f"Redis key {key.decode()} holds no commit record of version {VERSION}, but {stored[:200]!r}: run the "
+            "version of Headrace that wrote it, or a newer one; if none did, find out what else writes to this database"
+        )
+        raise RecordError(msg)
+    return record
 
 
 def initialise(client: redis.Redis, keyspace: Keyspace, entities: Iterable[str]) -> int:

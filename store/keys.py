@@ -84,6 +84,10 @@ class Keyspace:
         chosen = np.arange(len(families))[:, np.newaxis] * self.shards + shards
         return joined(prefixes, chosen, buffers(ids))
 
+    def record_of(self, key: bytes) -> bytes:
+        """The key of the commit record of a row's shard, by the row's key."""
+        return key[: key.index(b"}:") + 2] + b"commit"
+
     def row_of(self, key: bytes) -> tuple[str, bytes]:
         """The inverse of `rows`: the name of the family and the entity's id."""
         name, entity_id = key[key.index(b"}:") + 2 :].split(b":", 1)

@@ -113,7 +113,7 @@ class PartitionReader:
         low, high = self._consumer.get_watermark_offsets(TopicPartition(*partition), timeout=_KAFKA_TIMEOUT_S)
         positions = [record.position(*partition) for record in _records(plan, client)]
         start = start_of(partition, positions, low, high)
-        self._lost, self._fresh, self._at = start.lost, start.fresh, start.at
+        self._lost, self._fresh, self._at, self._low = start.lost, start.fresh, start.at, low
         if start.lost:
             first, last = start.lost[0], start.lost[1] - 1
             log.error("records_lost", partition=str(partition), first=first, last=last, reason="retention")
@@ -123,7 +123,7 @@ class PartitionReader:
         """The next records, an empty range once a second when there are none, otherwise None. Never blocks."""
         if self._lost:
             (start, end), self._lost = self._lost, None
-            return Chunk(self._partition, start, end, self._fresh)
+            return Chunk(self._partition, start, end, start, low=self._low)
         messages: list[Any] = [each for each in self._consumer.consume(self._chunk_events, timeout=0) if _usable(each)]
         if not messages and self._clock() - self._spoken_s < IDLE_S:
             return None
@@ -138,6 +138,7 @@ class PartitionReader:
             [message.key() for message in messages],
             np.array([message.offset() for message in messages], np.int64),
             np.array([message.timestamp()[1] for message in messages], np.int64),
+            self._low,
         )
 
 

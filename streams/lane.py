@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import compress, islice, pairwise
 from operator import ne
@@ -47,6 +47,8 @@ class Written:
 class _Shard:
     record: CommitRecord
     committed_at_s: float
+    before: CommitRecord
+    """Of a commit that is on its way, the record that it replaces: Redis may still have that one."""
     mine: bool = False
     """Whether the record holds only what the lane itself has received."""
 
@@ -56,6 +58,8 @@ class Lane:
 
     Making one claims its shards: from then on no other writer can commit to them, so rows that were read or written
     once can be kept and need not be read again: up to `cache_bytes_max` bytes of them.
+
+    Commits are sent by `writer`, on the thread of `committer`; by default a writer and a thread of the lane's own.
     """
 
     def __init__(
@@ -67,26 +71,29 @@ class Lane:
         clock: Callable[[], float] = time.time,
         *,
         cache_bytes_max: int = 0,
+        writer: Writer | None = None,
+        committer: Executor | None = None,
     ) -> None:
         self._redis: Any = client
         self._clock = clock
         self._keyspace = Keyspace(plan.project, plan.shards)
-        self._writer = Writer(client, self._keyspace)
+        self._writer = writer or Writer(client, self._keyspace)
         families = [family for view in plan.views for family in families_of(plan, view)]
         by_entity = {entity.name: [each for each in families if each.entity == entity.name] for entity in plan.entities}
         self._bundles = [Bundle(tuple(own)) for own in by_entity.values() if own]
         self._numbers = range(lane, plan.shards, lanes)
-        self._shards = {
-            (entity, shard): _Shard(self._writer.claim(entity, shard), clock())
-            for entity in (bundle.entity for bundle in self._bundles)
-            for shard in self._numbers
-        }
+        self._shards: dict[tuple[str, int], _Shard] = {}
+        for entity in (bundle.entity for bundle in self._bundles):
+            for shard in self._numbers:
+                record = self._writer.claim(entity, shard)
+                self._shards[entity, shard] = _Shard(record, clock(), record)
+        self._by_key = {self._keyspace.commit_record(*name): shard for name, shard in self._shards.items()}
         self._claimed: dict[tuple[str, Partition], Ints] = {}
         self._received: dict[Partition, Position] = {}
         # Before a row that is not used expires in Redis, it is gone from here.
         kept_s = min(family.retention_ms for bundle in self._bundles for family in bundle.families) / 2000
         self._cache = RowCache(cache_bytes_max, min(kept_s, _KEPT_S), clock())
-        self._committer = ThreadPoolExecutor(1, f"commit-{lane}")
+        self._committer = committer or ThreadPoolExecutor(1, f"commit-{lane}")
         self._pending: Future[None] | None = None
 
     def write(self, parts: Sequence[Part]) -> Written:
@@ -105,6 +112,8 @@ class Lane:
         if self._pending is not None:
             self._pending.result()
             self._pending = None
+            for shard in self._shards.values():
+                shard.before = shard.record
             self._cache.settled(self._clock())
 
     def start(self, parts: Sequence[Part]) -> Written:
@@ -112,7 +121,8 @@ class Lane:
 
         A commit that failed raises there, and then so does every later one: what follows on it must never be written.
         """
-        known = [self._receive(part) for part in parts]
+        received = dict(self._received)
+        known = [self._receive(part, received) for part in parts]
         latest_ms = max((part.record_ms_max for part in parts), default=-1)
         now_ms = min(int(self._clock() * 1000), latest_ms) - SLACK_MS
         writes: dict[tuple[str, int], list[RowWrite]] = {}
@@ -124,21 +134,38 @@ class Lane:
             happened = [each for each in every if each is not None and len(each.ids) and each.contract in bundle.events]
             if happened:
                 work.append(_Work(self._keyspace, bundle, happened))
-        found = iter(self._cache.read([key for each in work for key in each.keys], self._redis.mget))
+        found = iter(self._cache.read([key for each in work for key in each.keys], self._read))
         for each in work:
             evicted += self._merge(each, list(islice(found, len(each.keys))), now_ms, writes, kept)
+        # Not before: what failed on the way here must not count as received.
+        self._received = received
         self._commit(writes)
         for keys, rows in kept:
             self._cache.keep(keys, rows)
         return Written(sum(len(rows) for rows in writes.values()), evicted)
 
-    def _receive(self, part: Part) -> int:
+    def _read(self, keys: list[bytes]) -> list[bytes | None]:
+        """The rows of keys, together with their shards' records: both must be what this writer wrote.
+
+        To compare when committing is not enough: if Redis loses its last writes and then has them again (a lagging
+        replica is promoted, dies, and the old one is back), a row read in between is older than its record.
+        """
+        records = list(dict.fromkeys(map(self._keyspace.record_of, keys)))
+        found: list[bytes | None] = self._redis.mget([*keys, *records])
+        for key, stored in zip(records, found[len(keys) :], strict=True):
+            shard = self._by_key[key]
+            if stored not in (shard.record.encode(), shard.before.encode()):
+                raise self._writer.fenced(key)
+        return found[: len(keys)]
+
+    def _receive(self, part: Part, received: dict[Partition, Position]) -> int:
         """Checks that the part's range follows on what the lane has; returns before which offset it has everything."""
-        known = self._received.get(part.partition)
+        known = received.get(part.partition)
         if known is None:
             positions = [shard.record.position(*part.partition) for shard in self._shards.values()]
-            # A shard that has read nothing takes whatever comes first.
-            at = min((part.start if position is None else position.next for position in positions), default=part.start)
+            # A shard that has read nothing needs all there is: the reader may have started when Redis said otherwise.
+            first = part.start if part.low is None else part.low
+            at = min((first if position is None else position.next for position in positions), default=part.start)
         else:
             at = known.next
         if part.start > at:
@@ -147,7 +174,7 @@ class Lane:
                 f"only what comes before {at}; the stream must start again from there"
             )
             raise GapError(msg)
-        self._received[part.partition] = Position(max(at, part.end), part.horizon)
+        received[part.partition] = Position(max(at, part.end), part.horizon)
         return at
 
     def _new(self, entity: str, part: Part, at: int) -> Happened | None:
@@ -204,7 +231,8 @@ class Lane:
         commits: dict[tuple[str, int], ShardCommit] = {}
         for name, shard in self._shards.items():
             rows = writes.get(name, [])
-            if not rows and now_s - shard.committed_at_s < IDLE_COMMIT_S:
+            # A clock that was set back must not keep a shard from committing.
+            if not rows and 0 <= now_s - shard.committed_at_s < IDLE_COMMIT_S:
                 continue
             # All shards of a lane have what it received, so they share one record; but for what others wrote before.
             new = whole if shard.mine else _advanced(shard.record, whole)
@@ -217,7 +245,7 @@ class Lane:
         self._pending = self._committer.submit(self._writer.commit, list(commits.values()))
         # As if it were done: if it isn't, nothing of what follows will be either.
         for name, commit in commits.items():
-            self._shards[name].record = commit.new
+            self._shards[name].before, self._shards[name].record = commit.expected, commit.new
 
 
 class RowCache:
