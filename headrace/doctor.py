@@ -13,7 +13,7 @@ from registry.apply import ApplyError, plan_changes
 from registry.brokers import topics_there
 from registry.settings import Settings
 from registry.store import NotAppliedPlanError, load_plan
-from store.commit import NotAppliedError, read_record
+from store.commit import NotAppliedError, RecordError, read_record
 from store.connect import connect, servers
 from store.keys import Keyspace
 
@@ -60,7 +60,7 @@ def _redis(settings: Settings, plan: Plan | None) -> Iterator[Check]:
                 for shard in range(plan.shards):
                     read_record(client, keyspace.commit_record(entity, shard))
             yield Check("commit records", good=True, found=f"{len(entities) * plan.shards} shards")
-    except NotAppliedError as error:
+    except (NotAppliedError, RecordError) as error:
         yield Check("commit records", good=False, found=str(error))
     except (redis.RedisError, OSError, ValueError) as error:
         yield Check("redis", good=False, found=f"{type(error).__name__}: {error}; is HEADRACE_REDIS_URL right?")

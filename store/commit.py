@@ -26,6 +26,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from store.keys import Keyspace
 
+VERSION: Final = 1
+"""Of the commit record's layout."""
+
 _COMMIT_LUA: Final = files("store").joinpath("commit.lua").read_text()
 _UNAVAILABLE: Final = (RedisConnectionError, RedisTimeoutError, ConnectionError, TimeoutError)
 _PATIENCE_S: Final = 30.0
@@ -49,6 +52,16 @@ class NotAppliedError(RuntimeError):
     """Redis has no commit record where there should be one."""
 
 
+class RecordError(RuntimeError):
+    """A commit record is of another version, or none at all: this worker must not touch its shard."""
+
+    def __init__(self, key: bytes, stored: bytes) -> None:
+        super().__init__(
+            f"Redis key {key.decode()} holds no commit record of version {VERSION}, but {stored[:200]!r}: run the "
+            "version of Headrace that wrote it, or a newer one; if none did, find out what else writes to this database"
+        )
+
+
 class Position(msgspec.Struct, frozen=True, array_like=True):
     """What of a topic partition a shard's rows include: all before `next`; duplicates are told from `horizon` on."""
 
@@ -61,7 +74,7 @@ class CommitRecord(msgspec.Struct, frozen=True, dict=True):
 
     writer: str
     positions: dict[str, Position] = {}
-    version: int = 1
+    version: int = VERSION
 
     def encode(self) -> bytes:
         """Canonical JSON: equal records are equal bytes."""
@@ -164,10 +177,8 @@ class Writer:
         for commit in commits:
             keys, values, expires = zip(*commit.rows, strict=True) if commit.rows else ((), (), ())
             records = (commit.expected.encode(), commit.new.encode())
-            arguments = chain.from_iterable(zip(values, expires, strict=True))
-            pipeline.execute_command(
-                "EVALSHA", self._sha, 1 + len(keys), commit.record_key, *keys, *records, *arguments
-            )
+            arguments = (commit.record_key, *keys, *records, *chain.from_iterable(zip(values, expires, strict=True)))
+            pipeline.execute_command("EVALSHA", self._sha, 1 + len(keys), *arguments)
         answers = pipeline.execute(raise_on_error=False)
         again = []
         for commit, answer in zip(commits, answers, strict=True):
@@ -178,7 +189,7 @@ class Writer:
                 raise answer
             elif answer != 1 and self._redis.get(commit.record_key) != commit.new.encode():
                 # Had it been the new one, a first sending of this commit would only have arrived late.
-                raise self._fenced(commit)
+                raise self.fenced(commit.record_key, commit.expected)
         return again
 
     def _unsettled(self, commits: list[ShardCommit], deadline: float, cause: Exception) -> list[ShardCommit]:
@@ -198,22 +209,23 @@ class Writer:
             if record == commit.expected.encode():
                 again.append(commit)
             elif record != commit.new.encode():
-                raise self._fenced(commit)
+                raise self.fenced(commit.record_key, commit.expected)
         return again
 
-    def _fenced(self, commit: ShardCommit) -> FencedError:
-        stored = self._redis.get(commit.record_key)
-        name = commit.record_key.decode()
+    def fenced(self, record_key: bytes, expected: CommitRecord) -> FencedError:
+        """The error that says why a shard's record is not the one that this writer last read or wrote."""
+        stored = self._redis.get(record_key)
+        name = record_key.decode()
         if stored is None:
             return FencedError(
                 f"{name} is gone: Redis lost its data since writer {self.token} last wrote", superseded=False
             )
-        record = msgspec.json.decode(stored, type=CommitRecord)
+        record = _decoded(record_key, stored)
         # A successor goes on from what this writer left. What names one that this writer took over from, or includes
         # less, is older: taken for a successor's, it would stop the stream for good.
         behind = any(
             partition not in record.positions or record.positions[partition].next < known.next
-            for partition, known in commit.expected.positions.items()
+            for partition, known in expected.positions.items()
         )
         if not behind and record.writer not in {self.token, *self._predecessors}:
             return FencedError(
@@ -229,6 +241,7 @@ def read_record(client: redis.Redis, key: bytes) -> CommitRecord:
 
     Raises:
         NotAppliedError: if there is none.
+        RecordError: if it is not of this version.
     """
     stored: Any = client.get(key)
     if stored is None:
@@ -237,7 +250,21 @@ def read_record(client: redis.Redis, key: bytes) -> CommitRecord:
             "run `headrace apply` first (if it ran before, Redis has lost its data)"
         )
         raise NotAppliedError(msg)
-    return msgspec.json.decode(stored, type=CommitRecord)
+    record = _decoded(key, stored)
+    # Records are compared byte for byte: one that says more than is understood here could never be replaced.
+    if record.encode() != stored:
+        raise RecordError(key, stored)
+    return record
+
+
+def _decoded(key: bytes, stored: bytes) -> CommitRecord:
+    try:
+        record = msgspec.json.decode(stored, type=CommitRecord)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        raise RecordError(key, stored) from None
+    if record.version != VERSION:
+        raise RecordError(key, stored)
+    return record
 
 
 def initialise(client: redis.Redis, keyspace: Keyspace, entities: Iterable[str]) -> int:

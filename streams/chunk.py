@@ -27,7 +27,8 @@ class Partition(NamedTuple):
 class Chunk:
     """Raw records of a partition: all there are in the offsets `[start, end)`, which may have holes or be empty.
 
-    Records below `fresh` were read and committed before, and are here only to tell duplicates apart.
+    Records below `fresh` were read and committed before, and are here only to tell duplicates apart. `low` is
+    where the partition began when its reader started, if that is known.
     """
 
     partition: Partition
@@ -38,6 +39,7 @@ class Chunk:
     keys: list[bytes | None] = field(default_factory=list)
     offsets: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     record_ms: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    low: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Happened:
 class Part:
     """A chunk's share of one lane: its range, also where it holds no event of the lane, and the events by entity.
 
-    `horizon` is the offset from which duplicates must be told apart when the stream starts again at `end`.
+    The range leaves out what is below the chunk's `fresh`, of which there are no events here. `horizon` is the offset
+    from which duplicates must be told apart when the stream starts again at `end`; `low` is the chunk's.
     """
 
     partition: Partition
@@ -82,6 +85,7 @@ class Part:
     horizon: int
     record_ms_max: int
     events: Mapping[str, Happened]
+    low: int | None = None
 
 
 @dataclass(frozen=True)

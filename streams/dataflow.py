@@ -189,8 +189,6 @@ def _failures_said() -> Iterator[None]:
         log.critical("writer_stops", reason=str(error))
         # At once, with a status that the supervisor knows: all that matters is in Redis.
         os._exit(SUPERSEDED_STATUS if error.superseded else 1)
-    except StopIteration:
-        raise
     except Exception as error:
         log.critical("worker_fails", error=f"{type(error).__name__}: {error}")
         raise

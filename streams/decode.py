@@ -104,14 +104,16 @@ class Decoder:
 
     def _parts(self, chunk: Chunk, horizon: int, events: Mapping[str, Happened]) -> list[Part]:
         latest_ms = int(chunk.record_ms.max(initial=-1))
+        start = max(chunk.start, chunk.fresh)
         return [
             Part(
                 chunk.partition,
-                chunk.start,
-                chunk.end,
+                start,
+                max(chunk.end, start),
                 horizon,
                 latest_ms,
                 {entity: happened.take(happened.shards % self._lanes == lane) for entity, happened in events.items()},
+                chunk.low,
             )
             for lane in range(self._lanes)
         ]

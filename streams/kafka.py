@@ -119,6 +119,7 @@ class PartitionReader:
         low, high = self._consumer.get_watermark_offsets(TopicPartition(*self._partition), timeout=_KAFKA_TIMEOUT_S)
         start = start_of(self._partition, positions, low, high)
         self._lost, self._fresh, self._at = start.lost, max(start.fresh, self._fresh), start.at
+        self._low = low
         if start.lost:
             first, last = start.lost[0], start.lost[1] - 1
             log.error("records_lost", partition=str(self._partition), first=first, last=last, reason="retention")
@@ -129,21 +130,20 @@ class PartitionReader:
         """The next records, an empty range once a second when there are none, otherwise None. Never blocks."""
         if self._lost:
             (start, end), self._lost = self._lost, None
-            return Chunk(self._partition, start, end, self._fresh)
+            return Chunk(self._partition, start, end, start, low=self._low)
         came: list[Any] = self._consumer.consume(self._chunk_events, timeout=0)
         messages = [each for each in came if _usable(each)]
         start, self._at = self._at, messages[-1].offset() + 1 if messages else self._at
+        chunk = Chunk(self._partition, start, self._at, self._fresh, *_columns(messages), self._low)
         if len(messages) < len(came) and any(map(_is_out_of_range, came)):
             # As at the start, with what was read so far.
-            at = self._at
-            self._begin([Position(max(at, self._fresh), at)])
-            return Chunk(self._partition, start, at, self._fresh, *_columns(messages))
-        if not messages and self._clock() - self._spoken_s < IDLE_S:
+            self._begin([Position(max(self._at, self._fresh), self._at)])
+        elif not messages and self._clock() - self._spoken_s < IDLE_S:
             return None
         self._spoken_s = self._clock()
         if messages:
             self._read_ms = messages[-1].timestamp()[1]
-        return Chunk(self._partition, start, self._at, self._fresh, *_columns(messages))
+        return chunk
 
     def say_lag(self, now_ms: int) -> None:
         """Brings the partition's lag up to date, by what the broker said with the last records that it sent."""

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import compress, islice, pairwise
+from functools import partial
+from itertools import compress, islice, pairwise, product
 from operator import ne
 from queue import SimpleQueue
 from threading import Thread
@@ -32,6 +33,7 @@ IDLE_COMMIT_S = 1.0
 _CACHED_OVERHEAD_BYTES = 180
 """Of a kept row, besides its bytes: key, entry, two objects."""
 _KEPT_S = 60.0
+Commit = Callable[[Sequence[ShardCommit]], None]
 _Todo = SimpleQueue[tuple[Sequence[ShardCommit], Future[None]] | None]
 
 
@@ -49,7 +51,11 @@ class Written:
 
 @dataclass
 class _Shard:
+    key: bytes
+    """Of its commit record."""
     record: CommitRecord
+    before: CommitRecord
+    """While a commit is on its way, the record that it replaces: Redis may still have that one."""
     committed_at_s: float
     mine: bool = False
     """Whether the record holds only what the lane itself has received."""
@@ -60,6 +66,8 @@ class Lane:
 
     Making one claims its shards: from then on no other writer can commit to them, so rows that were read or written
     once can be kept and need not be read again: up to `cache_bytes_max` bytes of them.
+
+    Commits are sent by `writer`, on the thread of `committer`; by default a writer and a thread of the lane's own.
     """
 
     def __init__(
@@ -71,26 +79,27 @@ class Lane:
         clock: Callable[[], float] = time.time,
         *,
         cache_bytes_max: int = 0,
+        writer: Writer | None = None,
+        committer: Callable[[Commit], Committer] | None = None,
     ) -> None:
         self._redis: Any = client
         self._clock = clock
         self._keyspace = Keyspace(plan.project, plan.shards)
-        self._writer = Writer(client, self._keyspace)
+        self._writer = writer or Writer(client, self._keyspace)
         families = [family for view in plan.views for family in families_of(plan, view)]
         by_entity = {entity.name: [each for each in families if each.entity == entity.name] for entity in plan.entities}
         self._bundles = [Bundle(tuple(own)) for own in by_entity.values() if own]
         self._numbers = range(lane, plan.shards, lanes)
-        self._shards = {
-            (entity, shard): _Shard(self._writer.claim(entity, shard), clock())
-            for entity in (bundle.entity for bundle in self._bundles)
-            for shard in self._numbers
-        }
+        self._shards: dict[tuple[str, int], _Shard] = {}
+        for name in product((bundle.entity for bundle in self._bundles), self._numbers):
+            record = self._writer.claim(*name)
+            self._shards[name] = _Shard(self._keyspace.commit_record(*name), record, record, clock())
         self._claimed: dict[tuple[str, Partition], Ints] = {}
         self._received: dict[Partition, Position] = {}
         # Before a row that is not used expires in Redis, it is gone from here.
         kept_s = min(family.retention_ms for bundle in self._bundles for family in bundle.families) / 2000
         self._cache = RowCache(cache_bytes_max, min(kept_s, _KEPT_S), clock())
-        self._committer = _Committer(self._writer.commit)
+        self._committer = (committer or Committer)(self._writer.commit)
         self._pending: Future[None] | None = None
 
     def write(self, parts: Sequence[Part]) -> Written:
@@ -109,6 +118,8 @@ class Lane:
         if self._pending is not None:
             self._pending.result()
             self._pending = None
+            for shard in self._shards.values():
+                shard.before = shard.record
             self._cache.settled(self._clock())
 
     def start(self, parts: Sequence[Part]) -> Written:
@@ -128,7 +139,8 @@ class Lane:
             happened = [each for each in every if each is not None and len(each.ids) and each.contract in bundle.events]
             if happened:
                 work.append(_Work(self._keyspace, bundle, happened))
-        found = iter(self._cache.read([key for each in work for key in each.keys], self._redis.mget))
+        shards = [self._shards[each.bundle.entity, shard] for each in work for shard in np.unique(each.shards).tolist()]
+        found = iter(self._cache.read([key for each in work for key in each.keys], partial(self._read, shards)))
         for each in work:
             evicted += self._merge(each, list(islice(found, len(each.keys))), now_ms, writes, kept)
         self._commit(writes)
@@ -136,13 +148,26 @@ class Lane:
             self._cache.keep(keys, rows)
         return Written(sum(len(rows) for rows in writes.values()), evicted)
 
+    def _read(self, shards: list[_Shard], keys: list[bytes]) -> list[bytes | None]:
+        """The rows of keys, together with their shards' records: both must be what this writer wrote.
+
+        To compare when committing is not enough: if Redis loses its last writes and then has them again (a lagging
+        replica is promoted, dies, and the old master is back), a row read in between is older than its record.
+        """
+        found: list[bytes | None] = self._redis.mget([*keys, *(shard.key for shard in shards)])
+        for shard, stored in zip(shards, found[len(keys) :], strict=True):
+            if stored not in (shard.record.encode(), shard.before.encode()):
+                raise self._writer.fenced(shard.key, shard.record)
+        return found[: len(keys)]
+
     def _receive(self, part: Part) -> int:
         """Checks that the part's range follows on what the lane has; returns before which offset it has everything."""
         known = self._received.get(part.partition)
         if known is None:
             positions = [shard.record.position(*part.partition) for shard in self._shards.values()]
-            # A shard that has read nothing takes whatever comes first.
-            at = min((part.start if position is None else position.next for position in positions), default=part.start)
+            # A shard that has read nothing needs all there is: the reader may have started when Redis said otherwise.
+            first = part.start if part.low is None else part.low
+            at = min((first if position is None else position.next for position in positions), default=part.start)
         else:
             at = known.next
         if part.start > at:
@@ -208,7 +233,8 @@ class Lane:
         commits: dict[tuple[str, int], ShardCommit] = {}
         for name, shard in self._shards.items():
             rows = writes.get(name, [])
-            if not rows and now_s - shard.committed_at_s < IDLE_COMMIT_S:
+            # A clock that was set back must not keep a shard from committing.
+            if not rows and 0 <= now_s - shard.committed_at_s < IDLE_COMMIT_S:
                 continue
             # All shards of a lane have what it received, so they share one record; but for what others wrote before.
             new = whole if shard.mine else _advanced(shard.record, whole)
@@ -216,7 +242,7 @@ class Lane:
             shard.committed_at_s = now_s
             # Also one that changes nothing: only so does an idle writer notice that it was superseded, or that Redis
             # came back with less.
-            commits[name] = ShardCommit(self._keyspace.commit_record(*name), shard.record, new, rows)
+            commits[name] = ShardCommit(shard.key, shard.record, new, rows)
         self.settle()
         self._pending = self._committer.submit(list(commits.values()))
         # As if it were done: if it isn't, nothing of what follows will be either.
@@ -224,23 +250,24 @@ class Lane:
             self._shards[name].record = commit.new
 
 
-class _Committer:
+class Committer:
     """Commits one after the other, in a thread that its process does not wait for at its end, as it would for an
     executor's: what is not committed then is read again, and Redis may be away for long.
     """
 
-    def __init__(self, commit: Callable[[Sequence[ShardCommit]], None]) -> None:
+    def __init__(self, commit: Commit) -> None:
         self._todo: _Todo = SimpleQueue()
         Thread(target=_commit_all, args=(commit, self._todo), name="commit", daemon=True).start()
         finalize(self, self._todo.put, None).atexit = False  # The thread goes when the lane does.
 
     def submit(self, commits: Sequence[ShardCommit]) -> Future[None]:
+        """Returns at once; what the commit raises, the future does."""
         done: Future[None] = Future()
         self._todo.put((commits, done))
         return done
 
 
-def _commit_all(commit: Callable[[Sequence[ShardCommit]], None], todo: _Todo) -> None:
+def _commit_all(commit: Commit, todo: _Todo) -> None:
     while (next_one := todo.get()) is not None:
         commits, done = next_one
         try:

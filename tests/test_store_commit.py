@@ -28,6 +28,7 @@ from store.commit import (
     FencedError,
     NotAppliedError,
     Position,
+    RecordError,
     RowWrite,
     ShardCommit,
     Writer,
@@ -357,6 +358,22 @@ def test_a_claim_without_a_record_says_what_to_do(client: Any) -> None:
         a_writer(client).claim("user", 0)
     with pytest.raises(NotAppliedError):
         a_writer(client).claim("item", 0)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        b'{"positions":{},"version":2,"writer":"w"}',
+        b'{"positions":{},"version":1,"writer":"w","since":3}',
+        b"not ours \xff",
+    ],
+)
+def test_a_record_that_is_not_understood_is_left_alone_by_its_name(client: Any, stored: bytes) -> None:
+    """Claiming it would take from a newer version what it knows, or try for ever to replace what it can't write."""
+    client.set(key_of(0), stored)
+    with pytest.raises(RecordError, match=re.escape("Redis key {test:user:0}:commit holds no commit record of ver")):
+        a_writer(client).claim("user", 0)
+    assert client.get(key_of(0)) == stored
 
 
 def test_initialise_makes_the_records_that_are_not_there(client: Any) -> None:

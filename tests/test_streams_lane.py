@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
+from confluent_kafka import KafkaError
 
 from features import agg
 from features.compile import compile_plan
@@ -32,6 +33,7 @@ from streams.decode import Decoder
 from streams.kafka import LogLostError, PartitionReader
 from streams.lane import IDLE_COMMIT_S, GapError, Lane
 from tests import oracle
+from tests.support.log import Clock, Log, Message
 
 SHARDS = 6
 HORIZON_MS = 60_000
@@ -86,79 +88,6 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
     with connect(redis_url, 5) as found:
         initialise(found, SPACE, ["user", "item"])
         yield found
-
-
-class Clock:
-    """Seconds that pass when the test says so."""
-
-    def __init__(self, now_ms: int) -> None:
-        self.now_ms = now_ms
-
-    def __call__(self) -> float:
-        return self.now_ms / 1000
-
-
-class Message:
-    """A record as confluent_kafka gives it."""
-
-    def __init__(self, offset: int, value: bytes | None, ms: int) -> None:
-        self._offset, self._value, self.ms = offset, value, ms
-
-    def error(self) -> None:
-        return None
-
-    def offset(self) -> int:
-        return self._offset
-
-    def value(self) -> bytes | None:
-        return self._value
-
-    def key(self) -> bytes | None:
-        return None
-
-    def timestamp(self) -> tuple[int, int]:
-        return 2, self.ms
-
-
-class Log:
-    """A broker with the partitions' records; `low` is what retention has left of each."""
-
-    def __init__(self, records: Mapping[Partition, Sequence[Message]]) -> None:
-        self.records = records
-        self.low: dict[Partition, int] = dict.fromkeys(records, 0)
-        self.high = {partition: many[-1].offset() + 1 if many else 0 for partition, many in records.items()}
-        self.rng = random.Random(0)
-
-    def consumer(self) -> Consumer:
-        return Consumer(self)
-
-
-class Consumer:
-    """confluent_kafka's, as far as `PartitionReader` uses it; answers with less than was asked for, or nothing."""
-
-    def __init__(self, log: Log) -> None:
-        self._log = log
-        self._partition = Partition("", 0)
-        self._at = 0
-
-    def get_watermark_offsets(self, partition: Any, timeout: float) -> tuple[int, int]:
-        at = Partition(partition.topic, partition.partition)
-        return self._log.low[at], self._log.high[at]
-
-    def assign(self, partitions: list[Any]) -> None:
-        (partition,) = partitions
-        self._partition, self._at = Partition(partition.topic, partition.partition), partition.offset
-
-    def consume(self, count: int, timeout: float) -> list[Message]:
-        wanted = self._log.rng.randint(0, count)
-        floor = max(self._at, self._log.low[self._partition])
-        found = [message for message in self._log.records[self._partition] if message.offset() >= floor][:wanted]
-        if found:
-            self._at = found[-1].offset() + 1
-        return found
-
-    def close(self) -> None:
-        pass
 
 
 def a_log(rng: random.Random, now_ms: int, n: int) -> tuple[Log, dict[str, list[dict[str, Any]]]]:
@@ -451,6 +380,25 @@ def test_what_retention_took_is_passed_over_by_an_empty_range(
     assert lost is not None
     assert (lost.start, lost.end, lost.values) == (700, 1200, [])
     assert first_chunk(reader).start == 1200
+
+
+def test_records_that_come_with_the_news_that_the_next_are_gone_are_counted(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Librdkafka gives both at once. Starting again first would take them for records that were counted before."""
+    log = Log({CLICKS: clicks(*["u"] * 1500, at_ms=1_763_683_200_000)})
+    set_positions(client, {})
+    reader = a_reader(monkeypatch, client, log)
+    gone = Message(0, None, 0)
+    monkeypatch.setattr(gone, "error", lambda: KafkaError(KafkaError._AUTO_OFFSET_RESET))
+    came = [*log.records[CLICKS][900:1010], gone]
+    monkeypatch.setattr(reader._consumer, "consume", lambda *_, **__: [came.pop(0) for _ in range(len(came))])
+    log.low[CLICKS] = 1200
+    first, lost = reader.next_chunk(), reader.next_chunk()
+    assert first is not None
+    assert lost is not None
+    assert (first.start, first.end, first.fresh, len(first.values)) == (900, 1010, 1000, 110)
+    assert (lost.start, lost.end, lost.fresh, lost.values) == (1010, 1200, 1010, [])
 
 
 def test_a_topic_that_ends_before_what_was_committed_stops_the_stream(
