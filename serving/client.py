@@ -19,6 +19,7 @@ import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from tokenize import TokenError
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,7 +29,10 @@ from numpy.typing import NDArray
 
 
 class HeadraceError(RuntimeError):
-    """The server answered with a problem; `problem` is its document, `status` its HTTP status."""
+    """The server answered with a problem, or as no Headrace server does.
+
+    `problem` is the problem's document, `status` the HTTP status.
+    """
 
     def __init__(self, status: int, problem: dict[str, Any]) -> None:
         super().__init__(f"{status} {problem.get('title', '')}: {problem.get('detail', '')}")
@@ -88,9 +92,8 @@ class _Calls:
     def _checked(response: httpx.Response) -> httpx.Response:
         if response.status_code != httpx.codes.OK:
             is_problem = response.headers.get("content-type", "").startswith("application/problem+json")
-            raise HeadraceError(
-                response.status_code, response.json() if is_problem else {"title": response.reason_phrase}
-            )
+            problem = _document(response) if is_problem else {"title": response.reason_phrase}
+            raise HeadraceError(response.status_code, problem)
         return response
 
     @staticmethod
@@ -100,7 +103,7 @@ class _Calls:
 
     @staticmethod
     def _names_request(service: str, response: httpx.Response) -> dict[str, Any]:
-        return {"method": "GET", "url": f"/v1/services/{service}", "params": {"plan": response.headers["x-plan"]}}
+        return {"method": "GET", "url": f"/v1/services/{service}", "params": {"plan": _plan(response)}}
 
     @staticmethod
     def _left_s(until_s: float) -> float:
@@ -109,17 +112,52 @@ class _Calls:
     def _known_names(self, service: str, response: httpx.Response) -> tuple[str, ...] | None:
         """The columns' names, from the answer or from an earlier one of the same plan."""
         if (header := response.headers.get("x-feature-names")) is not None:
-            self._names[service, response.headers["x-plan"]] = tuple(header.split(","))
-        return self._names.get((service, response.headers["x-plan"]))
+            self._names[service, _plan(response)] = tuple(header.split(","))
+        return self._names.get((service, _plan(response)))
 
     def _learn(self, service: str, response: httpx.Response) -> tuple[str, ...]:
-        document = self._checked(response).json()
-        return self._names.setdefault((service, document["plan"]), tuple(document["matrix"]))
+        document = _document(self._checked(response))
+        try:
+            plan, names = document["plan"], tuple(map(str, document["matrix"]))
+        except (KeyError, TypeError) as error:
+            raise _strange(response, "a document without a plan's columns") from error
+        return self._names.setdefault((service, plan), names)
 
 
-def _matrix(response: httpx.Response) -> NDArray[np.float32]:
-    matrix: NDArray[np.float32] = np.load(io.BytesIO(response.content), allow_pickle=False)
-    return matrix
+def _ranking(response: httpx.Response, names: tuple[str, ...], n_items: int) -> Ranking:
+    """What the matrix says of itself is compared before any of it is believed."""
+    body = io.BytesIO(response.content)
+    try:
+        np.lib.format.read_magic(body)
+        header = np.lib.format.read_array_header_1_0(body)
+        values = np.frombuffer(body.read(), "<f4").reshape(n_items, len(names))
+    except (ValueError, SyntaxError, TokenError) as error:  # numpy reads a header as Python
+        raise _strange(response, f"no matrix ({error})") from error
+    if header != ((n_items, len(names)), False, values.dtype):
+        raise _strange(response, f"a matrix of {header}")
+    return Ranking(values.copy(), names, _plan(response))
+
+
+def _document(response: httpx.Response) -> dict[str, Any]:
+    try:
+        document = response.json()
+    except (ValueError, RecursionError) as error:
+        raise _strange(response, f"no JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise _strange(response, "no JSON object")
+    return document
+
+
+def _plan(response: httpx.Response) -> str:
+    if "x-plan" not in response.headers:
+        raise _strange(response, "without an X-Plan header")
+    plan: str = response.headers["x-plan"]
+    return plan
+
+
+def _strange(response: httpx.Response, what: str) -> HeadraceError:
+    detail = f"{response.request.url} answered {what}; is this the address of a Headrace server?"
+    return HeadraceError(response.status_code, {"title": "Not an answer of Headrace", "detail": detail})
 
 
 class Client(_Calls):
@@ -142,7 +180,7 @@ class Client(_Calls):
         """The features of one user (None for an anonymous one) and candidate items, a row an item, in the order asked.
 
         Raises:
-            HeadraceError: if the server answers with a problem.
+            HeadraceError: if the server answers with a problem, or as none of ours does.
             httpx.HTTPError: if it does not answer in time.
         """
         until_s = time.monotonic() + self._timeout_s
@@ -151,15 +189,12 @@ class Client(_Calls):
         names = self._known_names(service, response) or self._learn(
             service, self._send(until_s, self._names_request(service, response))
         )
-        return Ranking(_matrix(response), names, response.headers["x-plan"])
+        return _ranking(response, names, len(item_ids))
 
     def entity(self, entity: str, entity_id: str, service: str | None = None) -> dict[str, Any]:
         """One entity's features, as `GET /v1/entities/{entity}/{id}` answers."""
         until_s = time.monotonic() + self._timeout_s
-        document: dict[str, Any] = self._checked(
-            self._send(until_s, self._entity_request(entity, entity_id, service))
-        ).json()
-        return document
+        return _document(self._checked(self._send(until_s, self._entity_request(entity, entity_id, service))))
 
     def _send(self, until_s: float, request: dict[str, Any]) -> httpx.Response:
         while True:
@@ -201,15 +236,12 @@ class AsyncClient(_Calls):
         names = self._known_names(service, response) or self._learn(
             service, await self._send(until_s, self._names_request(service, response))
         )
-        return Ranking(_matrix(response), names, response.headers["x-plan"])
+        return _ranking(response, names, len(item_ids))
 
     async def entity(self, entity: str, entity_id: str, service: str | None = None) -> dict[str, Any]:
         """As `Client.entity`."""
         until_s = time.monotonic() + self._timeout_s
-        document: dict[str, Any] = self._checked(
-            await self._send(until_s, self._entity_request(entity, entity_id, service))
-        ).json()
-        return document
+        return _document(self._checked(await self._send(until_s, self._entity_request(entity, entity_id, service))))
 
     async def _send(self, until_s: float, request: dict[str, Any]) -> httpx.Response:
         while True:

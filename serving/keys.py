@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
+import orjson
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -74,19 +75,13 @@ class KeyFile(BaseModel):
         """Replaces the file at once: a server reads the old one or the new one. Only its owner may read it."""
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         ordered = [{**key.model_dump(mode="json"), "scopes": sorted(key.scopes)} for key in self.keys]
-        text = '{\n  "keys": [\n' + ",\n".join(f"    {_json(each)}" for each in ordered) + "\n  ]\n}\n"
+        text = '{\n  "keys": [\n' + ",\n".join(f"    {orjson.dumps(each).decode()}" for each in ordered) + "\n  ]\n}\n"
         try:
             with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123  # of Path none takes a mode
                 file.write(text)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-
-
-def _json(value: object) -> str:
-    import orjson
-
-    return orjson.dumps(value).decode()
 
 
 def new_key(name: str, scopes: Sequence[Scope], rate: float | None = None) -> tuple[Key, str]:

@@ -13,6 +13,8 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import serving.app
 from features.plan import Plan
@@ -129,6 +131,65 @@ def test_an_answer_that_is_no_problem_document_is_an_error_too() -> None:
         )
         with pytest.raises(HeadraceError, match="502 Bad Gateway"):
             client.features("ranking_v1", "u1", ["i1"])
+
+
+A_MATRIX = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+def npy(matrix: Any) -> bytes:
+    """As `np.save` writes it."""
+    buffer = io.BytesIO()
+    np.save(buffer, matrix)
+    return buffer.getvalue()
+
+
+NPY = npy(A_MATRIX)
+
+
+def answered(body: bytes, headers: dict[str, str]) -> Ranking:
+    """What the client makes of an answer with status 200 about two items."""
+    with Client("http://headrace") as client:
+        client._http = httpx.Client(
+            base_url="http://headrace",
+            transport=httpx.MockTransport(lambda _: httpx.Response(200, content=body, headers=headers)),
+        )
+        return client.features("s", "u1", ["i1", "i2"])
+
+
+@given(st.binary(max_size=300) | st.builds(lambda at, part: NPY[:at] + part, st.integers(0, len(NPY)), st.binary()))
+@example(NPY)
+@example(NPY[:-1])
+@example(npy(A_MATRIX.T))
+@example(npy(np.asfortranarray(A_MATRIX)))
+@example(npy(A_MATRIX.view(np.int32)))
+@example(npy(A_MATRIX.astype(">f4")))
+@example(NPY.replace(b"(2, 3)", b"(2**40, 3)"))
+@example(NPY.replace(b"(2, 3)", b"(((((("))
+def test_any_bytes_are_the_matrix_asked_for_or_an_error_of_ours(body: bytes) -> None:
+    """A column too few, other numbers in the same bytes, or an answer cut short would rank by wrong features."""
+    headers = {"x-plan": "p", "x-feature-names": "v__a,v__b,v__c"}
+    if len(body) == len(NPY) and body.startswith(NPY[: -A_MATRIX.nbytes]):
+        assert np.array_equal(answered(body, headers).matrix, np.load(io.BytesIO(body)), equal_nan=True)
+    else:
+        with pytest.raises(HeadraceError, match=r"^200 .*is this the address of a Headrace server\?$"):
+            answered(body, headers)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (NPY, {"x-feature-names": "v__a,v__b,v__c"}),
+        (NPY, {"x-plan": "p", "x-feature-names": "v__a,v__b"}),
+        (b"<html>", {"x-plan": "p"}),
+        (b"[" * 100_000, {"x-plan": "p"}),
+        (b"[]", {"x-plan": "p"}),
+        (b"{}", {"x-plan": "p"}),
+        (b'{"plan": "p", "matrix": null}', {"x-plan": "p"}),
+    ],
+)
+def test_an_answer_of_another_server_is_an_error_of_ours(body: bytes, headers: dict[str, str]) -> None:
+    with pytest.raises(HeadraceError, match="Not an answer of Headrace"):
+        answered(body, headers)
 
 
 # Names that don't fit a header
