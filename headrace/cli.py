@@ -107,13 +107,14 @@ def replay(  # noqa: PLR0913, PLR0917  # each is an option of the command
     ] = None,
 ) -> None:
     """Send events from a file to Kafka."""
+    from confluent_kafka import KafkaException
     from rich.progress import Progress
 
     from features.plan import find_contract
-    from registry.brokers import kafka_python
+    from registry.brokers import kafka_python, topics_there, unreachable
     from registry.store import load_plan
 
-    from headrace.replay import Replay, SystemClock, run  # isort: skip  # after Feast, whose import resets warning filters
+    from headrace.replay import Replay, ReplayError, SystemClock, run  # isort: skip  # after Feast, whose import resets warning filters
 
     settings = Settings()
     contracts = {spec.topic: find_contract(spec) for spec in load_plan(settings).events}
@@ -129,6 +130,11 @@ def replay(  # noqa: PLR0913, PLR0917  # each is an option of the command
         speed=speed,
         kafka_options=kafka_python(settings),
     )
+    try:
+        # kafka-python, which sends, tries until its time is over whatever the broker says of a password.
+        topics_there(settings, todo.timeout_s)
+    except KafkaException as error:
+        raise ReplayError(unreachable(settings, error)) from error
     with Progress(console=err, disable=not err.is_terminal) as progress:
         summary = run(todo, contracts, settings.kafka, SystemClock(), progress)
     out.print(summary)

@@ -10,7 +10,7 @@ from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-def
 from feast import FeatureStore
 
 from features.plan import Plan
-from registry.brokers import topics_there
+from registry.brokers import topics_there, unreachable
 from registry.definitions import compile_definitions
 from registry.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from registry.store import applied_plan, changes, project_of, register
@@ -84,14 +84,7 @@ def create_topics(settings: Settings, plan: Plan) -> list[str]:
             return []
         return _create(settings, missing) if missing else []
     except KafkaException as error:
-        raise _unreachable(settings, error) from error
-
-
-def _unreachable(settings: Settings, error: Exception) -> ApplyError:
-    return ApplyError(
-        f"Kafka at {settings.kafka}: {type(error).__name__}: {error}; "
-        "is it up, and are HEADRACE_KAFKA and HEADRACE_KAFKA_OPTIONS right?"
-    )
+        raise ApplyError(unreachable(settings, error)) from error
 
 
 def _topic(settings: Settings, name: str, configs: dict[str, str]) -> NewTopic:

@@ -48,6 +48,14 @@ def topics_there(settings: Settings, timeout_s: float, topics: Iterable[str] | N
             patience_s = max(0.1, min(2 * patience_s, until - time.monotonic()))
 
 
+def unreachable(settings: Settings, error: Exception) -> str:
+    """What to say when Kafka can't be reached, or does not let us in."""
+    return (
+        f"Kafka at {settings.kafka}: {type(error).__name__}: {error}; "
+        "is it up, and are HEADRACE_KAFKA and HEADRACE_KAFKA_OPTIONS right?"
+    )
+
+
 def kafka_python(settings: Settings) -> dict[str, Any]:
     """HEADRACE_KAFKA_OPTIONS, which are librdkafka's, under kafka-python's names.
 

@@ -20,6 +20,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from headrace.embedded import EmbeddedRedis, end, free_port, spawn
+from registry.apply import apply
 from registry.settings import Settings
 from store.commit import read_record
 from store.connect import connect
@@ -82,7 +83,7 @@ class Stack:
             options = {"kafka": self.kafka.bootstrap_servers, **self._options}
             self.settings = Settings(repo=self.folder, redis_url=self.redis.url, **options)
             self.client: Any = connect(self.redis.url, 10)
-            self.headrace("apply")
+            apply(self.settings, self.client)
         except BaseException:
             self.__exit__(None, None, None)
             raise
