@@ -44,7 +44,7 @@ def falling_behind(master: EmbeddedRedis, replica: EmbeddedRedis, key: bytes) ->
             of_replica.readonly()
         for name, value in (("masteruser", "nobody"), ("masterauth", "wrong")):
             of_replica.config_set(name, value)
-        of_master.client_kill_filter(_type="replica")
+        of_master.execute_command("CLIENT", "KILL", "TYPE", "replica")
         wait_for("it hears no more", lambda: of_replica.info("replication")["master_link_status"] == "down")
         wait_for("its master has more", lambda: of_master.get(key) != of_replica.get(key))
         yield
