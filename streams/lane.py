@@ -157,7 +157,8 @@ class Lane:
         found: list[bytes | None] = self._redis.mget([*keys, *(shard.key for shard in shards)])
         for shard, stored in zip(shards, found[len(keys) :], strict=True):
             if stored not in (shard.record.encode(), shard.before.encode()):
-                raise self._writer.fenced(shard.key, shard.record)
+                # A commit on its way may never be done: a successor need not have it.
+                raise self._writer.fenced(shard.key, shard.before)
         return found[: len(keys)]
 
     def _receive(self, part: Part) -> int:

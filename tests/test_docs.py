@@ -52,9 +52,9 @@ def blocks() -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def project_copy(folder: Path) -> Iterator[Path]:
-    """The project as a newcomer has it, with the environment that make would install."""
+    """The project as a newcomer has it, with the environment and the compiled loops that make would install."""
     copy = folder / "headrace"
-    ignored = shutil.ignore_patterns(".venv", ".git", ".cache", "__pycache__", ".*_cache", "data", ".hypothesis")
+    ignored = shutil.ignore_patterns(".venv", ".git", ".cache", ".*_cache", "data", ".hypothesis")
     shutil.copytree(ROOT, copy, ignore=ignored)
     (copy / ".venv").symlink_to(sys.prefix)
     yield copy

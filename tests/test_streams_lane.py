@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from features.plan import Plan
 from headrace.embedded import EmbeddedRedis
 from registry.online import Reader
 from registry.settings import Settings
-from store.commit import CommitRecord, FencedError, NotAppliedError, Position, initialise, read_record
+from store.commit import CommitRecord, FencedError, NotAppliedError, Position, ShardCommit, initialise, read_record
 from store.connect import connect
 from store.keys import Keyspace, shard_of
 from streams import kafka
@@ -31,7 +32,7 @@ from streams import lane as lane_module
 from streams.chunk import Chunk, Part, Partition
 from streams.decode import Decoder
 from streams.kafka import LogLostError, PartitionReader
-from streams.lane import IDLE_COMMIT_S, GapError, Lane
+from streams.lane import IDLE_COMMIT_S, Committer, GapError, Lane
 from tests import oracle
 from tests.support.log import Clock, Log, Message
 
@@ -607,6 +608,27 @@ def test_a_zombie_is_fenced_and_changes_nothing(client: redis.Redis) -> None:
     assert counts(client, "u1") == [1]
     successor.write(parts_of(1, ["u1"]))
     assert counts(client, "u1") == [2]
+
+
+def test_a_zombie_that_reads_before_its_last_commit_is_done_is_superseded_not_rolled_back(client: redis.Redis) -> None:
+    """Its successor lacks that commit, and always will. A supervisor that took it for lost data would start the zombie
+    again, and the two would take the shards from each other for ever.
+    """
+
+    class Held(Committer):
+        """Commits nothing."""
+
+        def submit(self, commits: Sequence[ShardCommit]) -> Future[None]:
+            return Future()
+
+    shard = shard_of(b"u1", SHARDS)
+    neighbour = next(name for n in range(2, 100) if shard_of((name := f"u{n}").encode(), SHARDS) == shard)
+    zombie = Lane(PLAN, 0, 1, client, Clock(NOW_MS), committer=Held)
+    zombie.start(parts_of(0, ["u1"]))
+    a_lane(client)
+    with pytest.raises(FencedError) as caught:
+        zombie.start(parts_of(1, [neighbour]))
+    assert caught.value.superseded
 
 
 def test_a_lane_after_a_rollback_is_fenced_and_its_successor_replays_the_difference(client: redis.Redis) -> None:
