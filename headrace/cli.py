@@ -54,7 +54,8 @@ def apply() -> None:
 
     settings = Settings()
     done = run(settings, _redis(settings))
-    _audit("apply", plan=done.plan.fingerprint, changes=len(done.changes), topics=list(done.topics))
+    if done.changes or done.topics or done.records:
+        _audit("apply", plan=done.plan.fingerprint, changes=len(done.changes), topics=list(done.topics))
     _show_changes(done.changes)
     for topic in done.topics:
         out.print(f"+ topic {topic}")

@@ -157,7 +157,9 @@ def _serve(settings: Settings, plan: Plan, listener: socket.socket, on_ready: Ca
         on_ready()
 
     server = uvicorn.Server(config(settings, plan, callback_notify=ready))
-    with suppress(KeyboardInterrupt):  # Raised when all has been answered.
+    with suppress(KeyboardInterrupt):
+        # uvicorn sends itself again, when all has been answered, the signal that ended it.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         server.run(sockets=[listener])
     return 0 if server.started else 1
 

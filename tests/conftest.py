@@ -12,6 +12,7 @@ import pytest
 import redis
 from hypothesis import HealthCheck, settings
 
+import registry  # noqa: F401  # before any test imports Feast: see there
 from headrace.embedded import EmbeddedRedis
 from tests.support.kafka import RealKafka, what_is_missing
 
