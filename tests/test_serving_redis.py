@@ -103,10 +103,10 @@ async def test_a_redis_that_loads_its_data_is_unavailable_until_it_has(
 ) -> None:
     """Real loading, made slow: the commands that Redis refuses meanwhile are 503, not wrong, not late."""
     assert await clicks(http) == 1
+    # It looks at its connections after each 2 MB.
     for n in range(40):
-        rows.client.set(f"other{n}", b"x" * 1000)
+        rows.client.set(f"other{n}", os.urandom(500_000))
     rows.client.config_set("key-load-delay", 100_000)
-    rows.client.config_set("loading-process-events-interval-bytes", 1024)
     reloading = threading.Thread(target=connect(own.url, LONG_S).execute_command, args=("DEBUG", "RELOAD"))
     reloading.start()
     try:
