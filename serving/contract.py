@@ -80,7 +80,7 @@ SERVICE: Final = _object(
 
 FEAST: Final = _object(
     {
-        "metadata": _object({"feature_names": _object({"val": _list(_TEXT)})}),
+        "metadata": _object({"feature_names": _list(_TEXT)}),
         "results": _list(
             _object({"values": _list({}), "statuses": _list(_TEXT)}, {"event_timestamps": _list(_TEXT)}),
         ),
