@@ -65,16 +65,28 @@ def measure(address: str, requests: Path, connections: int, seconds: float, warm
     Raises:
         RuntimeError: if an answer was not 200, or a connection ended; with what was seen.
     """
+    printed = generate(
+        "benchmarks.load", address, requests=requests, connections=connections, seconds=seconds, warm=warm_s
+    )
+    return Load(**json.loads(printed))
+
+
+def generate(module: str, address: str, **options: Any) -> str:
+    """Runs a load generator against a server (http://host:port) in a process of its own; returns what it printed.
+
+    Raises:
+        RuntimeError: if it failed; with what it said.
+    """
     host, port = address.removeprefix("http://").split(":")
-    options = {"host": host, "port": port, "connections": connections, "seconds": seconds, "warm": warm_s}
-    argv = [sys.executable, "-m", "benchmarks.load", "--requests", str(requests)]
-    argv += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    words = {"host": host, "port": port, **options}
+    argv = [sys.executable, "-m", module]
+    argv += [word for name, value in words.items() for word in (f"--{name}", str(value))]
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=root)
     if done.returncode:
         msg = f"the load generator failed on {address}: {done.stderr.strip()[-2000:]}"
         raise RuntimeError(msg)
-    return Load(**json.loads(done.stdout))
+    return done.stdout
 
 
 class _Run:

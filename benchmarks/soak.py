@@ -19,7 +19,6 @@ import gc
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -33,9 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import end_on_sigterm, figure, say
-from benchmarks.load import measure, write_requests
+from benchmarks.load import generate, measure, write_requests
 from benchmarks.population import fill
-from benchmarks.project import ROOT, Project
+from benchmarks.project import Project
 from benchmarks.ranking import NPY, http
 
 CONNECTIONS: Final = {"unloaded": 4, "soak": 16, "overload": 64, "recovery": 16}
@@ -132,15 +131,16 @@ def paced(address: str, requests: Path, connections: int, rate: float, seconds: 
     Raises:
         RuntimeError: if a connection ended, or an answer did not come.
     """
-    host, port = address.removeprefix("http://").split(":")
     out = requests.with_suffix(".npy")
-    options = {"host": host, "port": port, "connections": connections, "rate": rate, "seconds": seconds, "out": out}
-    argv = [sys.executable, "-m", "benchmarks.soak", "--requests", str(requests)]
-    argv += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=ROOT)
-    if done.returncode:
-        msg = f"the load generator failed on {address}: {done.stderr.strip()[-2000:]}"
-        raise RuntimeError(msg)
+    generate(
+        "benchmarks.soak",
+        address,
+        requests=requests,
+        connections=connections,
+        rate=rate,
+        seconds=seconds,
+        out=out,
+    )
     sent_s, took_s, status = np.load(out).T
     return Paced(sent_s, took_s, status)
 

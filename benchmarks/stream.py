@@ -149,7 +149,7 @@ class _Progress:
 
     def __init__(self, project: Project, ends: Mapping[str, int]) -> None:
         self._client = project.client
-        self._keys = _records(project)[2]
+        self._keys = _keyspace(project).commit_records(project.plan.stored_entities)
         self._ends = ends
         self._behind = list(self._keys)
 
@@ -177,21 +177,14 @@ def restored(project: Project) -> Project:
 
 def rewound(project: Project) -> Project:
     """The project with commit records that have read nothing; its rows stay as they are."""
-    keyspace, entities, keys = _records(project)
-    project.client.delete(*keys)
+    keyspace, entities = _keyspace(project), project.plan.stored_entities
+    project.client.delete(*keyspace.commit_records(entities))
     initialise(project.client, keyspace, entities)
     return project
 
 
-def _records(project: Project) -> tuple[Keyspace, list[str], list[bytes]]:
-    """The keyspace, the entities that have state, and the keys of their commit records."""
-    keyspace = Keyspace(project.plan.project, project.plan.shards)
-    entities = sorted({view.entities[0] for view in project.plan.views if len(view.entities) == 1})
-    return (
-        keyspace,
-        entities,
-        [keyspace.commit_record(entity, shard) for entity in entities for shard in range(keyspace.shards)],
-    )
+def _keyspace(project: Project) -> Keyspace:
+    return Keyspace(project.plan.project, project.plan.shards)
 
 
 def measure_loop(project: Project, kafka: RealKafka, counts: Mapping[str, int]) -> float:

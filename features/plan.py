@@ -143,6 +143,11 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
         """Every servable feature by its full name, in order of declaration."""
         return {feature.full_name: feature for view in self.views for feature in features_of(view)}
 
+    @cached_property
+    def stored_entities(self) -> tuple[str, ...]:
+        """Names of the entities that have rows, and so shards with commit records; sorted."""
+        return tuple(sorted({view.entities[0] for view in self.views if len(view.entities) == 1}))
+
     def service(self, name: str) -> ServiceSpec:
         """The service called `name`.
 

@@ -395,13 +395,8 @@ class _Demo:
 
     def _look_at_commits(self, plan: Plan) -> int:
         """How many records all shards have committed: of each partition, what the last of them has."""
-        keyspace = Keyspace(plan.project, plan.shards)
-        entities = sorted({view.entities[0] for view in plan.views if len(view.entities) == 1})
-        records = [
-            read_record(self._redis, keyspace.commit_record(entity, shard)).positions
-            for entity in entities
-            for shard in range(plan.shards)
-        ]
+        keys = Keyspace(plan.project, plan.shards).commit_records(plan.stored_entities)
+        records = [read_record(self._redis, key).positions for key in keys]
         partitions = {name for positions in records for name in positions}
         self._figures.committed = sum(
             min(positions[name].next if name in positions else 0 for positions in records) for name in partitions

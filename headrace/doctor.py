@@ -54,12 +54,10 @@ def _redis(settings: Settings, plan: Plan | None) -> Iterator[Check]:
             remedy = "" if policy == "noeviction" else ": it drops single rows and so breaks counts; set noeviction"
             yield Check("redis maxmemory-policy", good=not remedy, found=policy + remedy)
         if plan is not None:
-            keyspace = Keyspace(plan.project, plan.shards)
-            entities = sorted({view.entities[0] for view in plan.views if len(view.entities) == 1})
-            for entity in entities:
-                for shard in range(plan.shards):
-                    read_record(client, keyspace.commit_record(entity, shard))
-            yield Check("commit records", good=True, found=f"{len(entities) * plan.shards} shards")
+            records = Keyspace(plan.project, plan.shards).commit_records(plan.stored_entities)
+            for key in records:
+                read_record(client, key)
+            yield Check("commit records", good=True, found=f"{len(records)} shards")
     except (NotAppliedError, RecordError) as error:
         yield Check("commit records", good=False, found=str(error))
     except (redis.RedisError, OSError, ValueError) as error:

@@ -57,8 +57,7 @@ def apply(settings: Settings, client: redis.Redis) -> Applied:
     topics = create_topics(settings, plan)
     if changed:
         register(FeatureStore(repo_path=str(settings.repo)), plan, settings.kafka)
-    keyspace = Keyspace(plan.project, plan.shards)
-    records = initialise(client, keyspace, sorted({view.entities[0] for view in plan.views if len(view.entities) == 1}))
+    records = initialise(client, Keyspace(plan.project, plan.shards), plan.stored_entities)
     return Applied(plan, changed, topics, records)
 
 

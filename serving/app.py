@@ -99,27 +99,25 @@ def create_app(settings: Settings, plan: Plan, clock: Callable[[], float] = time
     """The server of an applied plan; `clock` gives seconds since the epoch."""
     metrics = Metrics()
     routes = _Routes(settings, plan, metrics, clock)
-    for_metrics: KeyScope | None = "admin" if settings.metrics == "admin" else None
+    direct = [
+        DirectRoute(
+            "GET", "/v1/entities/{entity}/{entity_id:path}", routes.entity, [wire.JSON], answers=contract.ENTITY
+        ),
+        DirectRoute("POST", "/v1/features", routes.features, wire.FORMATS, answers=contract.RANKING),
+        DirectRoute("POST", "/get-online-features", routes.get_online_features, [wire.JSON], answers=contract.FEAST),
+        DirectRoute("GET", "/v1/services/{name}", routes.service, [wire.JSON], answers=contract.SERVICE),
+        DirectRoute("GET", "/healthz", routes.healthz, [wire.JSON], answers=contract.HEALTH, scope=None, is_vital=True),
+        DirectRoute("GET", "/readyz", routes.readyz, [wire.JSON], answers=contract.READY, scope=None, is_vital=True),
+    ]
+    if settings.metrics != "off":
+        scope: KeyScope | None = "admin" if settings.metrics == "admin" else None
+        direct.append(
+            DirectRoute("GET", "/metrics", routes.prometheus, [CONTENT_TYPE_LATEST], scope=scope, is_vital=True)
+        )
     return Server(
         metrics,
         Guard.of(settings, Keys(settings.api_keys_file, metrics.keys_read)),
-        [
-            DirectRoute(
-                "GET", "/v1/entities/{entity}/{entity_id:path}", routes.entity, [wire.JSON], answers=contract.ENTITY
-            ),
-            DirectRoute("POST", "/v1/features", routes.features, wire.FORMATS, answers=contract.RANKING),
-            DirectRoute(
-                "POST", "/get-online-features", routes.get_online_features, [wire.JSON], answers=contract.FEAST
-            ),
-            DirectRoute("GET", "/v1/services/{name}", routes.service, [wire.JSON], answers=contract.SERVICE),
-            DirectRoute(
-                "GET", "/healthz", routes.healthz, [wire.JSON], answers=contract.HEALTH, scope=None, is_vital=True
-            ),
-            DirectRoute(
-                "GET", "/readyz", routes.readyz, [wire.JSON], answers=contract.READY, scope=None, is_vital=True
-            ),
-            DirectRoute("GET", "/metrics", routes.prometheus, [CONTENT_TYPE_LATEST], scope=for_metrics, is_vital=True),
-        ][: None if settings.metrics != "off" else -1],
+        direct,
         title="Headrace",
         version="1",
         lifespan=routes.running,
@@ -284,9 +282,7 @@ class _Routes:
             f"Redis has maxmemory-policy {policy}, which drops single rows and so breaks counts; set noeviction"
             for policy in sorted(policies - {"", "noeviction"})
         ]
-        keyspace = Keyspace(self._plan.project, self._plan.shards)
-        entities = {view.entities[0] for view in self._plan.views if len(view.entities) == 1}
-        records = [keyspace.commit_record(entity, shard) for entity in entities for shard in range(self._plan.shards)]
+        records = Keyspace(self._plan.project, self._plan.shards).commit_records(self._plan.stored_entities)
         if missing := (await self._redis.mget(records)).count(None):
             reasons.append(
                 f"Redis lacks {missing} of {len(records)} commit records of this project; run `headrace apply`"

@@ -270,8 +270,7 @@ def _decoded(key: bytes, stored: bytes) -> CommitRecord:
 def initialise(client: redis.Redis, keyspace: Keyspace, entities: Iterable[str]) -> int:
     """Creates the commit records that aren't there yet; returns how many. Their shards read topics from the start."""
     record = CommitRecord(writer="apply").encode()
-    keys = [keyspace.commit_record(entity, shard) for entity in entities for shard in range(keyspace.shards)]
     pipeline: Any = client.pipeline(transaction=False)
-    for key in keys:
+    for key in keyspace.commit_records(entities):
         pipeline.execute_command("SET", key, record, "NX")
     return sum(bool(created) for created in pipeline.execute())

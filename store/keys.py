@@ -72,6 +72,10 @@ class Keyspace:
         """The key of a shard's commit record."""
         return f"{{{self.project}:{entity}:{shard}}}:commit".encode()
 
+    def commit_records(self, entities: Iterable[str]) -> list[bytes]:
+        """The keys of the commit records of all shards of each kind of entity."""
+        return [self.commit_record(entity, shard) for entity in entities for shard in range(self.shards)]
+
     def rows(self, family: Family, ids: Iterable[bytes]) -> list[bytes]:
         """The keys of a family's rows, by the entities' ids in UTF-8."""
         shards, prefixes = self.shards, _prefixes(self, family.entity, family.name)

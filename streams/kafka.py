@@ -360,10 +360,5 @@ def _consumer(settings: Settings) -> Consumer:
 
 
 def _records(plan: Plan, client: redis.Redis) -> Iterable[Any]:
-    keyspace = Keyspace(plan.project, plan.shards)
-    entities = sorted({view.entities[0] for view in plan.views if len(view.entities) == 1})
-    return [
-        read_record(client, keyspace.commit_record(entity, shard))
-        for entity in entities
-        for shard in range(plan.shards)
-    ]
+    keys = Keyspace(plan.project, plan.shards).commit_records(plan.stored_entities)
+    return [read_record(client, key) for key in keys]

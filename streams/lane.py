@@ -139,8 +139,7 @@ class Lane:
             happened = [each for each in every if each is not None and len(each.ids) and each.contract in bundle.events]
             if happened:
                 work.append(_Work(self._keyspace, bundle, happened))
-        shards = [self._shards[each.bundle.entity, shard] for each in work for shard in np.unique(each.shards).tolist()]
-        found = iter(self._cache.read([key for each in work for key in each.keys], partial(self._read, shards)))
+        found = iter(self._cache.read([key for each in work for key in each.keys], partial(self._read, work)))
         for each in work:
             evicted += self._merge(each, list(islice(found, len(each.keys))), now_ms, writes, kept)
         self._commit(writes)
@@ -148,12 +147,13 @@ class Lane:
             self._cache.keep(keys, rows)
         return Written(sum(len(rows) for rows in writes.values()), evicted)
 
-    def _read(self, shards: list[_Shard], keys: list[bytes]) -> list[bytes | None]:
-        """The rows of keys, together with their shards' records: both must be what this writer wrote.
+    def _read(self, work: list[_Work], keys: list[bytes]) -> list[bytes | None]:
+        """The rows of keys, together with the records of the work's shards: both must be what this writer wrote.
 
         To compare when committing is not enough: if Redis loses its last writes and then has them again (a lagging
         replica is promoted, dies, and the old master is back), a row read in between is older than its record.
         """
+        shards = [self._shards[each.bundle.entity, shard] for each in work for shard in np.unique(each.shards).tolist()]
         found: list[bytes | None] = self._redis.mget([*keys, *(shard.key for shard in shards)])
         for shard, stored in zip(shards, found[len(keys) :], strict=True):
             if stored not in (shard.record.encode(), shard.before.encode()):

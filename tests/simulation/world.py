@@ -188,10 +188,9 @@ class World:
         self.zombies = [each for each in self.zombies if not each.starting]
         self.faults.zombie = 1.0  # Those that there are stay.
         self.pass_ms(max(0, self.records[-1].arrives_ms - self.clock.now_ms) + 1)
-        fresh = self.rng.random() < 0.5 or any(each.starting for each in self.workers)
-        mine: list[Worker] = [] if fresh else list(self.workers)
-        self.workers = mine
-        fresh = not mine
+        renewed = self.rng.random() < 0.5 or any(each.starting for each in self.workers)
+        mine: list[Worker] = [] if renewed else list(self.workers)
+        self.workers, fresh = mine, not mine
         for _ in range(_DRAIN_ROUNDS_MAX):
             if not mine or len(mine) < mine[0].n_workers or any(each.is_dead for each in mine):
                 self.workers = [each for each in self.workers if not each.starting]
@@ -216,8 +215,7 @@ class World:
 
     def _positions(self, get: Callable[[bytes], bytes | None]) -> list[tuple[Partition, Any]]:
         """Of all shards, by partition."""
-        space = Keyspace("sim", self.shards)
-        keys = [space.commit_record(entity, shard) for entity in ENTITIES for shard in range(self.shards)]
+        keys = Keyspace("sim", self.shards).commit_records(ENTITIES)
         found: Any = Client(lambda commands: [get(command[1]) for command in commands])
         records = [read_record(found, key) for key in keys]
         return [(where, record.position(*where)) for record in records for where in PARTITIONS]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -14,23 +14,34 @@ from redis.exceptions import RedisError, ResponseError
 
 from headrace.embedded import EmbeddedRedis, free_port
 from store.slots import SLOTS, slot_of
+from tests.support import stack
 
 DEADLINE_S: Final = 60.0
 NODE_TIMEOUT_MS: Final = 2000
 """A master that is silent for so long has its replica promoted."""
 
 
-def wait_for(what: str, condition: Callable[[], object]) -> None:
-    """Returns once the condition holds, which may fail to be read until then."""
-    until_s = time.monotonic() + DEADLINE_S
-    while True:
-        try:
-            if condition():
-                return
-        except RedisError as error:
-            what = f"{what} ({error})" if str(error) not in what else what
-        assert time.monotonic() < until_s, f"waited {DEADLINE_S:g} s in vain: {what}"
-        time.sleep(0.02)
+wait_for = partial(stack.wait_for, deadline_s=DEADLINE_S, passing=(RedisError,))
+"""Returns once a condition holds, which servers may be away to tell until then."""
+
+
+class Servers:
+    """Processes that run for the length of a `with` block; none is left when one of them does not start."""
+
+    def __enter__(self) -> Self:
+        with ExitStack() as started:
+            self._start(started)
+            self._running = started.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._running.__exit__(kind, error, trace)
+
+    def _start(self, started: ExitStack) -> None:
+        """Starts them; what ends them goes into `started`."""
+        raise NotImplementedError
 
 
 @contextmanager
@@ -61,38 +72,27 @@ def redis7() -> str:
     return found
 
 
-class RedisCluster:
-    """Three masters with a third of the slots each, and a replica of each; all gone at the end of the block."""
+class RedisCluster(Servers):
+    """Three masters with a third of the slots each, and a replica of each."""
 
     def __init__(self, masters: int = 3) -> None:
         self._n_masters = masters
-        self._stack = ExitStack()
         self.nodes: list[EmbeddedRedis] = []
         self._bus: list[int] = []
 
-    def __enter__(self) -> Self:
-        try:
-            for _ in range(2 * self._n_masters):
-                self._bus.append(free_port())
-                server = EmbeddedRedis(
-                    redis7(),
-                    args=(
-                        *("--cluster-enabled", "yes", "--cluster-port", str(self._bus[-1])),
-                        *("--cluster-node-timeout", str(NODE_TIMEOUT_MS), "--cluster-replica-validity-factor", "0"),
-                        *("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1"),
-                    ),
-                )
-                self.nodes.append(self._stack.enter_context(server))
-            self._make()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
+    def _start(self, started: ExitStack) -> None:
+        for _ in range(2 * self._n_masters):
+            self._bus.append(free_port())
+            server = EmbeddedRedis(
+                redis7(),
+                args=(
+                    *("--cluster-enabled", "yes", "--cluster-port", str(self._bus[-1])),
+                    *("--cluster-node-timeout", str(NODE_TIMEOUT_MS), "--cluster-replica-validity-factor", "0"),
+                    *("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1"),
+                ),
+            )
+            self.nodes.append(started.enter_context(server))
+        self._make()
 
     @property
     def url(self) -> str:

@@ -6,13 +6,12 @@ import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import redis
 
 from headrace.embedded import EmbeddedRedis, end, free_port, spawn
-from tests.support.cluster import redis7, wait_for
+from tests.support.cluster import Servers, redis7, wait_for
 
 NAME: Final = "headrace"
 _CONFIG: Final = """\
@@ -25,38 +24,27 @@ sentinel failover-timeout {name} 5000
 """
 
 
-class SentinelRedis:
-    """A master, a replica, three sentinels; all gone at the end of the block."""
+class SentinelRedis(Servers):
+    """A master, a replica, three sentinels."""
 
     def __init__(self) -> None:
-        self._stack = ExitStack()
         self.nodes: list[EmbeddedRedis] = []
         self.sentinels: list[int] = []
 
-    def __enter__(self) -> Self:
-        try:
-            fast = ("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
-            self.nodes = [self._stack.enter_context(EmbeddedRedis(args=fast)) for _ in range(2)]
-            self.do(self.nodes[1].port, "REPLICAOF", "127.0.0.1", self.nodes[0].port)
-            folder = Path(tempfile.mkdtemp(prefix="headrace-sentinel-"))
-            self._stack.callback(shutil.rmtree, folder)
-            for _ in range(3):
-                port = free_port()
-                config = folder / f"{port}.conf"
-                config.write_text(_CONFIG.format(port=port, folder=folder, name=NAME, master=self.nodes[0].port))
-                process = spawn([redis7(), str(config), "--sentinel"], log=folder / f"{port}.log")
-                self._stack.callback(end, process)
-                self.sentinels.append(port)
-            self.settled()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
+    def _start(self, started: ExitStack) -> None:
+        fast = ("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
+        self.nodes = [started.enter_context(EmbeddedRedis(args=fast)) for _ in range(2)]
+        self.do(self.nodes[1].port, "REPLICAOF", "127.0.0.1", self.nodes[0].port)
+        folder = Path(tempfile.mkdtemp(prefix="headrace-sentinel-"))
+        started.callback(shutil.rmtree, folder)
+        for _ in range(3):
+            port = free_port()
+            config = folder / f"{port}.conf"
+            config.write_text(_CONFIG.format(port=port, folder=folder, name=NAME, master=self.nodes[0].port))
+            process = spawn([redis7(), str(config), "--sentinel"], log=folder / f"{port}.log")
+            started.callback(end, process)
+            self.sentinels.append(port)
+        self.settled()
 
     @property
     def url(self) -> str:

@@ -61,8 +61,7 @@ class Rows:
         self._clock = clock
         self._sent: dict[str, int] = {}
         self._decoder = Decoder(plan, 1, 0)
-        entities = {view.entities[0] for view in plan.views if len(view.entities) == 1}
-        initialise(self.client, Keyspace(plan.project, plan.shards), sorted(entities))
+        initialise(self.client, Keyspace(plan.project, plan.shards), plan.stored_entities)
         self._lane = Lane(plan, 0, 1, self.client, clock)
 
     def write(self, topic: str, events: Sequence[Event]) -> None:

@@ -32,12 +32,23 @@ TOPICS = ("impressions", "clicks", "likes")
 DEADLINE_S = 120.0
 
 
-def wait_for(what: str, condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
-    """Returns once the condition holds; fails the test after the deadline."""
+def wait_for(
+    what: str,
+    condition: Callable[[], object],
+    deadline_s: float = DEADLINE_S,
+    passing: tuple[type[Exception], ...] = (),
+) -> None:
+    """Returns once the condition holds, which until then may raise what is `passing`; fails after the deadline."""
     until = time.monotonic() + deadline_s
-    while not condition():
+    while True:
+        said = ""
+        try:
+            if condition():
+                return
+        except passing as error:
+            said = f" ({error})"
         if time.monotonic() > until:
-            message = f"waited {deadline_s} s in vain: {what}"
+            message = f"waited {deadline_s} s in vain: {what}{said}"
             raise AssertionError(message)
         time.sleep(0.05)
 
