@@ -1,14 +1,16 @@
 """What a request must pass before anything is done for it: its key, its size, its time, and a server that has time.
 
 A request in work is one whose body is there and whose answer is not. Of these a process has as many at once as come
-together, which is quick, since they are evaluated together. Where more than `requests_max` are there on average over
-`WINDOW_S`, it is no crowd but more than can be carried: from then on what comes beyond `requests_max` is refused, at a
-tenth of the cost of an answer, until a window in which hardly anything had to be. So what is accepted waits for at most
-`requests_max` others, however much is asked.
+together, which is quick, since they are evaluated together. Only where more than `requests_max` are there on average
+over `WINDOW_S` is there more than can be carried, or a hiccup to catch up with. Then a limit of three times as many is
+set, and what comes beyond it is refused, at a tenth of the cost of an answer. A limit that was all but reached for a
+window is tightened, down to `requests_max`; one that was not is given up. So a load that can be carried over a few
+connections is never refused, and of too much, what is accepted soon waits for at most `requests_max` others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -20,9 +22,12 @@ from registry.settings import Settings
 from serving.keys import Key, Keys
 from serving.problems import Problem
 
-WINDOW_S: Final = 0.1
-_FEW: Final = 0.1
-"""Below twice the capacity's excess over it, but more than the crowds of a load that can be carried."""
+WINDOW_S: Final = 0.05
+_FIRST: Final = 3
+"""The first limit, over the last."""
+_TIGHTER: Final = 2 / 3
+_REACHED: Final = 0.7
+"""Of the limit, on average: requests leave together, so the average is below the limit however much is asked."""
 Headers = Sequence[tuple[bytes, bytes]]
 
 
@@ -30,28 +35,25 @@ class Gate:
     """Counts requests in work, and says whether one more is taken.
 
     Args:
-        requests_max: how many are taken when there is too much.
+        requests_max: how many are taken at once when there is too much for long.
     """
 
     def __init__(self, requests_max: int) -> None:
         self._most = requests_max
+        self._limit = math.inf
         self.working = 0
-        self.is_shedding = False
         self._area = 0.0
         self._last_s = self._began_s = 0.0
-        self._arrived = self._refused = 0
 
     def __repr__(self) -> str:
-        return f"<Gate working={self.working} {'shedding' if self.is_shedding else 'open'}>"
+        return f"<Gate working={self.working} limit={self._limit:g}>"
 
     def enter(self, now_s: float) -> bool:
         """Takes a request, which must `leave`; or refuses it."""
         self._advance(now_s)
         if now_s - self._began_s >= WINDOW_S:
             self._turn(now_s)
-        self._arrived += 1
-        if self.is_shedding and self.working >= self._most:
-            self._refused += 1
+        if self.working >= self._limit:
             return False
         self.working += 1
         return True
@@ -66,13 +68,15 @@ class Gate:
         self._last_s = now_s
 
     def _turn(self, now_s: float) -> None:
-        """Begins a window; whether to shed in it is learned from the last."""
-        if self.is_shedding:
-            self.is_shedding = self._refused > _FEW * self._arrived
+        """Begins a window; its limit is learned from the last."""
+        mean, first = self._area / (now_s - self._began_s), _FIRST * self._most
+        if self._limit > first:
+            self._limit = first if mean > self._most else math.inf
+        elif mean > _REACHED * self._limit:
+            self._limit = max(self._most, _TIGHTER * self._limit)
         else:
-            self.is_shedding = self._area > self._most * (now_s - self._began_s)
+            self._limit *= 2
         self._area, self._began_s = 0.0, now_s
-        self._arrived = self._refused = 0
 
 
 @dataclass(frozen=True)

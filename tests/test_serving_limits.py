@@ -302,14 +302,24 @@ def test_too_much_is_refused_so_that_what_is_taken_is_answered_in_time(times: fl
     taken = arrivals(gate, rate=times * 1000, capacity=1000, seconds=20, began_s=0)
     late = [end - came for came, end in taken]
     assert len(taken) >= 0.95 * 20_000  # It works on as much as it can,
-    settled = [each for each, (came, _) in zip(late, taken, strict=True) if came > 3 * WINDOW_S]
-    assert max(settled) <= 8 / 1000 + 1e-9  # and nobody waits for more than seven others.
+    settled = [each for each, (came, _) in zip(late, taken, strict=True) if came > 6 * WINDOW_S]
+    assert max(settled) <= 8 / 1000 + 1e-9  # and soon nobody waits for more than seven others.
     assert not gate.working
-    # Over: nothing is refused any more from the second window on.
-    after = arrivals(gate, rate=800, capacity=1000, seconds=5, began_s=30)
-    assert len([came for came, _ in after if came > 30 + 2 * WINDOW_S]) == pytest.approx(
-        800 * (5 - 2 * WINDOW_S), abs=2
-    )
+    # Over: nothing is refused any more.
+    assert len(arrivals(gate, rate=800, capacity=1000, seconds=5, began_s=30)) == 4000
+
+
+def test_over_a_few_connections_nothing_is_refused_even_when_they_ask_all_the_time() -> None:
+    """A hiccup at 80 % of the capacity leaves as many in work as there are connections until it is caught up with.
+
+    A gate that sheds after a window with more than `requests_max` in work refused one in ten of such a load.
+    """
+    gate = Gate(8)
+    for n in range(10_000):
+        now_s = 50 + n / 1000
+        if n >= 16:
+            gate.leave(now_s)
+        assert gate.enter(now_s)
 
 
 async def test_what_piles_up_is_refused_and_what_was_taken_is_answered(redis: EmbeddedRedis, plan: Plan) -> None:
