@@ -17,6 +17,7 @@ import feast
 import msgspec
 import pytest
 import structlog
+import typeguard
 from feast.repo_operations import get_repo_files
 
 from features.plan import At, CodeChangedError, Derived, EntitySpec, Plan
@@ -545,3 +546,15 @@ def test_an_own_packages_plan_is_applied_and_read_back(settings: Settings, own: 
     assert not any(isinstance(spec, At) for view in plan.views for spec in view.features)
     program = Program(plan, plan.service("pair_v1").features)
     assert set(program.entities) == {"user", "item"}, "who asks for a pair gives both ids"
+
+
+def test_importing_feast_does_not_compile_it_again_and_others_keep_their_checks() -> None:
+    """Without it each worker, server and command takes 3 s more to start: what restarts after a crash waits for it."""
+    assert "typeguard" not in feast.Entity.__init__.__code__.co_names
+    with pytest.raises(typeguard.TypeCheckError):
+        _twice("no number")  # type: ignore[arg-type]  # it is what must be noticed
+
+
+@typeguard.typechecked
+def _twice(number: int) -> int:
+    return 2 * number
