@@ -4,8 +4,9 @@ A request in work is one whose body is there and whose answer is not. Of these a
 together, which is quick, since they are evaluated together. Only where more than `requests_max` are there on average
 over `WINDOW_S` is there more than can be carried, or a hiccup to catch up with. Then a limit of three times as many is
 set, and what comes beyond it is refused, at a tenth of the cost of an answer. A limit that was all but reached for a
-window is tightened, down to `requests_max`; one that was not is given up. So a load that can be carried over a few
-connections is never refused, and of too much, what is accepted soon waits for at most `requests_max` others.
+window is tightened, down to `requests_max`; one that was not half reached is loosened, and at last given up. So a load
+that can be carried over a few connections is never refused, and of too much, what is accepted soon waits for at most
+`requests_max` others.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _FIRST: Final = 3
 _TIGHTER: Final = 2 / 3
 _REACHED: Final = 0.7
 """Of the limit, on average: requests leave together, so the average is below the limit however much is asked."""
+_SPARE: Final = 0.5
+"""The same of a limit that is not needed any more."""
 Headers = Sequence[tuple[bytes, bytes]]
 
 
@@ -74,7 +77,7 @@ class Gate:
             self._limit = first if mean > self._most else math.inf
         elif mean > _REACHED * self._limit:
             self._limit = max(self._most, _TIGHTER * self._limit)
-        else:
+        elif mean < _SPARE * self._limit:
             self._limit *= 2
         self._area, self._began_s = 0.0, now_s
 
