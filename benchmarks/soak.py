@@ -3,8 +3,8 @@
 One server process with its defaults, one user and 200 items a request. Four phases, each at a fixed pace: request
 n is due at n / rate whether others are answered or not, and its latency counts from when it was sent.
 
-1. unloaded: 5 % of the capacity, for the p99 that the others are compared with;
-2. soak: 80 % for `--seconds` (600): no error, no drift of p99 (the last fifth against the first), no growth of memory;
+1. soak: 80 % for `--seconds` (600): no error, no drift of p99 (the last fifth against the first), no growth of memory;
+2. unloaded: 5 % of the capacity, for the p99 that the next is compared with;
 3. overload: twice the capacity over many connections: p99 of what was accepted, and how much it was;
 4. recovery: 50 % at once after it: how long until nothing is refused any more.
 
@@ -191,19 +191,18 @@ def run(seconds: float, overload_s: float, users: int) -> dict[str, float]:
                 return done
 
             before = carried()
-            unloaded = phase("unloaded", 0.05, min(20.0, seconds), before)
             phase("soak", 0.8, min(10.0, seconds / 10), before)  # Memory is what it is after the first of these.
             before_mb = _resident_mb(pid)
             soak = phase("soak", 0.8, seconds, before)
             after_mb = _resident_mb(pid)
             after = carried()
+            unloaded = phase("unloaded", 0.05, min(20.0, seconds), after)
             overload = phase("overload", 2, overload_s, after)
             recovery = phase("recovery", 0.5, min(5.0, overload_s), after)
     share = 1 / _PARTS
     refused = recovery.sent_s[~recovery.accepted]
     return {
         "capacity_rps": before,
-        "unloaded_p99_ms": unloaded.p99_ms(),
         "soak_requests": len(soak.status),
         "soak_errors": int((~soak.accepted).sum()),
         "soak_p99_ms": soak.p99_ms(),
@@ -211,6 +210,7 @@ def run(seconds: float, overload_s: float, users: int) -> dict[str, float]:
         "soak_memory_before_mb": before_mb,
         "soak_memory_growth_mb": after_mb - before_mb,
         "overload_capacity_rps": after,
+        "unloaded_p99_ms": unloaded.p99_ms(),
         "overload_offered_rps": len(overload.status) / overload.sent_s[-1],
         "overload_accepted_rps": float(overload.accepted.sum()) / overload.sent_s[-1],
         "overload_other_errors": int((~overload.accepted & (overload.status != 503)).sum()),
