@@ -6,6 +6,7 @@ the texts by code point (UTF-8 bytes sort alike). -1 stands for null.
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Final
 
 import numpy as np
@@ -33,8 +34,8 @@ def unify(arrays: list[pa.StringArray]) -> tuple[pa.StringArray, list[Ints]]:
     rank[order] = np.arange(len(order))
     indices = encoded.indices.fill_null(-1) if encoded.null_count else encoded.indices
     codes = rank[np.asarray(indices)]
-    ends = np.cumsum([len(array) for array in arrays])
-    return encoded.dictionary.take(pa.array(order)), np.split(codes, ends[:-1]) if arrays else []
+    bounds = pairwise([0, *accumulate(map(len, arrays))])
+    return encoded.dictionary.take(pa.array(order)), [codes[begin:end] for begin, end in bounds]
 
 
 def buffers(texts: pa.StringArray) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:

@@ -39,26 +39,16 @@ class Dedupe:
         """bool[n]: which records repeat an earlier one. Remembers them all; `start` is the first one's offset."""
         if len(hashes) == 0:
             return np.zeros(0, bool)
-        latest_ms = np.maximum.accumulate(np.maximum(record_ms, self._latest_ms))
-        oldest_ms = np.maximum(record_ms, latest_ms - self._horizon_ms) - self._horizon_ms
         order = np.argsort(hashes, kind="stable")
-        ordered, times = hashes[order], record_ms[order]
+        ordered = hashes[order]
         seen_ms = np.full(len(hashes), -1, np.int64)
         for known, known_ms, _ in self._runs:
             _look_up(known, known_ms, ordered, seen_ms)
-        first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-        if len(first) < len(ordered):
-            # The latest earlier time in the same run of equal hashes: a running maximum that starts anew with each run.
-            # On ranks of the times, as times of any size would overflow.
-            run = np.repeat(np.arange(len(first)), np.diff(first, append=len(ordered)))
-            distinct, rank = np.unique(times, return_inverse=True)
-            highest = np.maximum.accumulate(run * len(distinct) + rank)
-            before = distinct[highest[:-1] % len(distinct)]
-            seen_ms[1:] = np.maximum(seen_ms[1:], np.where(run[1:] == run[:-1], before, -1))
-        duplicate = np.zeros(len(hashes), bool)
-        duplicate[order] = seen_ms >= np.maximum(oldest_ms[order], 0)
-        self._latest_ms = int(latest_ms[-1])
-        self._remember(start, ordered[first], np.maximum.reduceat(times, first))
+        duplicate: NDArray[np.bool_]
+        duplicate, distinct, times, self._latest_ms = _judge(
+            ordered, order, seen_ms, record_ms, self._latest_ms, self._horizon_ms
+        )
+        self._remember(start, distinct, times)
         return duplicate
 
     def horizon(self, end: int) -> int:
@@ -79,7 +69,7 @@ class Dedupe:
         # Runs of about the same length are merged, so that there are only ever about log2(n) of them.
         while self._runs and len(self._runs[-1][0]) <= 2 * len(hashes):
             known, known_ms, _ = self._runs.pop()
-            hashes, times = _merged(np.concatenate([known, hashes]), np.concatenate([known_ms, times]), forgotten_ms)
+            hashes, times = _merged(known, known_ms, hashes, times, forgotten_ms)
             if len(hashes) == 0:
                 break
         if len(hashes):
@@ -101,12 +91,51 @@ def _look_up(known: Hashes, known_ms: Ints, hashes: Hashes, seen_ms: Ints) -> No
             seen_ms[index] = max(seen_ms[index], known_ms[low])
 
 
-def _merged(hashes: Hashes, times: Ints, forgotten_ms: int) -> tuple[Hashes, Ints]:
-    kept = times >= forgotten_ms
-    hashes, times = hashes[kept], times[kept]
-    if len(hashes) == 0:
-        return hashes, times
-    order = np.argsort(hashes, kind="stable")
-    hashes, times = hashes[order], times[order]
-    first = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1]))
-    return hashes[first], np.maximum.reduceat(times, first)
+@compiled  # type: ignore[untyped-decorator]  # numba has no types
+def _judge(
+    ordered: Hashes, order: Ints, seen_ms: Ints, record_ms: Ints, latest_ms: int, horizon_ms: int
+) -> tuple[NDArray[np.bool_], Hashes, Ints, int]:
+    """Which records are duplicates; their distinct hashes and the latest time of each; the latest time so far.
+
+    Args:
+        ordered: the hashes, sorted; equal ones as they came.
+        order: which record each is of.
+        seen_ms: the latest time of each among what is remembered; -1 for none.
+        record_ms: of the records, as they came.
+        latest_ms: of all records before.
+        horizon_ms: how much older an earlier one may be.
+    """
+    oldest_ms = np.empty(len(order), np.int64)
+    for index in range(len(order)):
+        latest_ms = max(latest_ms, record_ms[index])
+        oldest_ms[index] = max(record_ms[index], latest_ms - horizon_ms) - horizon_ms
+    duplicate = np.empty(len(order), np.bool_)
+    distinct, times = np.empty(len(order), np.uint64), np.empty(len(order), np.int64)
+    count = 0
+    for place in range(len(order)):
+        index, earlier_ms = order[place], seen_ms[place]
+        time_ms = record_ms[index]
+        if count and distinct[count - 1] == ordered[place]:
+            earlier_ms = max(earlier_ms, times[count - 1])
+            times[count - 1] = max(times[count - 1], time_ms)
+        else:
+            distinct[count], times[count] = ordered[place], time_ms
+            count += 1
+        duplicate[index] = earlier_ms >= max(oldest_ms[index], 0)
+    return duplicate, distinct[:count], times[:count], latest_ms
+
+
+@compiled  # type: ignore[untyped-decorator]  # numba has no types
+def _merged(hashes: Hashes, times: Ints, others: Hashes, other_times: Ints, forgotten_ms: int) -> tuple[Hashes, Ints]:
+    """Two sorted runs as one, the later time of each hash, without those that are forgotten."""
+    size = len(hashes) + len(others)
+    merged, merged_ms = np.empty(size, np.uint64), np.empty(size, np.int64)
+    count = left = right = 0
+    while left < len(hashes) or right < len(others):
+        has_left = right == len(others) or (left < len(hashes) and hashes[left] <= others[right])
+        has_right = left == len(hashes) or (right < len(others) and others[right] <= hashes[left])
+        merged[count] = hashes[left] if has_left else others[right]
+        merged_ms[count] = max(times[left] if has_left else -1, other_times[right] if has_right else -1)
+        left, right = left + has_left, right + has_right
+        count += merged_ms[count] >= forgotten_ms
+    return merged[:count].copy(), merged_ms[:count].copy()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress, islice, pairwise, product
+from itertools import accumulate, compress, islice, pairwise, product
 from operator import ne
 from queue import SimpleQueue
 from threading import Thread
@@ -334,8 +334,8 @@ class _Work:
         ids = [text.encode() for text in encoded.dictionary.to_pylist()]
         index = np.asarray(encoded.indices).astype(np.intp)
         self.bundle = bundle
-        ends = np.cumsum([len(each.ids) for each in happened])
-        self.events = _by_contract(bundle, happened, np.split(index, ends[:-1]))
+        bounds = pairwise([0, *accumulate(len(each.ids) for each in happened)])
+        self.events = _by_contract(bundle, happened, [index[begin:end] for begin, end in bounds])
         self.shards = np.empty(len(ids), np.int16)
         self.shards[index] = np.concatenate([each.shards for each in happened])
         touched = np.zeros((len(bundle.families), len(ids)), bool)
