@@ -53,6 +53,8 @@ def _redis(settings: Settings, plan: Plan | None) -> Iterator[Check]:
             policy = info.get("maxmemory_policy", "noeviction")
             remedy = "" if policy == "noeviction" else ": it drops single rows and so breaks counts; set noeviction"
             yield Check("redis maxmemory-policy", good=not remedy, found=policy + remedy)
+            if info["aof_enabled"]:
+                yield _loads_truncated(server)
         if plan is not None:
             records = Keyspace(plan.project, plan.shards).commit_records(plan.stored_entities)
             for key in records:
@@ -62,6 +64,16 @@ def _redis(settings: Settings, plan: Plan | None) -> Iterator[Check]:
         yield Check("commit records", good=False, found=str(error))
     except (redis.RedisError, OSError, ValueError) as error:
         yield Check("redis", good=False, found=f"{type(error).__name__}: {error}; is HEADRACE_REDIS_URL right?")
+
+
+def _loads_truncated(server: Any) -> Check:
+    """An append-only file cut within a commit and loaded nevertheless does half of that commit at the next start."""
+    try:
+        value = server.config_get("aof-load-truncated").get("aof-load-truncated", "not known")
+    except redis.ResponseError as error:
+        value = f"not known ({error})"
+    remedy = "" if value == "no" else ": set no, mend a cut file by `redis-check-aof --fix` (docs/reliability.md)"
+    return Check("redis aof-load-truncated", good=value != "yes", found=value + remedy)
 
 
 def _kafka(settings: Settings, plan: Plan | None) -> Iterator[Check]:

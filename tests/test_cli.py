@@ -232,6 +232,20 @@ def test_the_doctor_does_not_blame_the_address_for_lost_records(applied: Setting
     assert "is HEADRACE_REDIS_URL right?" not in line
 
 
+def test_the_doctor_finds_a_redis_that_loads_half_a_commit(applied: Settings, run: Run) -> None:
+    client: Any = connect(applied.redis_url.get_secret_value(), 10)
+    client.config_set("appendonly", "yes")
+    try:
+        ran = run("doctor")
+        assert ran.status == 1
+        assert "NOT OK redis aof-load-truncated: yes: set no" in ran.flat
+        client.config_set("aof-load-truncated", "no")
+        assert "ok redis aof-load-truncated: no" in run("doctor").flat
+    finally:
+        client.config_set("appendonly", "no")
+        client.config_set("aof-load-truncated", "yes")
+
+
 def test_the_doctor_finds_a_redis_that_evicts(applied: Settings, run: Run) -> None:
     client: Any = connect(applied.redis_url.get_secret_value(), 10)
     try:

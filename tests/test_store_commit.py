@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import time
@@ -22,6 +23,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from features import catalog
 from features.compile import compile_plan
 from features.layout import families_of
+from headrace.embedded import EmbeddedRedis, ServerError
 from store import commit as commit_module
 from store.commit import (
     CommitRecord,
@@ -38,6 +40,7 @@ from store.commit import (
 from store.connect import connect
 from store.keys import Keyspace, expire_at_ms, shard_of
 from tests.properties import scenarios  # noqa: F401  # its profile prints what repeats a failure
+from tests.support.aof import repair
 
 SPACE = Keyspace("test", 4)
 PLAN = compile_plan([vars(catalog)], "test", 4)
@@ -167,6 +170,33 @@ def test_a_commit_writes_rows_with_their_expiry_and_the_record(client: Any) -> N
         earlier_ms, later_ms = (1000 * seconds + micro // 1000 for seconds, micro in (earlier, later))
         assert each.expire_at_ms - later_ms - 1 <= lives_ms <= each.expire_at_ms - earlier_ms + 1
     assert client.ttl(key_of(1)) == -1  # The record stays for ever.
+
+
+def test_a_commit_cut_short_in_the_append_only_file_never_comes_back() -> None:
+    """Redis loses the end of its file, within a commit, and dies once more after the next one.
+
+    With `aof-load-truncated yes`, Redis's default, the rows of the half that is left in the file are written by the
+    second start, beside the record of the next commit: they count twice what is read again.
+    """
+    with EmbeddedRedis(appendonly=True) as server:
+        client = redis.Redis.from_url(server.url)
+        initialise(client, SPACE, ["user"])
+        writer = Writer(client, SPACE)
+        record = writer.claim("user", 0)
+        lost = next_of(record, writer, 5)
+        writer.commit([ShardCommit(key_of(0), record, lost, [row(0, "u1", b"lost"), row(0, "u2", b"cut short")])])
+        server.kill()
+        file = server.folder / "appendonly.aof"
+        os.truncate(file, file.read_bytes().index(b"cut short") + 3)
+        with pytest.raises(ServerError):
+            server.start()
+        repair(server, file)
+        server.start()
+        claimed = Writer(client, SPACE).claim("user", 0)
+        server.kill()
+        server.start()
+        assert read_record(client, key_of(0)) == claimed
+        assert client.keys("*:view:*") == []
 
 
 def test_a_commit_of_thousands_of_rows(client: Any) -> None:
