@@ -55,6 +55,8 @@ def _redis(settings: Settings, plan: Plan | None) -> Iterator[Check]:
             yield Check("redis maxmemory-policy", good=not remedy, found=policy + remedy)
             if info["aof_enabled"]:
                 yield _loads_truncated(server)
+            elif info.get("connected_slaves"):
+                yield _persistence(server)
         if plan is not None:
             records = Keyspace(plan.project, plan.shards).commit_records(plan.stored_entities)
             for key in records:
@@ -68,12 +70,23 @@ def _redis(settings: Settings, plan: Plan | None) -> Iterator[Check]:
 
 def _loads_truncated(server: Any) -> Check:
     """An append-only file cut within a commit and loaded nevertheless does half of that commit at the next start."""
-    try:
-        value = server.config_get("aof-load-truncated").get("aof-load-truncated", "not known")
-    except redis.ResponseError as error:
-        value = f"not known ({error})"
+    value = _config(server, "aof-load-truncated")
     remedy = "" if value == "no" else ": set no, mend a cut file by `redis-check-aof --fix` (docs/reliability.md)"
     return Check("redis aof-load-truncated", good=value != "yes", found=value + remedy)
+
+
+def _persistence(server: Any) -> Check:
+    """A master that comes back empty while it is, or becomes again, the master empties its replicas."""
+    value = _config(server, "save")
+    remedy = "" if value else "none, but replicas: one that restarts empty can empty them all; set appendonly yes"
+    return Check("redis persistence", good=not remedy, found=remedy or f"save {value}")
+
+
+def _config(server: Any, name: str) -> str:
+    try:
+        return str(server.config_get(name).get(name, "not known"))
+    except redis.ResponseError as error:
+        return f"not known ({error})"
 
 
 def _kafka(settings: Settings, plan: Plan | None) -> Iterator[Check]:

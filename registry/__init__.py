@@ -14,7 +14,7 @@ _typechecked: Any = typeguard.typechecked
 
 def _typechecked_but_feast(target: Any = None, **options: Any) -> Any:
     """Leaves Feast's classes as they are: to compile them again, with checks, is 3 of the 5 s that its import takes."""
-    if getattr(target, "__module__", "").startswith("feast."):
+    if str(getattr(target, "__module__", "")).startswith("feast."):
         return target
     return _typechecked(target, **options)
 

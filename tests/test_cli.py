@@ -15,11 +15,12 @@ from unittest import mock
 import pytest
 
 from headrace import cli
-from headrace.embedded import EmbeddedBroker, free_port
+from headrace.embedded import EmbeddedBroker, EmbeddedRedis, free_port
 from registry.apply import apply
 from registry.settings import Settings
 from store.connect import connect
 from tests.support.served import SHARDS, Clock, Rows, catalogue, project_folder
+from tests.support.stack import wait_for
 
 COMMANDS = ["apply", "demo", "doctor", "plan", "replay", "serve", "show", "stream"]
 
@@ -244,6 +245,23 @@ def test_the_doctor_finds_a_redis_that_loads_half_a_commit(applied: Settings, ru
     finally:
         client.config_set("appendonly", "no")
         client.config_set("aof-load-truncated", "yes")
+
+
+def test_the_doctor_finds_a_replicated_redis_that_keeps_nothing(applied: Settings, run: Run) -> None:
+    """A master that restarts empty and is promoted again empties its replicas: all counts would be lost at once."""
+    client: Any = connect(applied.redis_url.get_secret_value(), 10)
+    assert "persistence" not in run("doctor").flat
+    port = client.connection_pool.connection_kwargs["port"]
+    with EmbeddedRedis(args=["--replicaof", "127.0.0.1", str(port), "--repl-diskless-sync-delay", "0"]):
+        wait_for("the replica is known", lambda: client.info("replication")["connected_slaves"] == 1)
+        ran = run("doctor")
+        assert ran.status == 1
+        assert "NOT OK redis persistence: none, but replicas" in ran.flat
+        try:
+            client.config_set("save", "3600 1")
+            assert "ok redis persistence: save 3600 1" in run("doctor").flat
+        finally:
+            client.config_set("save", "")
 
 
 def test_the_doctor_finds_a_redis_that_evicts(applied: Settings, run: Run) -> None:

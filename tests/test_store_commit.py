@@ -40,7 +40,7 @@ from store.commit import (
 from store.connect import connect
 from store.keys import Keyspace, expire_at_ms, shard_of
 from tests.properties import scenarios  # noqa: F401  # its profile prints what repeats a failure
-from tests.support.aof import repair
+from tests.support import aof
 
 SPACE = Keyspace("test", 4)
 PLAN = compile_plan([vars(catalog)], "test", 4)
@@ -186,12 +186,11 @@ def test_a_commit_cut_short_in_the_append_only_file_never_comes_back() -> None:
         lost = next_of(record, writer, 5)
         writer.commit([ShardCommit(key_of(0), record, lost, [row(0, "u1", b"lost"), row(0, "u2", b"cut short")])])
         server.kill()
-        file = server.folder / "appendonly.aof"
+        file = aof.file(server)
         os.truncate(file, file.read_bytes().index(b"cut short") + 3)
         with pytest.raises(ServerError):
             server.start()
-        repair(server, file)
-        server.start()
+        aof.bring_back(server)
         claimed = Writer(client, SPACE).claim("user", 0)
         server.kill()
         server.start()

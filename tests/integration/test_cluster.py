@@ -20,6 +20,7 @@ from store.connect import connect, servers
 from store.connection import _Link
 from store.keys import Keyspace
 from store.slots import slot_of
+from tests.support.aof import bring_back
 from tests.support.cluster import DEADLINE_S, RedisCluster, falling_behind, wait_for
 from tests.support.failing import check_nothing_lost
 
@@ -135,7 +136,7 @@ def test_a_lost_master_s_replica_answers(cluster: RedisCluster, client: Any) -> 
         new = records[shard].advanced(writer.token, {"clicks/0": Position(9, 0)})
         writer.commit([ShardCommit(SPACE.commit_record("item", shard), records[shard], new)])
         assert read_record(client, SPACE.commit_record("item", shard)) == new
-    victim.start()
+    bring_back(victim)
     cluster.settled()
     assert client.mget(KEYS) == VALUES
 
@@ -280,7 +281,7 @@ async def test_a_server_reads_on_after_a_fail_over(cluster: RedisCluster, client
             await asyncio.sleep(0.01)
         await failing_over
         assert n > 0
-        victim.start()
+        bring_back(victim)
         await asyncio.to_thread(cluster.settled)
         assert await reading.mget((), tracked=KEYS) == VALUES
     finally:
@@ -315,13 +316,13 @@ def test_masters_that_die_in_mid_flow_leave_every_row_as_brute_force_has_it() ->
         victim = cluster.master_of(record)
         with falling_behind(victim, cluster.replica_of(victim), record):
             cluster.fail_over(victim)
-        victim.start()
+        bring_back(victim)
         cluster.settled()
 
     def lose_none() -> None:
         victim = cluster.master_of(keyspace.commit_record("item", 5))
         cluster.fail_over(victim)
-        victim.start()
+        bring_back(victim)
         cluster.settled()
 
     check_nothing_lost(cluster, [lose_commits, lose_none])

@@ -22,7 +22,7 @@ from redis import Redis
 
 from headrace.embedded import EmbeddedRedis
 from tests.integration.test_faults import an_event, differences
-from tests.support.aof import repair
+from tests.support import aof
 from tests.support.stack import Stack, children_of, wait_for
 
 pytestmark = pytest.mark.kafka
@@ -170,8 +170,7 @@ class Trial:
     @property
     def file(self) -> Path:
         """All that Redis knows."""
-        found: Path = self.stack.redis.folder / "appendonly.aof"
-        return found
+        return aof.file(self.stack.redis)
 
     def stream(self, processes: int) -> None:
         self.supervisor = self.stack.start_stream(processes, f"stream-of-{processes}")
@@ -208,8 +207,7 @@ class Trial:
         self.stack.redis.kill()
 
     def up(self) -> None:
-        repair(self.stack.redis, self.file)
-        self.stack.redis.start()
+        aof.bring_back(self.stack.redis)
         self.readers.up_since_s = time.monotonic()
         self.readers.redis_is_up.set()
 
@@ -267,7 +265,7 @@ class Trial:
             os.kill(replica.pid, signal.SIGCONT)
             client.replicaof("NO", "ONE")
             replica.stop()
-            shutil.copy(replica.folder / "appendonly.aof", self.file)
+            shutil.copy(aof.file(replica), self.file)
         self.up()
 
 

@@ -1,4 +1,4 @@
-"""What an operator does with an append-only file that does not end with a whole command."""
+"""What an operator does with a killed Redis: its append-only file may not end with a whole command."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from pathlib import Path
 from headrace.embedded import EmbeddedRedis
 
 
-def repair(redis: EmbeddedRedis, file: Path) -> None:
-    """Cuts the file where its last whole transaction ends, by `redis-check-aof --fix`: redis-server by another name."""
+def file(redis: EmbeddedRedis) -> Path:
+    """All that it knows: one file in Redis 6.2, in 7 the manifest that names its files."""
+    single = redis.folder / "appendonly.aof"
+    return single if single.exists() else redis.folder / "appendonlydir" / "appendonly.aof.manifest"
+
+
+def bring_back(redis: EmbeddedRedis) -> None:
+    """Starts it again, its file cut where the last whole transaction ends: redis-check-aof is redis-server renamed."""
     subprocess.run(
-        ["redis-check-aof", "--fix", str(file)],
+        ["redis-check-aof", "--fix", str(file(redis))],
         executable=redis.binary,
         input=b"y\n",
         stdout=subprocess.DEVNULL,
         check=True,
         timeout=60,
     )
+    redis.start()

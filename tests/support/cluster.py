@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -25,7 +26,7 @@ wait_for = partial(stack.wait_for, deadline_s=DEADLINE_S, passing=(RedisError,))
 """Returns once a condition holds, which servers may be away to tell until then."""
 
 
-class Servers:
+class Servers(ABC):
     """Processes that run for the length of a `with` block; none is left when one of them does not start."""
 
     def __enter__(self) -> Self:
@@ -39,9 +40,9 @@ class Servers:
     ) -> None:
         self._running.__exit__(kind, error, trace)
 
+    @abstractmethod
     def _start(self, started: ExitStack) -> None:
         """Starts them; what ends them goes into `started`."""
-        raise NotImplementedError
 
 
 @contextmanager
@@ -85,6 +86,7 @@ class RedisCluster(Servers):
             self._bus.append(free_port())
             server = EmbeddedRedis(
                 redis7(),
+                appendonly=True,
                 args=(
                     *("--cluster-enabled", "yes", "--cluster-port", str(self._bus[-1])),
                     *("--cluster-node-timeout", str(NODE_TIMEOUT_MS), "--cluster-replica-validity-factor", "0"),

@@ -80,7 +80,9 @@ class Flow:
 
 
 def check_nothing_lost(redis: Any, happenings: Sequence[Callable[[], None]]) -> None:
-    """Runs the stream and the server on a Redis to which things happen: 0 differences, by HTTP and by Feast's SDK."""
+    """Runs the stream and the server on a Redis to which things happen, commits being lost by one of them at least:
+    0 differences, by HTTP and by Feast's SDK.
+    """
     seed = random.randrange(1 << 32)
     print("seed", seed)
     with Stack(redis=redis, shards=8, lanes=2, chunk_events=200) as stack:
@@ -99,6 +101,7 @@ def check_nothing_lost(redis: Any, happenings: Sequence[Callable[[], None]]) -> 
             f"{log.count('older data')} writers fenced by lost data, {len(wrong)} differences"
         )
         assert not wrong, (len(wrong), wrong[:5])
+        assert "Redis came back with older data" in log
         assert flow.answers[200] > 0
         assert set(flow.answers) <= {200, 503}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +34,7 @@ class SentinelRedis(Servers):
 
     def _start(self, started: ExitStack) -> None:
         fast = ("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
-        self.nodes = [started.enter_context(EmbeddedRedis(args=fast)) for _ in range(2)]
+        self.nodes = [started.enter_context(EmbeddedRedis(appendonly=True, args=fast)) for _ in range(2)]
         self.do(self.nodes[1].port, "REPLICAOF", "127.0.0.1", self.nodes[0].port)
         folder = Path(tempfile.mkdtemp(prefix="headrace-sentinel-"))
         started.callback(shutil.rmtree, folder)
@@ -80,10 +81,10 @@ class SentinelRedis(Servers):
         wait_for("sentinels know all", lambda: all(self._knows_all(port) for port in self.sentinels))
         wait_for("the replica is in step", self._is_in_step)
 
-    def fail_over(self) -> EmbeddedRedis:
-        """Kills the master, and returns it once the replica has taken its place."""
+    def fail_over(self, strike: Callable[[EmbeddedRedis], None] = EmbeddedRedis.kill) -> EmbeddedRedis:
+        """Strikes the master, and returns it once the replica has taken its place."""
         victim = self.master
-        victim.kill()
+        strike(victim)
         wait_for(
             "the replica is the master", lambda: self.master is not victim and self._role(self.master) == b"master"
         )
