@@ -4,13 +4,15 @@
     1-2         tag of the family's layout
     3-8         time of the last event: seconds (u4), milliseconds (u2)
     9-10        number of texts
-    5 a table   number of entries (u4), width of its small integers (u1)
+    5 a table   number of entries (u4), width of its small integers and whether its ticks are near (u1)
     …           the tables' entries, one packed record each
     …           the texts: their lengths (u2 each), then their UTF-8 bytes
 
 Counts, buckets and text indices are unsigned integers of the width that the row's largest needs (1, 2, 4 or 8 bytes);
-a text index is one more than its position in the row's texts, 0 for null. Little-endian throughout. Records stand at
-any byte. The loops over them are compiled: `store.packing`.
+a text index is one more than its position in the row's texts, 0 for null. Ticks, of tiles' starts and of when a bucket
+was seen, are u4; or near, if all of a table can be: how long before the row's last event, starts in minutes (u2),
+others in ticks (3 bytes). Little-endian throughout. Records stand at any byte. The loops over them are compiled:
+`store.packing`.
 """
 
 from __future__ import annotations
@@ -88,11 +90,14 @@ _KINDS: Final[dict[Physical, int]] = {
     "count": packing.COUNT,
     "float": packing.WORD,
     "time": packing.TIME,
-    "tick": packing.START,
+    "tick": packing.TICK,
     "text": packing.TEXT,
 }
 _BUCKETS: Final = {"text": packing.BUCKET, "hash": packing.WORD, "cell": packing.CELL}
-_BYTES: Final = {packing.START: 4, packing.TIME: 6, packing.WORD: 8}
+_BYTES: Final = [
+    {packing.START: start, packing.TICK: tick, packing.TIME: 6, packing.WORD: 8}
+    for start, tick in zip(packing.START_BYTES, packing.TICK_BYTES, strict=True)
+]
 
 
 @lru_cache(maxsize=1024)
@@ -106,7 +111,12 @@ def _shape(bundle: Bundle) -> _Shape:
     return _Shape(
         np.array([[VERSION, *family.tag.to_bytes(2, "little")] for family in bundle.families], np.uint8),
         np.cumsum([len(family.tables) for family in bundle.families]),
-        np.array([[sum(_BYTES.get(kind, width) for kind in own) for width in packing.WIDTHS] for own in fields]),
+        np.array(
+            [
+                [sum(sizes.get(kind, width) for kind in own) for sizes in _BYTES for width in packing.WIDTHS]
+                for own in fields
+            ]
+        ),
         np.array([own + [-1] * (longest - len(own)) for own in fields], np.int64),
         np.array([layout.n_lines for layout in bundle.tables]),
     )

@@ -1,7 +1,8 @@
 """The compiled loops of the codec: see `store.codec` for the format.
 
 `places` say how a table's records are laid out: for each field its kind, or -1 beyond the last. `sizes` are the bytes
-of a record, for each of the four widths that small integers can have. Tables in memory are as `Rows.of_pool` has them.
+of a record, for each of the four widths that small integers can have, first with starts and ticks in full, then near.
+Tables in memory are as `Rows.of_pool` has them.
 """
 
 from __future__ import annotations
@@ -13,22 +14,29 @@ from numpy.typing import NDArray
 
 from features.fold import compiled
 from features.sketch import CELLS
+from features.times import MINUTE_MS, TICK_MS
 
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
-START, COUNT, TIME, WORD, TEXT, BUCKET, CELL = range(7)
-"""Kinds of fields: u4; small; seconds u4 and ms u2; 8 bytes; small, 0 for null; small, never null; small."""
+START, COUNT, TIME, WORD, TEXT, BUCKET, CELL, TICK = range(8)
+"""Kinds of fields: u4; small; seconds u4 and ms u2; 8 bytes; small, 0 for null; small, never null; small; u4."""
 HEAD_BYTES: Final = 11
 TABLE_BYTES: Final = 5
 WIDTHS: Final = (1, 2, 4, 8)
+NEAR: Final = 4
+"""Added to a table's width if its starts and ticks are kept as how long before the row's last event they are."""
+START_BYTES: Final = (4, 2)
+"""In full, and in minutes near the last event."""
+TICK_BYTES: Final = (4, 3)
+_MINUTE_TICKS: Final = MINUTE_MS // TICK_MS
 _U1: Final = np.uint64(1)
 _SHORT, _OTHER, _WIDE, _LONG, _UNEVEN, _UNKNOWN = range(1, 7)
 REASONS: Final = {
     _WIDE: "a table has integers of unknown width",
     _LONG: "its tables are longer than its bytes",
     _UNEVEN: "its length is not what its parts add up to",
-    _UNKNOWN: "an entry names a text or cell that there is not",
+    _UNKNOWN: "an entry names a text, cell or time that there is not",
 }
 TOO_SHORT: Final = _SHORT
 OTHER_LAYOUT: Final = _OTHER
@@ -117,7 +125,7 @@ def _scan(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
         for table in range(first_table, last_table):
             head = begin + HEAD_BYTES + (table - first_table) * TABLE_BYTES
             width = data[head + 4]
-            if width >= len(WIDTHS):
+            if width >= sizes.shape[1]:
                 return blob, _WIDE, 0
             counts[table, row], widths[table, row] = _read(data, head, 4), width
             at += counts[table, row] * sizes[table, width]
@@ -139,14 +147,43 @@ def _read_time(data: Bytes, at: int) -> int:
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
-def _unpack_field(  # noqa: PLR0912, PLR0913, PLR0917  # cases, one a kind; slices would cost as much as reading
-    data: Bytes, at: int, step: int, n: int, kind: int, width: int, first_text: int, n_texts: int, pool: Ints, slot: int
+def _unpack_near(data: Bytes, at: int, step: int, n: int, kind: int, latest_ms: int, pool: Ints, slot: int) -> bool:
+    """Starts or ticks of a row's n entries that are near its last event: whether there are such times."""
+    for entry in range(n):
+        place = at + entry * step
+        if kind == START:
+            time = (latest_ms // MINUTE_MS - _read_2(data, place)) * _MINUTE_TICKS
+        else:
+            time = latest_ms // TICK_MS - (_read_2(data, place) | int(data[np.uint64(place + 2)]) << 16)
+        if time < 0:
+            return False
+        pool[np.uint64(slot + entry)] = time
+    return True
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _unpack_field(  # noqa: PLR0911, PLR0912, PLR0913, PLR0917  # cases, one a kind; slices would cost as much as reading
+    data: Bytes,
+    at: int,
+    step: int,
+    n: int,
+    kind: int,
+    width: int,
+    latest_ms: int,
+    first_text: int,
+    n_texts: int,
+    pool: Ints,
+    slot: int,
 ) -> int:
     """One field of a row's n entries, `step` bytes apart: its size, or -1 if one names what there is not."""
-    if kind == START:
-        for entry in range(n):
-            pool[np.uint64(slot + entry)] = _read_4(data, at + entry * step)
-        return 4
+    if kind in (START, TICK):
+        near = width // NEAR
+        if not near:
+            for entry in range(n):
+                pool[np.uint64(slot + entry)] = _read_4(data, at + entry * step)
+        elif not _unpack_near(data, at, step, n, kind, latest_ms, pool, slot):
+            return -1
+        return START_BYTES[near] if kind == START else TICK_BYTES[near]
     if kind == TIME:
         for entry in range(n):
             pool[np.uint64(slot + entry)] = _read_time(data, at + entry * step)
@@ -155,6 +192,7 @@ def _unpack_field(  # noqa: PLR0912, PLR0913, PLR0917  # cases, one a kind; slic
         for entry in range(n):
             pool[np.uint64(slot + entry)] = _read_8(data, at + entry * step)
         return 8
+    width %= NEAR
     if width == 0:
         for entry in range(n):
             pool[np.uint64(slot + entry)] = data[np.uint64(at + entry * step)]
@@ -191,7 +229,7 @@ def unpack(
         n_rows: how many rows there are.
         first_bytes: uint8[parts, 3], the version and layout that are expected.
         parts: int64[parts], the tables up to the end of each part.
-        sizes: int64[tables, 4].
+        sizes: int64[tables, 8].
         places: int64[tables, fields].
         lines: int64[tables], how many numbers an entry is in memory.
 
@@ -237,7 +275,8 @@ def unpack(
             for field in range(lines[table] - 1):
                 slot += totals[table]
                 kind = places[table, field]
-                size = _unpack_field(data, field_at, step, n, kind, width, first_text, n_texts, pool, slot)
+                latest = latest_ms[part, row]
+                size = _unpack_field(data, field_at, step, n, kind, width, latest, first_text, n_texts, pool, slot)
                 if size < 0:
                     return blob, _UNKNOWN, latest_ms, pool, totals, text_offsets, text_data, text_counts
                 field_at += size
@@ -271,7 +310,7 @@ def pack(  # noqa: PLR0912, PLR0913, PLR0915, PLR0917  # one pass over all rows;
     Args:
         first_bytes: uint8[parts, 3].
         parts: int64[parts].
-        sizes: int64[tables, 4].
+        sizes: int64[tables, 8].
         places: int64[tables, fields].
         lines: int64[tables].
         latest_ms: int64[parts, rows].
@@ -330,20 +369,22 @@ def pack(  # noqa: PLR0912, PLR0913, PLR0915, PLR0917  # one pass over all rows;
         for number in range(n_used):
             numbers[used[number]] = number + 1
         data[end : end + 3] = first_bytes[part]
-        _write_time(data, end + 3, max(latest_ms[part, row], 0))
+        latest = max(latest_ms[part, row], 0)
+        _write_time(data, end + 3, latest)
         _write_2(data, end + 9, n_used)
         at = end + HEAD_BYTES + (last_table - first_table) * TABLE_BYTES
         for table in range(first_table, last_table):
             head = end + HEAD_BYTES + (table - first_table) * TABLE_BYTES
             n, first = stops[table] - done[table], slots[table] + done[table]
-            width = _width(places[table], n, first, entries[table], pool, numbers)
+            width = _width(places[table], n, first, entries[table], latest, pool, numbers)
             _write_4(data, head, n)
             data[head + 4] = width
             field_at = at
             for field in range(lines[table] - 1):
                 first += entries[table]
                 kind = places[table, field]
-                field_at += _pack_field(data, field_at, sizes[table, width], n, kind, width, first, pool, numbers)
+                step = sizes[table, width]
+                field_at += _pack_field(data, field_at, step, n, kind, width, latest, first, pool, numbers)
             at += n * sizes[table, width]
             done[table] = stops[table]
         for index in range(n_used):
@@ -360,9 +401,10 @@ def pack(  # noqa: PLR0912, PLR0913, PLR0915, PLR0917  # one pass over all rows;
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
-def _width(places: Ints, n: int, first: int, step: int, pool: Ints, numbers: Ints) -> int:
-    """The width that the largest small integer among a row's n entries needs, as an index into `WIDTHS`."""
+def _width(places: Ints, n: int, first: int, step: int, latest_ms: int, pool: Ints, numbers: Ints) -> int:
+    """What the small integers of a row's n entries need, as an index into `WIDTHS`; and `NEAR` if they can be that."""
     bits = 0
+    near = NEAR
     for kind in places:
         first += step
         if kind in (COUNT, CELL):
@@ -371,21 +413,61 @@ def _width(places: Ints, n: int, first: int, step: int, pool: Ints, numbers: Int
         elif kind in (TEXT, BUCKET):
             for slot in range(first, first + n):
                 bits |= numbers[pool[slot]] if pool[slot] >= 0 else 0
+        elif kind in (START, TICK) and not _all_near(kind, pool[first : first + n], latest_ms):
+            near = 0
     width = 0
     while width < 3 and bits >> (8 << width):
         width += 1
-    return width
+    return width | near
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
-def _pack_field(  # noqa: PLR0913, PLR0917  # as of `_unpack_field`
-    data: Bytes, at: int, step: int, n: int, kind: int, width: int, slot: int, pool: Ints, numbers: Ints
+def _all_near(kind: int, ticks: Ints, latest_ms: int) -> bool:
+    """Whether starts or ticks can be kept as how long before the row's last event they are."""
+    for tick in ticks:
+        minutes, rest = divmod(tick, _MINUTE_TICKS)
+        if kind == START and (rest or not 0 <= latest_ms // MINUTE_MS - minutes < 1 << 16):
+            return False
+        if kind == TICK and not 0 <= latest_ms // TICK_MS - tick < 1 << 24:
+            return False
+    return True
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _pack_near(data: Bytes, at: int, step: int, n: int, kind: int, latest_ms: int, slot: int, pool: Ints) -> None:
+    """The inverse of `_unpack_near`."""
+    for entry in range(n):
+        tick, place = pool[np.uint64(slot + entry)], at + entry * step
+        if kind == START:
+            _write_2(data, place, latest_ms // MINUTE_MS - tick // _MINUTE_TICKS)
+        else:
+            ago = latest_ms // TICK_MS - tick
+            _write_2(data, place, ago)
+            data[np.uint64(place + 2)] = ago >> 16
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _pack_field(  # noqa: PLR0912, PLR0913, PLR0917  # as of `_unpack_field`
+    data: Bytes,
+    at: int,
+    step: int,
+    n: int,
+    kind: int,
+    width: int,
+    latest_ms: int,
+    slot: int,
+    pool: Ints,
+    numbers: Ints,
 ) -> int:
     """One field of a row's n entries, `step` bytes apart: returns its size."""
-    if kind == START:
-        for entry in range(n):
-            _write_4(data, at + entry * step, pool[np.uint64(slot + entry)])
-        return 4
+    if kind in (START, TICK):
+        near = width // NEAR
+        if near:
+            _pack_near(data, at, step, n, kind, latest_ms, slot, pool)
+        else:
+            for entry in range(n):
+                _write_4(data, at + entry * step, pool[np.uint64(slot + entry)])
+        return START_BYTES[near] if kind == START else TICK_BYTES[near]
     if kind == TIME:
         for entry in range(n):
             _write_time(data, at + entry * step, pool[np.uint64(slot + entry)])
@@ -394,6 +476,7 @@ def _pack_field(  # noqa: PLR0913, PLR0917  # as of `_unpack_field`
         for entry in range(n):
             _write_8(data, at + entry * step, pool[np.uint64(slot + entry)])
         return 8
+    width %= NEAR
     for entry in range(n):
         value = pool[np.uint64(slot + entry)]
         if kind in (TEXT, BUCKET):

@@ -19,6 +19,7 @@ from features.compile import compile_plan
 from features.kernel import Entries, Rows, evaluate, merge
 from features.layout import Family, families_of, slots_of
 from features.partials import DTYPES
+from features.texts import NO_TEXTS
 from store.codec import CorruptRowError, decode, encode
 from tests.properties.scenarios import BASE_MS, HOUR_MS, WORDS, batches_of, plain
 from tests.support.states import State, plan_of
@@ -168,6 +169,41 @@ def test_times_to_the_millisecond(at_ms: int) -> None:
     back = decode(family, [*encode(family, Rows(1, np.array([max(at_ms, 0)]), (entries,), pa.array([], pa.string())))])
     assert back.tables[0].columns[0].tolist() == [at_ms]
     assert back.last_event_ms.tolist() == [max(at_ms, 0)]
+
+
+MINUTES_MAX = (1 << 16) - 1
+TICKS_MAX = (1 << 24) - 1
+
+
+@pytest.mark.parametrize(
+    ("ago", "takes"),
+    [((0,), 2), ((12, 12 * MINUTES_MAX), 2), ((0, 12 * MINUTES_MAX + 12), 4), ((6, 0), 4), ((-12, 0), 4)],
+    ids=["the last minute", "as long ago as can be", "a minute longer", "no whole minute", "later than the last event"],
+)
+def test_starts_near_the_last_event_take_half(ago: Sequence[int], takes: int) -> None:
+    """Whole minutes up to 45 days before it, if all of a row's are; each row for itself. A bound that is off by one
+    would bring a tile of 45 days ago back as one of today.
+    """
+    (family,) = families_of(plan := plan_of(kinds.Count(name="n", event="Click", over=("1h",))), plan.views[0])
+    last_tick = BASE_MS // 60_000 * 12
+    starts = np.array([*sorted(last_tick - each for each in ago), 12])
+    rows = np.array([0] * len(ago) + [1])
+    entries = Entries(rows, None, starts, (np.ones(len(rows), np.int64),))
+    blobs = encode(family, Rows(2, np.array([BASE_MS, 59_999]), (entries,), pa.array([], pa.string())))
+    assert [len(blob) - header_size(family) for blob in blobs] == [len(ago) * (takes + 1), 4 + 1]
+    assert decode(family, blobs).tables[0].starts.tolist() == starts.tolist()  # type: ignore[union-attr]  # has starts
+
+
+@pytest.mark.parametrize(("ago", "takes"), [((0, TICKS_MAX), 3), ((0, TICKS_MAX + 1), 4), ((-1, 0), 4)])
+def test_ticks_near_the_last_event_take_three_bytes(ago: Sequence[int], takes: int) -> None:
+    """When a viewer was seen: as starts, but in ticks, up to two years and a half before the last event."""
+    spec = kinds.Distinct(name="x", event="Click", field="item_id", over=("1h",))
+    (family,) = families_of(plan := plan_of(spec), plan.views[0])
+    seen = BASE_MS // 5_000 - np.array(ago)
+    exact = Entries(np.array([0, 0]), np.array([1, 2], np.uint64), None, (seen,))
+    (blob,) = encode(family, Rows(1, np.array([BASE_MS]), (exact, Rows.empty(family, 1).tables[1]), NO_TEXTS))
+    assert len(blob) - header_size(family) == 2 * (8 + takes)
+    assert decode(family, [blob]).tables[0].columns[0].tolist() == seen.tolist()
 
 
 # What follows is about bytes that are no row.
