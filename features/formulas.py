@@ -64,23 +64,24 @@ def formulas(numerics: Iterable[Numeric]) -> tuple[Ints, Floats]:
 
 
 @compiled  # type: ignore[untyped-decorator]  # numba has no types
-def _value(  # noqa: PLR0913, PLR0917  # compiled code takes numbers, not objects
-    totals: Floats, formula: int, x: int, y: int, z: int, p: float, q: float, begin_ms: int, now_ms: int
+def _ratio(first: float, second: float, p: float, q: float) -> float:
+    """Exactly the prior where there is nothing: maps leave such buckets out."""
+    return p if first == 0 and second == 0 else (first + p * q) / (second + q)
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _value(  # compiled code takes numbers, not objects
+    totals: Floats, formula: int, x: int, y: int, z: int, p: float, begin_ms: int, now_ms: int
 ) -> float:
-    """One value; x, y and z are places among the totals."""
+    """One value of any other formula; x, y and z are places among the totals."""
     first, second = totals[x], totals[y]
     value = np.nan
-    if formula == Formula.TOTAL:
-        value = first
-    elif formula == Formula.EXTREME:
+    if formula == Formula.EXTREME:
         value = np.nan if np.isinf(first) else first
     elif formula == Formula.MEAN:
         value = second if first else np.nan
     elif formula == Formula.STD:
         value = np.sqrt(totals[z] / first) if first else np.nan
-    elif formula == Formula.RATIO:
-        # Exactly the prior where there is nothing: maps leave such buckets out.
-        value = p if first == 0 and second == 0 else (first + p * q) / (second + q)
     elif formula == Formula.DECAYED:
         value = second * 2.0 ** ((first - now_ms) / p) if second else 0.0
     elif first >= begin_ms:
@@ -107,9 +108,19 @@ def _finish_one(
     if formula == Formula.RATIO:
         y = other_place + (other_column * shapes[other_table, 4] + window) * n
     begin_ms = tail_of(now_ms, width_ms, hop_ms) * TICK_MS
-    for at in range(len(values)):
-        value = _value(totals, formula, x + at, y + at, z + at, p, q, begin_ms, now_ms)
-        values[at] = default if np.isnan(value) else value
+    # Most features are one of the first two: a loop of its own decides nothing for each row.
+    if formula == Formula.TOTAL:
+        for at in range(len(values)):
+            value = totals[np.uint64(x + at)]
+            values[at] = default if np.isnan(value) else value
+    elif formula == Formula.RATIO:
+        for at in range(len(values)):
+            value = _ratio(totals[np.uint64(x + at)], totals[np.uint64(y + at)], p, q)
+            values[at] = default if np.isnan(value) else value
+    else:
+        for at in range(len(values)):
+            value = _value(totals, formula, x + at, y + at, z + at, p, begin_ms, now_ms)
+            values[at] = default if np.isnan(value) else value
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above

@@ -73,7 +73,11 @@ class Totals:
         rows = self._rows
         assert rows is not None  # noqa: S101  # for the type checker: asked of tables with buckets only
         folded = (self._totals, self._n_groups, self._firsts, self._bundle.folding.shapes, rows.pool, rows.sizes)
-        look_ups(*maps, *folded, *buffers(self.texts), owners, wanted, *texts, now_ms, values)
+        look_ups(*maps, *folded, *self._text_buffers, owners, wanted, *texts, now_ms, values)
+
+    @cached_property
+    def _text_buffers(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        return buffers(self.texts)
 
     def slot(self, table: int, partial: int) -> SlotTotals:
         """One slot of a table."""

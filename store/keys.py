@@ -83,10 +83,12 @@ class Keyspace:
 
     def arguments(self, families: Sequence[Family], ids: pa.StringArray) -> Arguments:
         """The keys of an entity's families, by the entities' ids: as `rows` of each family, packed to be sent."""
-        prefixes = _packed_prefixes(self, tuple(families))
-        shards = shards_of(ids, self.shards)
+        if len(ids) == 0:
+            return Arguments.of(())
+        prefixes, texts = _packed_prefixes(self, tuple(families)), buffers(ids)
+        shards = _shards(*texts, self.shards, _CRC_TABLE)
         chosen = np.arange(len(families))[:, np.newaxis] * self.shards + shards
-        return joined(prefixes, chosen, buffers(ids))
+        return joined(prefixes, chosen, texts)
 
     def row_of(self, key: bytes) -> tuple[str, bytes]:
         """The inverse of `rows`: the name of the family and the entity's id."""
