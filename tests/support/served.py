@@ -101,8 +101,8 @@ def _fields(event: Event) -> dict[str, Any]:
 
 
 def settings_of(redis_url: str, **options: Any) -> Settings:
-    """Settings for a server of `catalogue()`'s plan."""
-    return Settings(redis_url=redis_url, shards=SHARDS, **options)
+    """Settings for a server of `catalogue()`'s plan, which refuses nothing for being slow, as one that compiles is."""
+    return Settings(**{"redis_url": redis_url, "shards": SHARDS, "requests_max": 10_000, **options})
 
 
 @asynccontextmanager
