@@ -284,7 +284,7 @@ class Frame:
             texts = (pa.concat_arrays(texts),)
         wanted = np.array(codes)
         if target != (group.holder,):
-            wanted = wanted[:, asked.pairs[group.holder]]
+            wanted = wanted.take(asked.pairs[group.holder], axis=1)
         block = self._blocks[target][group.first_row : group.first_row + len(group.names)]
         if group.ranked is None:
             totals = self._totals[group.stage.bundle.name]

@@ -18,8 +18,8 @@ from features.fold import compiled
 
 Ints = NDArray[np.int64]
 NO_TEXTS: Final = pa.array([], pa.string())
-_NO_OFFSETS: Final = np.zeros(1, np.int32)
-_NO_BYTES: Final = np.zeros(0, np.uint8)
+_NO_OFFSETS: Final = np.frombuffer(bytes(4), np.int32)
+_NO_BYTES: Final = np.frombuffer(b"", np.uint8)
 _MIX_A: Final = np.uint64(0x9E3779B97F4A7C15)
 _MIX_B: Final = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_C: Final = np.uint64(0x94D049BB133111EB)
@@ -44,7 +44,10 @@ def buffers(texts: pa.StringArray) -> tuple[NDArray[np.int32], NDArray[np.uint8]
     if offsets_buffer is None or len(texts) == 0:
         return _NO_OFFSETS, _NO_BYTES
     offsets = np.frombuffer(offsets_buffer, np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    return offsets, _NO_BYTES if data_buffer is None else np.frombuffer(data_buffer, np.uint8)
+    data = _NO_BYTES if data_buffer is None else np.frombuffer(data_buffer, np.uint8)
+    # Loops are compiled for each kind of array that they meet: so there is one.
+    offsets.flags.writeable = data.flags.writeable = False
+    return offsets, data
 
 
 def from_buffers(offsets: NDArray[np.int32], data: NDArray[np.uint8]) -> pa.StringArray:

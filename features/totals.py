@@ -103,7 +103,7 @@ class Totals:
         """int64[…, groups]: the first lines of each group of a table with buckets: the row first, the bucket last."""
         firsts = self._firsts[self._first_ends[table] : self._first_ends[table + 1]]
         assert self._rows is not None  # noqa: S101  # for the type checker: asked of tables with buckets only
-        return self._rows.lines(table)[: 2 + self._bundle.tables[table].table.starts][:, firsts]
+        return self._rows.lines(table)[: 2 + self._bundle.tables[table].table.starts].take(firsts, axis=1)
 
 
 class SlotTotals:

@@ -18,7 +18,7 @@ from features.totals import Totals
 from registry.definitions import compile_definitions
 from serving.lookup import mirrored_families
 from store.codec import decode, encode
-from store.keys import shards_of
+from store.keys import Keyspace
 from store.mirror import Mirror
 from streams.dedupe import Dedupe
 
@@ -40,7 +40,7 @@ def compile_all(definitions: str = "features.catalog") -> None:
             frame = program.evaluate(states, Asked(ids, pairs, {}), _NOW_MS)
             frame.matrix()
             list(frame.values.items())
-    shards_of(pa.array(["a"]), 16)
+    Keyspace("compiled", 16).arguments(families[:1], pa.array(["a"]))
     dedupe, hashes, times_ms = Dedupe(1), hash64(pa.array(["a"])), np.zeros(1, np.int64)
     for offset in range(2):
         dedupe.duplicates(offset, hashes, times_ms)
