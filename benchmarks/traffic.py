@@ -108,11 +108,13 @@ class Traffic:
     def encode(self, block: Block) -> list[tuple[str, bytes, bytes]]:
         """The block's events as (topic, key, JSON): Kafka's key is the user."""
         found = []
-        columns = (block.topics, block.users, block.items, block.surfaces, block.times_ms)
-        sellers, categories = self._seller.tolist(), self._category.tolist()
-        brands, prices = self._brand.tolist(), self._price.tolist()
+        items = block.items
+        ids = (block.topics, block.users, items, block.surfaces, block.times_ms)
+        known = (self._seller[items], self._category[items], self._brand[items], self._price[items])
         session = self._random.bytes(14).hex()
-        for topic, user, item, surface, time_ms in zip(*(column.tolist() for column in columns), strict=True):
+        for topic, user, item, surface, time_ms, seller, category, brand, price in zip(
+            *(column.tolist() for column in (*ids, *known)), strict=True
+        ):
             self._sent += 1
             event = {
                 # As long as the UUID that a producer would use.
@@ -120,10 +122,10 @@ class Traffic:
                 "occurred_at": time_ms,
                 "user_id": f"u{user}",
                 "item_id": f"i{item}",
-                "seller_id": f"s{sellers[item]}",
-                "category": CATEGORIES[categories[item]],
-                "brand": BRANDS[brands[item]],
-                "price": prices[item],
+                "seller_id": f"s{seller}",
+                "category": CATEGORIES[category],
+                "brand": BRANDS[brand],
+                "price": price,
                 "surface": SURFACES[surface],
                 "session_id": session,
             }
