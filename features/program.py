@@ -22,7 +22,7 @@ from features.rows import Rows
 from features.texts import buffers, look_up
 from features.times import TICK_MS
 from features.totals import Totals
-from features.values import Floats, Lists, Texts, Values
+from features.values import Floats, Lists, Texts, Type, Values, numbers_to_json, to_json
 
 Ints = NDArray[np.int64]
 Index = NDArray[np.intp]
@@ -100,6 +100,18 @@ class Program:
         targets = list(self._n_rows)
         places = [(targets.index(self._targets[name]), self._row_of[name]) for name in self.matrix_names]
         return targets, np.array(places, np.int64).reshape(-1, 2)
+
+    @cached_property
+    def numbers(self) -> dict[Target, dict[Type, tuple[list[str], Index]]]:
+        """The features that are numbers, by what they are about and their type: names, and rows in the block."""
+        found: dict[Target, dict[Type, list[str]]] = {}
+        for each in self.features:
+            if each.full_name in self.matrix_names:
+                found.setdefault(each.entities, {}).setdefault(each.value_type, []).append(each.full_name)
+        return {
+            target: {kind: (names, np.array([self._row_of[name] for name in names])) for kind, names in kinds.items()}
+            for target, kinds in found.items()
+        }
 
     @property
     def bundles(self) -> tuple[Bundle, ...]:
@@ -221,6 +233,17 @@ class Frame:
     def values(self) -> Mapping[str, Values]:
         """Values by full name; lists and maps are made when they are asked for."""
         return _FrameValues(self)
+
+    def to_json(self, target: Target) -> dict[str, list[Any]]:
+        """Values of all features about a target, by full name: see `features.values.to_json`."""
+        program = self._program
+        found: dict[str, list[Any]] = {}
+        for kind, (names, rows) in program.numbers.get(target, {}).items():
+            found.update(zip(names, numbers_to_json(self._blocks[target][rows], kind), strict=True))
+        for each in program.features:
+            if each.entities == target and each.full_name not in found:
+                found[each.full_name] = to_json(self._value(each.full_name), each.value_type)
+        return found
 
     def matrix(self) -> NDArray[np.float32]:
         """float32[pairs, features]: numbers, each pair's in a row; those of an entity stand in all of its pairs."""

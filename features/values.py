@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from features.texts import buffers
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Type = Literal["int", "float", "bool", "str", "list[str]", "map[str, float]"]
 """The type of one feature's value."""
-_FEW: Final = 32
-"""Up to so many values, one by one is faster than the machinery of numpy and Arrow."""
+_SMALL_BYTES: Final = 1 << 16
+"""Texts that are no longer altogether are taken apart here, others by Arrow."""
 
 
 @dataclass(frozen=True)
@@ -114,24 +116,38 @@ def to_json(values: Values, value_type: Type) -> list[Any]:
             numbers = values.values.tolist()
             return [dict(zip(strings[own], numbers[own], strict=True)) for own in each]
         return [strings[own] for own in each]
-    floats: list[Any] = values.tolist()
+    return numbers_to_json(values[np.newaxis], value_type)[0]
+
+
+def numbers_to_json(values: Floats, value_type: Type) -> list[list[Any]]:
+    """As `to_json`, for many features of a type at once: float64[features, n]."""
+    found: list[list[Any]]
     if value_type == "float":
-        return floats
-    whole = int if value_type == "int" else bool
-    if len(floats) <= _FEW:
-        return [whole(value) if value == value else value for value in floats]  # noqa: PLR0124  # NaN is unlike itself
+        found = values.tolist()
+        return found
     null = np.isnan(values)
-    wholes: list[Any] = np.where(null, 0, values).astype(np.int64 if whole is int else np.bool_).tolist()
-    return (
-        [np.nan if none else value for none, value in zip(null.tolist(), wholes, strict=True)] if null.any() else wholes
-    )
+    found = np.where(null, 0, values).astype(np.int64 if value_type == "int" else np.bool_).tolist()
+    for at in np.flatnonzero(null.any(axis=1)).tolist():
+        found[at] = [np.nan if none else value for none, value in zip(null[at].tolist(), found[at], strict=True)]
+    return found
 
 
 def _strings(texts: pa.StringArray, codes: Ints) -> list[str | None]:
     """The texts of codes, None for -1."""
-    if len(codes) <= _FEW:
-        return [texts[code].as_py() if code >= 0 else None for code in codes.tolist()]
-    found: list[str | None] = texts.take(pa.array(codes, mask=codes < 0)).to_pylist()
+    offsets, data = buffers(texts)
+    found: list[str | None]
+    if len(data) > _SMALL_BYTES:
+        found = texts.take(pa.array(codes, mask=codes < 0)).to_pylist()
+        return found
+    # Parts of one text: Arrow takes as long to begin as this for all.
+    ends, whole = [*zip(offsets[codes].tolist(), offsets[codes + 1].tolist(), strict=True)], data.tobytes()
+    if whole.isascii():
+        text = whole.decode()
+        found = [text[begin:end] for begin, end in ends]
+    else:
+        found = [whole[begin:end].decode() for begin, end in ends]
+    for at in np.flatnonzero(codes < 0).tolist():
+        found[at] = None
     return found
 
 

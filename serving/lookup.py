@@ -18,7 +18,7 @@ from features.plan import Feature, Plan
 from features.program import Asked, Frame, Program
 from features.rows import Rows
 from features.totals import Totals
-from features.values import to_arrow, to_json
+from features.values import to_arrow
 from serving.problems import Problem, invalid, unavailable
 from store.address import Address
 from store.cluster import Cluster
@@ -59,7 +59,7 @@ class Answer:
     rows: Mapping[str, slice]
     pairs: slice
     degraded: int
-    made: dict[tuple[str, str], Any]
+    made: dict[tuple[str, Any], Any]
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -110,10 +110,10 @@ class Answer:
         return [ms if ms >= 0 else None for ms in self.frame.last_event_ms[entity][self.rows[entity]].tolist()]
 
     def _json(self, feature: Feature) -> list[Any]:
-        key = ("json", feature.full_name)
+        key = ("json", feature.entities)
         if key not in self.made:
-            self.made[key] = to_json(self.frame.values[feature.full_name], feature.value_type)
-        values: list[Any] = self.made[key]
+            self.made[key] = self.frame.to_json(feature.entities)
+        values: list[Any] = self.made[key][feature.full_name]
         return values
 
     def _own(self, feature: Feature) -> slice:
