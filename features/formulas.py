@@ -70,9 +70,7 @@ def _ratio(first: float, second: float, p: float, q: float) -> float:
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
-def _value(  # compiled code takes numbers, not objects
-    totals: Floats, formula: int, x: int, y: int, z: int, p: float, begin_ms: int, now_ms: int
-) -> float:
+def _value(totals: Floats, formula: int, x: int, y: int, z: int, p: float, begin_ms: int, now_ms: int) -> float:
     """One value of any other formula; x, y and z are places among the totals."""
     first, second = totals[x], totals[y]
     value = np.nan
