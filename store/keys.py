@@ -85,10 +85,10 @@ class Keyspace:
         """The keys of an entity's families, by the entities' ids: as `rows` of each family, packed to be sent."""
         if len(ids) == 0:
             return Arguments.of(())
-        prefixes, texts = _packed_prefixes(self, tuple(families)), buffers(ids)
-        shards = _shards(*texts, self.shards, _CRC_TABLE)
+        prefixes = _packed_prefixes(self, tuple(families))
+        shards = shards_of(ids, self.shards)
         chosen = np.arange(len(families))[:, np.newaxis] * self.shards + shards
-        return joined(prefixes, chosen, texts)
+        return joined(prefixes, chosen, buffers(ids))
 
     def row_of(self, key: bytes) -> tuple[str, bytes]:
         """The inverse of `rows`: the name of the family and the entity's id."""
