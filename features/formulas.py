@@ -108,17 +108,16 @@ def _finish_one(
     begin_ms = tail_of(now_ms, width_ms, hop_ms) * TICK_MS
     # Most features are one of the first two: a loop of its own decides nothing for each row.
     if formula == Formula.TOTAL:
-        for at in range(len(values)):
-            value = totals[np.uint64(x + at)]
-            values[at] = default if np.isnan(value) else value
+        values[:] = totals[x : x + len(values)]
     elif formula == Formula.RATIO:
         for at in range(len(values)):
-            value = _ratio(totals[np.uint64(x + at)], totals[np.uint64(y + at)], p, q)
-            values[at] = default if np.isnan(value) else value
+            values[at] = _ratio(totals[np.uint64(x + at)], totals[np.uint64(y + at)], p, q)
     else:
         for at in range(len(values)):
-            value = _value(totals, formula, x + at, y + at, z + at, p, begin_ms, now_ms)
-            values[at] = default if np.isnan(value) else value
+            values[at] = _value(totals, formula, x + at, y + at, z + at, p, begin_ms, now_ms)
+    for at in range(len(values)):
+        if np.isnan(values[at]):
+            values[at] = default
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above

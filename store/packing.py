@@ -51,12 +51,18 @@ def _read(data: Bytes, at: int, size: int) -> int:
     return value
 
 
-# The next three are `_read` of a fixed size, for loops over entries. A signed index may be negative, and is looked at;
+# The next four are `_read` of a fixed size, for loops over entries. A signed index may be negative, and is looked at;
 # an unsigned one is not, so that the bytes are read in one go: six times as fast.
 @compiled  # type: ignore[untyped-decorator]  # as above
 def _read_2(data: Bytes, at: int) -> int:
     p = np.uint64(at)
     return int(np.int64(data[p]) | np.int64(data[p + _U1]) << 8)
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _read_3(data: Bytes, at: int) -> int:
+    value: int = _read_2(data, at) | int(data[np.uint64(at + 2)]) << 16
+    return value
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
@@ -75,6 +81,12 @@ def _read_8(data: Bytes, at: int) -> int:
 def _write_2(data: Bytes, at: int, value: int) -> None:
     p = np.uint64(at)
     data[p], data[p + _U1] = value & 255, (value >> 8) & 255
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _write_3(data: Bytes, at: int, value: int) -> None:
+    _write_2(data, at, value)
+    data[np.uint64(at + 2)] = value >> 16
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
@@ -154,7 +166,7 @@ def _unpack_near(data: Bytes, at: int, step: int, n: int, kind: int, latest_ms: 
         if kind == START:
             time = (latest_ms // MINUTE_MS - _read_2(data, place)) * _MINUTE_TICKS
         else:
-            time = latest_ms // TICK_MS - (_read_2(data, place) | int(data[np.uint64(place + 2)]) << 16)
+            time = latest_ms // TICK_MS - _read_3(data, place)
         if time < 0:
             return False
         pool[np.uint64(slot + entry)] = time
@@ -263,7 +275,7 @@ def unpack(
         part, row = blob // n_rows, blob % n_rows
         first_table, last_table = parts[part - 1] if part else 0, parts[part]
         at = begin + HEAD_BYTES + (last_table - first_table) * TABLE_BYTES
-        n_texts = text_counts[blob]
+        n_texts, latest = text_counts[blob], latest_ms[part, row]
         for table in range(first_table, last_table):
             n, width, slot = counts[table, row], widths[table, row], slots[table]
             if n == 0:
@@ -275,7 +287,6 @@ def unpack(
             for field in range(lines[table] - 1):
                 slot += totals[table]
                 kind = places[table, field]
-                latest = latest_ms[part, row]
                 size = _unpack_field(data, field_at, step, n, kind, width, latest, first_text, n_texts, pool, slot)
                 if size < 0:
                     return blob, _UNKNOWN, latest_ms, pool, totals, text_offsets, text_data, text_counts
@@ -441,9 +452,7 @@ def _pack_near(data: Bytes, at: int, step: int, n: int, kind: int, latest_ms: in
         if kind == START:
             _write_2(data, place, latest_ms // MINUTE_MS - tick // _MINUTE_TICKS)
         else:
-            ago = latest_ms // TICK_MS - tick
-            _write_2(data, place, ago)
-            data[np.uint64(place + 2)] = ago >> 16
+            _write_3(data, place, latest_ms // TICK_MS - tick)
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
