@@ -7,7 +7,7 @@ row of its own, so that a service that does not name it does not read it. Each i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -246,17 +246,25 @@ def families_of(plan: Plan, view: ViewSpec) -> tuple[Family, ...]:
             rows.setdefault(slot.table.row, {}).setdefault(slot.table, {})[slot.partial, slot.measure] = None
     forget_ms = duration_ms(entity.forget_after) if entity.forget_after else 0
     return tuple(
-        Family(
-            name=family_name(view.name, row),
-            entity=entity.name,
-            key=entity.key,
-            tables=tuple(
-                TableLayout(table, _with_recency(table, tuple(partials))) for table, partials in tables.items()
-            ),
-            retention_ms=max(_retention_ms(spec, forget_ms) for spec in view.aggregations if _row_of(spec) == row),
+        _only(
+            Family(
+                name=family_name(view.name, row),
+                entity=entity.name,
+                key=entity.key,
+                tables=tuple(
+                    TableLayout(table, _with_recency(table, tuple(partials))) for table, partials in tables.items()
+                ),
+                retention_ms=max(_retention_ms(spec, forget_ms) for spec in view.aggregations if _row_of(spec) == row),
+            )
         )
         for row, tables in rows.items()
     )
+
+
+@lru_cache(maxsize=4096)
+def _only(family: Family) -> Family:
+    """The one object of all equal families: who keeps something by family then compares no tables to find it again."""
+    return family
 
 
 def family_name(view: str, row: str) -> str:

@@ -86,9 +86,8 @@ class Keyspace:
         if len(ids) == 0:
             return Arguments.of(())
         prefixes = _packed_prefixes(self, tuple(families))
-        shards = shards_of(ids, self.shards)
-        chosen = np.arange(len(families))[:, np.newaxis] * self.shards + shards
-        return joined(prefixes, chosen, buffers(ids))
+        texts = buffers(ids)
+        return joined(prefixes, len(families), _shards(*texts, self.shards, _CRC_TABLE), texts)
 
     def row_of(self, key: bytes) -> tuple[str, bytes]:
         """The inverse of `rows`: the name of the family and the entity's id."""

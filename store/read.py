@@ -31,8 +31,7 @@ class Request:
     @cached_property
     def keys(self) -> Arguments:
         """All keys, bundle by bundle and family by family: for one MGET."""
-        each = [self.keyspace.arguments(bundle.families, ids) for bundle, ids in self.wanted]
-        return sum(each, Arguments.of(()))
+        return Arguments.chain([self.keyspace.arguments(bundle.families, ids) for bundle, ids in self.wanted])
 
     def rows(self, blobs: Sequence[Blob]) -> dict[str, Rows]:
         """The answer of MGET as rows, by the bundle's name.

@@ -47,8 +47,10 @@ class Arguments(Sequence[bytes]):
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._values)
 
-    def __add__(self, others: Arguments) -> Arguments:
-        return Arguments(len(self) + len(others), self.packed + others.packed)
+    @classmethod
+    def chain(cls, parts: Sequence[Arguments]) -> Arguments:
+        """All of them, one after the other."""
+        return cls(sum(map(len, parts)), b"".join([part.packed for part in parts]))
 
     @cached_property
     def _values(self) -> list[bytes]:
@@ -66,36 +68,46 @@ def command(name: bytes, arguments: Sequence[bytes]) -> bytes:
     return b"*%d\r\n$%d\r\n%b\r\n%b" % (len(arguments) + 1, len(name), name, Arguments.of(arguments).packed)
 
 
-def joined(prefixes: tuple[Offsets, Bytes], chosen: NDArray[np.int64], texts: tuple[Offsets, Bytes]) -> Arguments:
-    """Each text behind some of the prefixes.
+def joined(
+    prefixes: tuple[Offsets, Bytes], n_groups: int, chosen: NDArray[np.int64], texts: tuple[Offsets, Bytes]
+) -> Arguments:
+    """Each text behind one prefix of each group.
 
     Args:
-        prefixes: offsets, int32[prefixes + 1], into their bytes, uint8[...].
-        chosen: int64[m, texts], by text the prefix of each of its m arguments.
+        prefixes: offsets, int32[groups * size + 1], into their bytes, uint8[...]: all of the first group, then all of
+            the next …
+        n_groups: how many groups there are.
+        chosen: int64[texts], by text which prefix of a group.
         texts: as `prefixes`.
 
     Returns:
-        m * texts arguments: the first of every text, then the second …
+        groups * texts arguments: every text behind its prefix of the first group, then of the second …
     """
-    packed: Any = _join(*prefixes, chosen, *texts)
-    return Arguments(chosen.size, packed.tobytes())
+    packed: Any = _join(*prefixes, n_groups, chosen, *texts)
+    return Arguments(n_groups * len(chosen), packed.tobytes())
 
 
 @compiled  # type: ignore[untyped-decorator]  # numba has no types
-def _join(
-    prefix_offsets: Offsets, prefix_data: Bytes, chosen: NDArray[np.int64], text_offsets: Offsets, text_data: Bytes
+def _join(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
+    prefix_offsets: Offsets,
+    prefix_data: Bytes,
+    n_groups: int,
+    chosen: NDArray[np.int64],
+    text_offsets: Offsets,
+    text_data: Bytes,
 ) -> Bytes:
-    n_each, n_texts = chosen.shape
-    size = n_each * (text_offsets[-1] - text_offsets[0])
-    for each in range(n_each):
+    n_texts = len(chosen)
+    group_size = (len(prefix_offsets) - 1) // n_groups
+    size = n_groups * (text_offsets[-1] - text_offsets[0])
+    for group in range(n_groups):
         for text in range(n_texts):
-            prefix = chosen[each, text]
+            prefix = group * group_size + chosen[text]
             size += _LENGTH_BYTES_MAX + prefix_offsets[prefix + 1] - prefix_offsets[prefix]
     out = np.empty(size, np.uint8)
     end = 0
-    for each in range(n_each):
+    for group in range(n_groups):
         for text in range(n_texts):
-            prefix = chosen[each, text]
+            prefix = group * group_size + chosen[text]
             first, last = prefix_offsets[prefix], prefix_offsets[prefix + 1]
             begin, stop = text_offsets[text], text_offsets[text + 1]
             length = last - first + stop - begin
