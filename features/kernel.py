@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, starmap
 from typing import Any, Final
 
 import numpy as np
@@ -19,14 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from features import sketch
 from features.aggregations.base import Aggregation, Measure
 from features.formulas import Numeric, formulas
 from features.layout import Bundle, Family
 from features.plan import Feature
 from features.rows import Entries, Events, Ints, Rows
 from features.texts import hash64, unify
-from features.tiles import arrive, meet
+from features.tiles import latest, merge_tables
 from features.times import Window
 from features.totals import Totals
 from features.values import Maps, Texts, Values
@@ -35,7 +34,7 @@ __all__ = ["SLACK_MS", "Entries", "Evaluator", "Events", "Merged", "Rows", "eval
 
 SLACK_MS = 10_000
 """How far `merge`'s now stays behind the clock, so that a query at a slightly earlier `as_of` is still exact."""
-_ANY: Final = np.zeros(0, bool)
+_NONE: Final = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -60,77 +59,41 @@ def merge(rows_of: Family | Bundle, rows: Rows, events: Mapping[str, Events], no
     events = {name: events[name] for name in bundle.events if name in events}
     fields = [key for key in bundle.text_fields if key[0] in events]
     texts, (recode, *codes) = unify([rows.texts, *(events[name].fields[field] for name, field in fields)])
-    recode = np.append(recode, -1)
     batch = _Batch(bundle, events, dict(zip(fields, codes, strict=True)))
-    merged: list[Ints] = []
-    evicted = 0
-    spilled: Ints | None = None
-    for index, layout in enumerate(bundle.tables):
-        arrived = batch.entries(index) if spilled is None else spilled
-        state = rows.lines(index)
-        lines = np.concatenate((state, arrived), axis=1)
-        for line in layout.text_lines:
-            lines[line, : state.shape[1]] = recode[lines[line, : state.shape[1]]]
-        shapes = (layout.shape, layout.operations, layout.empty, layout.ageing, layout.recency)
-        kept, out, buckets_out = meet(*shapes, layout.table.bound or 0, lines, rows.n, now_ms)
-        spilled = None
-        if layout.table.bucket == "hash":
-            # The next table is that of the sketch.
-            buckets = out[layout.n_lines - len(layout.physical) - 1]
-            buckets[:] = sketch.cells(buckets.view(np.uint64))
-            spilled = out
-        elif layout.table.row == "":
-            # What falls out of a last_k is no loss, so only shared buckets count as evicted.
-            evicted += buckets_out
-        merged.append(kept)
-    pool = np.concatenate([lines.ravel() for lines in merged])
-    sizes = np.array([lines.shape[1] for lines in merged], np.int64)
-    return Merged(Rows.of_pool(bundle, batch.latest_ms(rows.latest_ms), pool, sizes, texts), evicted)
+    state = (rows.pool, rows.sizes, np.append(recode, -1), rows.n)
+    measured = (batch.takes, batch.values, batch.buckets, batch.has_bucket)
+    pool, sizes, evicted = merge_tables(*state, now_ms, *bundle.merging, batch.rows, batch.times_ms, *measured)
+    latest_ms = latest(rows.latest_ms, bundle.reads, batch.contracts, batch.rows, batch.times_ms)
+    return Merged(Rows.of_pool(bundle, latest_ms, pool, sizes, texts), evicted)
 
 
 class _Batch:
-    """The events of all contracts, side by side; what several tables need of them is computed once."""
+    """The events of all contracts, side by side: as `features.tiles.merge_tables` takes them."""
 
     def __init__(self, bundle: Bundle, events: Mapping[str, Events], codes: Mapping[tuple[str, str], Ints]) -> None:
-        self._bundle, self._events, self._codes = bundle, events, codes
-        ends = [0, *accumulate(len(each.rows) for each in events.values())]
-        self._spans = {name: slice(*span) for name, span in zip(events, pairwise(ends), strict=True)}
-        none = np.zeros(0, np.int64)
-        self._rows = np.concatenate([none, *(each.rows for each in events.values())])
-        self._times_ms = np.concatenate([none, *(each.times_ms for each in events.values())])
-        self._buckets: dict[tuple[str, str], tuple[Ints, NDArray[np.bool_]]] = {}
-        self._takes = np.zeros((len(bundle.measures), ends[-1]), bool)
-        self._values = np.zeros((len(bundle.measures), ends[-1]), np.int64)
+        self._events, self._codes = events, codes
+        lengths = [len(events[name].rows) if name in events else 0 for name in bundle.events]
+        n = sum(lengths)
+        self._spans = dict(zip(bundle.events, starmap(slice, pairwise([0, *accumulate(lengths)])), strict=True))
+        self.contracts = np.repeat(np.arange(len(lengths)), lengths)
+        self.rows = np.concatenate([_NONE, *(each.rows for each in events.values())])
+        self.times_ms = np.concatenate([_NONE, *(each.times_ms for each in events.values())])
+        self.takes = np.zeros((len(bundle.measures), n), bool)
+        self.values = np.zeros((len(bundle.measures), n), np.int64)
         for measure, number in bundle.measures.items():
             if measure.event in events:
                 self._measure(measure, number)
-
-    def entries(self, table: int) -> Ints:
-        """int64[lines, n]: one entry an event that any of the table's partials takes."""
-        layout = self._bundle.tables[table]
-        buckets, has_bucket = self._rows, _ANY
-        if layout.table.bucket is not None:
-            buckets, has_bucket = self._bucketed(str(layout.table.by), layout.table.bucket)
-        shapes = (layout.shape, layout.operations, layout.empty)
-        measured = (self._bundle.measured[table], self._takes, self._values)
-        lines: Ints = arrive(*shapes, self._rows, self._times_ms, *measured, buckets, has_bucket)
-        return lines
-
-    def latest_ms(self, before_ms: Ints) -> Ints:
-        """int64[families, n]: the time of each row's last event in each family; `before_ms` is what it was before."""
-        found = before_ms.copy()
-        for name, events in self._events.items():
-            of_contract = np.full(found.shape[1], -1, np.int64)
-            np.maximum.at(of_contract, events.rows, events.times_ms)
-            for family, latest_ms in zip(self._bundle.families, found, strict=True):
-                if name in family.events:
-                    np.maximum(latest_ms, of_contract, out=latest_ms)
-        return found
+        # One more: tables without buckets are given any.
+        self.buckets = np.zeros((len(bundle.bucketed) + 1, n), np.int64)
+        self.has_bucket = np.zeros((len(bundle.bucketed) + 1, n), bool)
+        for (by, kind), number in bundle.bucketed.items():
+            for name in events:
+                self._bucket(name, by, kind, number)
 
     def _measure(self, measure: Measure, number: int) -> None:
         """Which events count, and what of each."""
         span, fields = self._spans[measure.event], self._events[measure.event].fields
-        takes, values = self._takes[number, span], self._values[number, span]
+        takes, values = self.takes[number, span], self.values[number, span]
         takes[:] = True if measure.where is None else measure.where.holds(fields)
         if measure.field is None:
             values.view(np.float64)[:] = 1.0
@@ -141,21 +104,17 @@ class _Batch:
             takes &= ~np.asarray(pc.is_null(column))
             values[:] = self._codes.get((measure.event, measure.field), 0)
 
-    def _bucketed(self, by: str, kind: str) -> tuple[Ints, NDArray[np.bool_]]:
-        """The bucket of each event, and whether it has one."""
-        if (by, kind) not in self._buckets:
-            buckets, has_bucket = np.zeros(len(self._rows), np.int64), np.zeros(len(self._rows), bool)
-            for name, span in self._spans.items():
-                column = self._events[name].fields.get(by)
-                if kind == "text" and (name, by) in self._codes:
-                    buckets[span] = self._codes[name, by]
-                    has_bucket[span] = buckets[span] >= 0
-                elif kind == "hash" and column is not None:
-                    texts = column if isinstance(column, pa.Array) else _as_texts(column)
-                    buckets[span] = hash64(texts.fill_null("")).view(np.int64)
-                    has_bucket[span] = ~np.asarray(pc.is_null(texts))
-            self._buckets[by, kind] = buckets, has_bucket
-        return self._buckets[by, kind]
+    def _bucket(self, name: str, by: str, kind: str, number: int) -> None:
+        """The bucket of each event of a contract, and whether it has one."""
+        span, column = self._spans[name], self._events[name].fields.get(by)
+        buckets, has_bucket = self.buckets[number, span], self.has_bucket[number, span]
+        if kind == "text" and (name, by) in self._codes:
+            buckets[:] = self._codes[name, by]
+            has_bucket[:] = buckets >= 0
+        elif kind == "hash" and column is not None:
+            texts = column if isinstance(column, pa.Array) else _as_texts(column)
+            buckets[:] = hash64(texts.fill_null("")).view(np.int64)
+            has_bucket[:] = ~np.asarray(pc.is_null(texts))
 
 
 def _as_texts(numbers: NDArray[np.float64]) -> pa.StringArray:

@@ -111,6 +111,19 @@ class Folding(NamedTuple):
     windows: NDArray[np.int64]
 
 
+class Merging(NamedTuple):
+    """Plain arrays, one after the other for all tables: see `features.tiles.merge_tables`."""
+
+    shapes: NDArray[np.int64]
+    operations: NDArray[np.int64]
+    empty: NDArray[np.int64]
+    measures: NDArray[np.int64]
+    kinds: NDArray[np.int64]
+    ageing: NDArray[np.int64]
+    recency: NDArray[np.int64]
+    is_text: NDArray[np.bool_]
+
+
 @dataclass(frozen=True)
 class Family:
     """The rows of one view, or of one long aggregation of it."""
@@ -192,11 +205,16 @@ class Bundle:
         return {measure: number for number, measure in enumerate(every)}
 
     @cached_property
-    def measured(self) -> tuple[NDArray[np.int64], ...]:
-        """For each table, int64[partials]: the number of what goes into each."""
-        return tuple(
-            np.array([self.measures[measure] for _, measure in layout.partials], np.int64) for layout in self.tables
-        )
+    def bucketed(self) -> dict[tuple[str, str], int]:
+        """Every field that tables have buckets by, as texts or as hashes, numbered."""
+        kinds = ((str(each.table.by), str(each.table.bucket)) for each in self.tables)
+        every = dict.fromkeys((by, kind) for by, kind in kinds if kind in ("text", "hash"))
+        return {by_kind: number for number, by_kind in enumerate(every)}
+
+    @cached_property
+    def reads(self) -> NDArray[np.bool_]:
+        """bool[families, contracts]: which family reads which of `events`."""
+        return np.array([[name in family.events for name in self.events] for family in self.families])
 
     @cached_property
     def text_fields(self) -> tuple[tuple[str, str], ...]:
@@ -232,6 +250,34 @@ class Bundle:
                 ],
                 np.int64,
             ),
+        )
+
+    @cached_property
+    def merging(self) -> Merging:
+        """Its tables as `features.tiles.merge_tables` takes them."""
+        layouts, folding = self.tables, self.folding
+        is_text = [line in each.text_lines for each in layouts for line in range(each.n_lines)]
+        return Merging(
+            folding.shapes,
+            folding.operations,
+            folding.empty,
+            np.array([self.measures[measure] for each in layouts for _, measure in each.partials], np.int64),
+            np.array([self._kind(each) for each in layouts], np.int64),
+            np.concatenate([each.ageing for each in layouts]),
+            np.concatenate([each.recency for each in layouts]),
+            np.array(is_text, bool),
+        )
+
+    def _kind(self, layout: TableLayout) -> tuple[int, ...]:
+        table = layout.table
+        return (
+            self.bucketed.get((str(table.by), str(table.bucket)), -1),
+            table.bound or 0,
+            table.bucket == "hash",
+            # What falls out of a last_k is no loss, so only shared buckets count.
+            table.bucket != "hash" and table.row == "",
+            len(layout.ageing),
+            len(layout.recency),
         )
 
 

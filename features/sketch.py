@@ -15,19 +15,26 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from features.fold import compiled
+
 _REGISTERS: Final = 256
 _LEVELS: Final = 48
 CELLS: Final = _REGISTERS * _LEVELS
 """How many cells a sketch has."""
 
 
+@compiled  # type: ignore[untyped-decorator]  # numba has no types
 def cells(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
     """int64[n]: the cell of each hash, below 256 * 48."""
-    register = (hashes & np.uint64(_REGISTERS - 1)).astype(np.int64)
-    rest = (hashes >> np.uint64(8)) | np.uint64(1 << (_LEVELS - 1))
-    lowest_bit = rest & (~rest + np.uint64(1))
-    level = np.log2(lowest_bit.astype(np.float64)).astype(np.int64)
-    return level * _REGISTERS + register
+    found = np.empty(len(hashes), np.int64)
+    for at in range(len(hashes)):
+        rest = (hashes[at] >> np.uint64(8)) | np.uint64(1 << (_LEVELS - 1))
+        level = 0
+        while not rest & np.uint64(1):
+            rest >>= np.uint64(1)
+            level += 1
+        found[at] = level * _REGISTERS + np.int64(hashes[at] & np.uint64(_REGISTERS - 1))
+    return found
 
 
 def estimate(rows: NDArray[np.intp], found: NDArray[np.int64], n_rows: int) -> NDArray[np.float64]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.fold import begin, compiled, fold, tails_of
+from features.sketch import cells
 from features.times import TICK_MS
 
 Ints = NDArray[np.int64]
@@ -18,7 +19,132 @@ Mask = NDArray[np.bool_]
 
 
 @compiled  # type: ignore[untyped-decorator]  # numba has no types
-def arrive(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
+def merge_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
+    pool: Ints,
+    sizes: Ints,
+    recode: Ints,
+    n_rows: int,
+    now_ms: int,
+    shapes: Ints,
+    operations: Ints,
+    empty: Ints,
+    measures: Ints,
+    kinds: Ints,
+    ageing: Ints,
+    recency: Ints,
+    is_text: Mask,
+    rows: Ints,
+    times_ms: Ints,
+    takes: Mask,
+    values: Ints,
+    buckets: Ints,
+    has_bucket: Mask,
+) -> tuple[Ints, Ints, int]:
+    """Adds events to all tables of rows.
+
+    Args:
+        pool: int64[…], the lines of all tables: see `features.rows.Rows.of_pool`.
+        sizes: int64[tables], entries.
+        recode: int64[texts + 1], what codes in the pool become; the last is -1, for null.
+        n_rows: how many rows there are.
+        now_ms: see `features.kernel.merge`.
+        shapes: int64[tables, 6], see `features.fold.fold_tables`, like the next two.
+        operations: int64[partials, 3], of all tables.
+        empty: int64[columns], of all tables.
+        measures: int64[partials], what goes into each: its place among `takes` and `values`.
+        kinds: int64[tables, 6]: its place among `buckets`, if it has any by itself; how many a row keeps, 0 for all;
+            whether those that are not kept go into the next table, as cells; whether they count as evicted; how many
+            of the next, and of those after it, are its own.
+        ageing: int64[windows, 3], of all tables: see `_meet`, like the next.
+        recency: int64[…], of all tables.
+        is_text: bool[lines], of all tables: which hold codes of texts.
+        rows: int64[events], the row that each concerns.
+        times_ms: int64[events].
+        takes: bool[measures, events], whether the event counts.
+        values: int64[measures, events]: codes of texts, or the bits of a float64.
+        buckets: int64[fields, events].
+        has_bucket: bool[fields, events], whether there is one.
+
+    Returns:
+        The new pool and sizes; and how many buckets were evicted.
+    """
+    merged = np.empty(_most(sizes, shapes, kinds, len(rows)), np.int64)
+    merged_sizes = np.empty(len(sizes), np.int64)
+    spilled = np.empty((0, 0), np.int64)
+    evicted = pool_at = merged_at = line_at = first_operation = first_column = first_window = first_recency = 0
+    for index in range(len(sizes)):
+        n_lines, n_columns, size = shapes[index, 0], shapes[index, 3], sizes[index]
+        source, bound, spills, counts, n_windows, n_recency = kinds[index]
+        own_operations = operations[first_operation : first_operation + shapes[index, 5]]
+        own_empty = empty[first_column : first_column + n_columns]
+        arrived = spilled
+        if not (index and kinds[index - 1, 2]):
+            own_measures = measures[first_operation : first_operation + shapes[index, 5]]
+            own = (buckets[max(source, 0)], has_bucket[max(source, 0)])
+            arrived = _arrive(
+                shapes[index], own_operations, own_empty, rows, times_ms, own_measures, takes, values, *own
+            )
+        lines = np.empty((n_lines, size + arrived.shape[1]), np.int64)
+        for line in range(n_lines):
+            lines[line, :size] = pool[pool_at : pool_at + size]
+            lines[line, size:] = arrived[line]
+            if is_text[line_at + line]:
+                for entry in range(size):
+                    lines[line, entry] = recode[lines[line, entry]]
+            pool_at += size
+        own_ageing = ageing[first_window : first_window + n_windows]
+        own_recency = recency[first_recency : first_recency + n_recency]
+        kept, out, n_out = _meet(
+            shapes[index], own_operations, own_empty, own_ageing, own_recency, bound, lines, n_rows, now_ms
+        )
+        if spills:
+            bucket_line = out[n_lines - n_columns - 1]
+            bucket_line[:] = cells(bucket_line.view(np.uint64))
+            spilled = out
+        evicted += n_out if counts else 0
+        merged_sizes[index] = kept.shape[1]
+        for line in range(n_lines):
+            merged[merged_at : merged_at + kept.shape[1]] = kept[line]
+            merged_at += kept.shape[1]
+        line_at += n_lines
+        first_operation += shapes[index, 5]
+        first_column += n_columns
+        first_window += n_windows
+        first_recency += n_recency
+    return merged[:merged_at], merged_sizes, evicted
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _most(sizes: Ints, shapes: Ints, kinds: Ints, n_events: int) -> int:
+    """How long the merged pool can be: no table has more than it had and what arrives."""
+    most = before = 0
+    for index in range(len(sizes)):
+        before = sizes[index] + (before if index and kinds[index - 1, 2] else n_events)
+        most += shapes[index, 0] * before
+    return most
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def latest(before_ms: Ints, reads: Mask, contracts: Ints, rows: Ints, times_ms: Ints) -> Ints:
+    """int64[families, n]: the time of each row's last event in each family.
+
+    Args:
+        before_ms: int64[families, n], what it was before.
+        reads: bool[families, contracts], which events concern a family.
+        contracts: int64[events], the contract of each.
+        rows: int64[events], the row that each concerns.
+        times_ms: int64[events].
+    """
+    found = before_ms.copy()
+    for event in range(len(rows)):
+        for family in range(len(found)):
+            if reads[family, contracts[event]]:
+                found[family, rows[event]] = max(found[family, rows[event]], times_ms[event])
+    return found
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def _arrive(  # noqa: PLR0913, PLR0917  # as above
     shape: Ints,
     operations: Ints,
     empty: Ints,
@@ -77,7 +203,7 @@ def arrive(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
-def meet(  # noqa: PLR0913, PLR0917  # as above
+def _meet(  # noqa: PLR0913, PLR0917  # as above
     shape: Ints,
     operations: Ints,
     empty: Ints,
@@ -225,7 +351,7 @@ def _is_before(one: int, other: int, major: Keys, minor: Keys) -> bool:
 
 @compiled  # type: ignore[untyped-decorator]  # as above
 def _bounded(lines: Ints, buckets: Keys, columns: Ints, recency: Ints, bound: int) -> tuple[Ints, Ints, int]:
-    """Entries of the `bound` buckets a row that were seen latest, and the others: see `meet`."""
+    """Entries of the `bound` buckets a row that were seen latest, and the others: see `_meet`."""
     n = lines.shape[1]
     groups = np.empty(n, np.int64)
     rows, keys, seen = np.empty(n, np.int64), np.empty(n, np.uint64), np.zeros(n, np.uint64)

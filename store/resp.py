@@ -88,7 +88,7 @@ def joined(
 
 
 @compiled  # type: ignore[untyped-decorator]  # numba has no types
-def _join(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
+def _join(
     prefix_offsets: Offsets,
     prefix_data: Bytes,
     n_groups: int,
