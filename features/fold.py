@@ -323,33 +323,75 @@ def next_changes(pool: Ints, sizes: Ints, shapes: Ints, windows: Ints, now_ms: i
 
 
 @compiled  # type: ignore[untyped-decorator]  # as above
-def ranked(rows: Ints, keys: NDArray[Any], ties: Ints, least: float, k: int) -> Ints:
-    """Up to k entries of each row, those of the largest keys, largest first.
+def groups_of(table: int, n_groups: Ints, firsts: Ints, shapes: Ints, pool: Ints, sizes: Ints) -> tuple[Ints, Ints]:
+    """int64[groups] twice: the row and the bucket of each group of a table with buckets; arguments as of `ranked`."""
+    first_at = pool_at = 0
+    for each in range(table):
+        first_at += n_groups[each] if shapes[each, 2] else 0
+        pool_at += shapes[each, 0] * sizes[each]
+    rows, buckets = np.empty(n_groups[table], np.int64), np.empty(n_groups[table], np.int64)
+    for group in range(n_groups[table]):
+        entry = pool_at + firsts[first_at + group]
+        rows[group], buckets[group] = pool[entry], pool[entry + (1 + shapes[table, 1]) * sizes[table]]
+    return rows, buckets
+
+
+@compiled  # type: ignore[untyped-decorator]  # as above
+def ranked(  # noqa: PLR0913, PLR0917  # as of `fold_tables`
+    totals: Floats,
+    n_groups: Ints,
+    firsts: Ints,
+    shapes: Ints,
+    pool: Ints,
+    sizes: Ints,
+    table: int,
+    column: int,
+    window: int,
+    least: int,
+    k: int,
+    ties: int,
+) -> tuple[Ints, Ints]:
+    """Up to k buckets of each row, those of the largest totals, largest first.
 
     Args:
-        rows: int64[entries], ascending.
-        keys: [entries].
-        ties: int64[entries], by which entries of equal keys are ordered, largest first.
-        least: entries with smaller keys are left out.
+        totals: as `fold_tables` gives them, like the next two.
+        n_groups: int64[tables].
+        firsts: int64[…].
+        shapes: int64[tables, 6], as `fold_tables` takes them, like the next two.
+        pool: int64[…].
+        sizes: int64[tables].
+        table: which, of those with buckets.
+        column: of which total, in which `window`.
+        window: see `column`.
+        least: buckets of smaller totals are left out.
         k: how many of a row.
+        ties: 1 if of equal totals the larger bucket comes first, -1 if the smaller.
 
     Returns:
-        int64[…], their places among the entries, by row.
+        int64[…] twice, the row and the bucket of each, by row.
     """
+    rows, buckets = groups_of(table, n_groups, firsts, shapes, pool, sizes)
+    first_total = (column * shapes[table, 4] + window) * n_groups[table]
+    for each in range(table):
+        first_total += shapes[each, 3] * shapes[each, 4] * n_groups[each]
+    keys = totals[first_total : first_total + n_groups[table]]
     order = np.empty(len(rows), np.int64)
     n = first = 0
-    for entry in range(len(rows)):
-        if entry and rows[entry] != rows[entry - 1]:
+    for group in range(len(rows)):
+        if group and rows[group] != rows[group - 1]:
             first = n = min(n, first + k)
-        if keys[entry] < least:
+        if keys[group] < least:
             continue
         at = n
         while at > first:
             before = order[at - 1]
-            if keys[before] > keys[entry] or (keys[before] == keys[entry] and ties[before] > ties[entry]):
+            if keys[before] > keys[group] or (
+                keys[before] == keys[group] and ties * buckets[before] > ties * buckets[group]
+            ):
                 break
             order[at] = before
             at -= 1
-        order[at] = entry
+        order[at] = group
         n += 1
-    return order[: min(n, first + k)]
+    order = order[: min(n, first + k)]
+    return rows[order], buckets[order]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from features.fold import compiled, tail_of
+from features.fold import compiled, groups_of, tail_of
 from features.texts import look_up
 from features.times import TICK_MS, Window, hop_ms
 
@@ -184,15 +184,7 @@ def look_ups(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
     """
     for index in range(len(plain)):
         table = plain[index, 1]
-        first_at = pool_at = 0
-        for each in range(table):
-            first_at += n_groups[each] if shapes[each, 2] else 0
-            pool_at += shapes[each, 0] * sizes[each]
-        rows, buckets = np.empty(n_groups[table], np.int64), np.empty(n_groups[table], np.int64)
-        for group in range(n_groups[table]):
-            entry = firsts[first_at + group]
-            rows[group] = pool[pool_at + entry]
-            buckets[group] = pool[pool_at + (1 + shapes[table, 1]) * sizes[table] + entry]
+        rows, buckets = groups_of(table, n_groups, firsts, shapes, pool, sizes)
         numbers = np.empty(n_groups[table])
         _finish_one(totals, n_groups, shapes, plain[index], constants[index], now_ms, numbers)
         if plain[index, 0] == Formula.SINCE:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from features.fold import fold_tables, next_changes
+from features.fold import fold_tables, next_changes, ranked
 from features.formulas import finish, look_ups
 from features.layout import Bundle, TableLayout
 from features.rows import Index, Ints, Rows
 from features.texts import buffers
+from features.values import Lists
 
 Floats = NDArray[np.float64]
 
@@ -70,10 +71,19 @@ class Totals:
 
         `maps` are its first four arguments, `texts` the buffers of those that are wanted.
         """
+        look_ups(*maps, *self._folded, *self._text_buffers, owners, wanted, *texts, now_ms, values)
+
+    def ranked(self, table: int, column: int, window: int, least: int, k: int, ties: int) -> Lists:
+        """Lists of buckets that are texts: see `features.fold.ranked`."""
+        rows, codes = ranked(*self._folded, table, column, window, least, k, ties)
+        return Lists(rows, self.n, codes, self.texts)
+
+    @cached_property
+    def _folded(self) -> tuple[Floats, Ints, Ints, Ints, Ints, Ints]:
+        """As loops take them that look at tables with buckets."""
         rows = self._rows
         assert rows is not None  # noqa: S101  # for the type checker: asked of tables with buckets only
-        folded = (self._totals, self._n_groups, self._firsts, self._bundle.folding.shapes, rows.pool, rows.sizes)
-        look_ups(*maps, *folded, *self._text_buffers, owners, wanted, *texts, now_ms, values)
+        return self._totals, self._n_groups, self._firsts, self._bundle.folding.shapes, rows.pool, rows.sizes
 
     @cached_property
     def _text_buffers(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
@@ -117,6 +127,10 @@ class SlotTotals:
     def totals(self) -> Floats:
         """See `Part.totals`."""
         return self._of.of_table(self._table)[self._columns]
+
+    def ranked(self, window: int, least: int, k: int, *, ties: Literal[1, -1]) -> Lists:
+        """See `Part.ranked`."""
+        return self._of.ranked(self._table, self._columns.start, window, least, k, ties)
 
     @cached_property
     def _groups(self) -> Ints:

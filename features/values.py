@@ -106,7 +106,10 @@ def to_python(values: Values, value_type: Type) -> list[Any]:
 def to_json(values: Values, value_type: Type) -> list[Any]:
     """As `to_python`, with NaN for null: orjson writes it as null."""
     if isinstance(values, Texts):
-        return _strings(values.texts, values.codes)
+        found: list[Any] = _strings(values.texts, values.codes)
+        for at in np.flatnonzero(values.codes < 0).tolist():
+            found[at] = None
+        return found
     if isinstance(values, Maps):
         values = values.some
     if isinstance(values, Lists):
@@ -132,23 +135,18 @@ def numbers_to_json(values: Floats, value_type: Type) -> list[list[Any]]:
     return found
 
 
-def _strings(texts: pa.StringArray, codes: Ints) -> list[str | None]:
-    """The texts of codes, None for -1."""
+def _strings(texts: pa.StringArray, codes: Ints) -> list[str]:
+    """The texts of codes, anything for -1."""
     offsets, data = buffers(texts)
-    found: list[str | None]
     if len(data) > _SMALL_BYTES:
-        found = texts.take(pa.array(codes, mask=codes < 0)).to_pylist()
+        found: list[str] = texts.take(pa.array(codes, mask=codes < 0)).to_pylist()
         return found
     # Parts of one text: Arrow takes as long to begin as this for all.
-    ends, whole = [*zip(offsets[codes].tolist(), offsets[codes + 1].tolist(), strict=True)], data.tobytes()
+    ends, whole = zip(offsets[codes].tolist(), offsets[codes + 1].tolist(), strict=True), data.tobytes()
     if whole.isascii():
         text = whole.decode()
-        found = [text[begin:end] for begin, end in ends]
-    else:
-        found = [whole[begin:end].decode() for begin, end in ends]
-    for at in np.flatnonzero(codes < 0).tolist():
-        found[at] = None
-    return found
+        return [text[begin:end] for begin, end in ends]
+    return [whole[begin:end].decode() for begin, end in ends]
 
 
 def offsets_of(rows: NDArray[np.intp] | Ints, n_rows: int) -> Ints:

@@ -16,7 +16,7 @@ from features.expressions import AnyCondition
 from features.formulas import Formula
 from features.partials import AnyPartial
 from features.times import ALL, TICK_MS, Window
-from features.values import Type, Values
+from features.values import Lists, Type, Values
 
 DEFAULT_BUCKETS = 64
 
@@ -89,6 +89,13 @@ class Part(Protocol):
         """float64[columns, windows, groups]: each group's partial over each window of the table, shortest first.
 
         A table without starts has one for all windows.
+        """
+        ...
+
+    def ranked(self, window: int, least: int, k: int, *, ties: Literal[1, -1]) -> Lists:
+        """Up to k texts of each row, those of the largest totals over a window, largest first: of the first column.
+
+        Smaller totals than `least` are left out; of equal ones, the larger text comes first, or with -1 the smaller.
         """
         ...
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from features.aggregations.base import Aggregation, Part, Slot, Table
-from features.fold import ranked
 from features.partials import Seen
 from features.times import ALL, Window
-from features.values import Lists, Type, Values
+from features.values import Type, Values
 
 
 class LastK(Aggregation, frozen=True, kw_only=True, tag="last_k"):
@@ -38,7 +37,4 @@ class LastK(Aggregation, frozen=True, kw_only=True, tag="last_k"):
 
     def values(self, parts: tuple[Part, ...], now_ms: int) -> Sequence[Values]:
         """See `Aggregation.values`."""
-        part = parts[0]
-        rows, buckets, seen_ms = part.rows, part.buckets, part.totals[0, 0]
-        newest = [ranked(rows, seen_ms, buckets, begin_ms, self.k) for begin_ms in self.begins_ms(now_ms)]
-        return [Lists(rows[places], part.n_rows, buckets[places], part.texts) for places in newest]
+        return [parts[0].ranked(0, begin_ms, self.k, ties=1) for begin_ms in self.begins_ms(now_ms)]

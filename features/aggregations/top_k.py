@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from features.aggregations.base import Aggregation, Part, Slot
-from features.fold import ranked
 from features.partials import Tally
-from features.values import Lists, Type, Values
+from features.values import Type, Values
 
 
 class TopK(Aggregation, frozen=True, kw_only=True, tag="top_k"):
@@ -34,7 +33,4 @@ class TopK(Aggregation, frozen=True, kw_only=True, tag="top_k"):
 
     def values(self, parts: tuple[Part, ...], now_ms: int) -> Sequence[Values]:
         """See `Aggregation.values`."""
-        part = parts[0]
-        rows, buckets = part.rows, part.buckets
-        best = [ranked(rows, counts, -buckets, 1, self.k) for counts in part.totals[0]]
-        return [Lists(rows[places], part.n_rows, buckets[places], part.texts) for places in best]
+        return [parts[0].ranked(window, 1, self.k, ties=-1) for window in range(len(self.windows))]
