@@ -15,6 +15,7 @@ from tests.support.served import Clock, Rows, catalogue, random_events, served, 
 MODULES = (
     "features.fold",
     "features.formulas",
+    "features.sketch",
     "features.texts",
     "features.tiles",
     "store.keys",
