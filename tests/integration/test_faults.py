@@ -87,7 +87,7 @@ def test_kill_9_ten_times_with_zombies_leaves_every_row_as_brute_force_has_it() 
                 worker.send_signal(signal.SIGSTOP)
                 zombies.append((worker, f"worker-{round_number}"))
                 worker = stack.start_worker(successor)
-                wait_for("the successor has claimed", partial(has_claimed, stack, successor), 30)
+                wait_for("the successor has claimed", partial(has_claimed, stack, successor))
                 zombies[-1][0].send_signal(signal.SIGCONT)
             else:
                 worker.kill()
@@ -96,7 +96,7 @@ def test_kill_9_ten_times_with_zombies_leaves_every_row_as_brute_force_has_it() 
         produce(stack, 600)
         stack.wait_until_committed()
         for zombie, name in zombies:
-            wait_for(f"{name} stops by itself", partial(has_stopped, zombie), 30)
+            wait_for(f"{name} stops by itself", partial(has_stopped, zombie))
             assert zombie.returncode in (3, -9), stack.log(name)
             if zombie.returncode == 3:
                 assert "superseded" in stack.log(name)
