@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from features.fold import fold_tables, next_changes, ranked
+from features.fold import fold_tables, groups_of, next_changes, ranked
 from features.formulas import finish, look_ups
 from features.layout import Bundle, TableLayout
 from features.rows import Index, Ints, Rows
@@ -104,16 +104,10 @@ class Totals:
         """Where each table's totals begin, and where the last's end."""
         return [0, *np.cumsum(self._bundle.n_totals * self._n_groups).tolist()]
 
-    @cached_property
-    def _first_ends(self) -> list[int]:
-        """Where the groups of each table with buckets begin among all of these, and where the last's end."""
-        return [0, *np.cumsum(self._bundle.folding.shapes[:, 2] * self._n_groups).tolist()]
-
-    def groups(self, table: int) -> Ints:
-        """int64[…, groups]: the first lines of each group of a table with buckets: the row first, the bucket last."""
-        firsts = self._firsts[self._first_ends[table] : self._first_ends[table + 1]]
-        assert self._rows is not None  # noqa: S101  # for the type checker: asked of tables with buckets only
-        return self._rows.lines(table)[: 2 + self._bundle.tables[table].table.starts].take(firsts, axis=1)
+    def groups(self, table: int) -> tuple[Ints, Ints]:
+        """The row and the bucket of each group of a table with buckets: see `features.fold.groups_of`."""
+        found: tuple[Ints, Ints] = groups_of(table, *self._folded[1:])
+        return found
 
 
 class SlotTotals:
@@ -133,7 +127,7 @@ class SlotTotals:
         return self._of.ranked(self._table, self._columns.start, window, least, k, ties)
 
     @cached_property
-    def _groups(self) -> Ints:
+    def _groups(self) -> tuple[Ints, Ints]:
         return self._of.groups(self._table)
 
     @property
@@ -145,7 +139,7 @@ class SlotTotals:
     @property
     def buckets(self) -> NDArray[Any]:
         """See `Part.buckets`."""
-        buckets: NDArray[Any] = self._groups[-1]
+        buckets: NDArray[Any] = self._groups[1]
         return buckets.view(np.uint64) if self._layout.table.bucket == "hash" else buckets
 
 

@@ -13,6 +13,7 @@ from features.layout import Bundle, Family, families_of
 from features.plan import Plan
 from features.program import Asked, Program
 from features.rows import Rows
+from features.sketch import cells
 from features.texts import hash64
 from features.totals import Totals
 from registry.definitions import compile_definitions
@@ -42,6 +43,8 @@ def compile_all(definitions: str = "features.catalog") -> None:
             list(frame.values.items())
     Keyspace("compiled", 16).arguments(families[:1], pa.array(["a"]))
     dedupe, hashes, times_ms = Dedupe(1), hash64(pa.array(["a"])), np.zeros(1, np.int64)
+    # Of what a sketch counts, reading meets more than 64 values at once.
+    cells(hashes)
     for offset in range(2):
         dedupe.duplicates(offset, hashes, times_ms)
 
