@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint audit bench soak lock clean
+.PHONY: help demo test test-long lint audit bench soak lock clean
 
 # More arguments for the command of a target: make test ARGS="-k window -x"
 ARGS ?=
@@ -12,26 +12,32 @@ PYTHON ?= python3.12 python3.11 python3
 
 BIN := .venv/bin
 READY := .venv/.ready
-CODE := $(wildcard features store registry streams serving headrace tests benchmarks)
+CODE := $(wildcard config features store registry streams serving headrace tests benchmarks)
 
 help: ## Say what there is
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 	@echo '  More arguments by ARGS, for example: make test ARGS="-k window -x"'
 
 demo: $(READY) ## Run the whole system with simulated shoppers; the address is printed first
 	@$(BIN)/headrace demo $(ARGS)
 
+# Much of the tests' time is waiting for processes that they start: two files of them run side by side, so a test is also
+# one beside another's load. ARGS="-n 0 -s" shows what they print.
 # On a machine without Java or Redis 7 the tests that need them are left out, and it says so;
 # with CI=true or HEADRACE_CI=1 that is a failure.
 test: $(READY) ## Run the tests
 	@missing="$$($(BIN)/python -m tests.support.kafka)"; \
-	if [ -z "$$missing" ]; then exec $(BIN)/pytest $(ARGS); fi; \
+	run="$(BIN)/pytest -n 2 --dist loadfile"; \
+	if [ -z "$$missing" ]; then exec $$run $(ARGS); fi; \
 	if [ "$$CI" = true ] || [ "$$HEADRACE_CI" = 1 ]; then \
 		echo "Nothing may be left out here, but $$missing." >&2; exit 1; \
 	fi; \
-	status=0; $(BIN)/pytest -m "not kafka" $(ARGS) || status=$$?; \
+	status=0; $$run -m "not kafka" $(ARGS) || status=$$?; \
 	echo "LEFT OUT: the tests that need a real Apache Kafka, since $$missing."; \
 	exit $$status
+
+test-long: ## Run the tests with all rounds and seeds that docs/reliability.md reports
+	@HEADRACE_TEST_LONG=1 $(MAKE) test
 
 lint: $(READY) audit ## Check style, format, types and the dependencies' advisories
 	$(BIN)/ruff check
@@ -64,15 +70,18 @@ clean: ## Remove what was made, .venv and the cached Kafka too
 
 # uv is installed first, at the version and with the hashes that the lock has for it. It reads no
 # pip.conf: where only pip knows the way to a package index, pip installs the same, more slowly.
+# Everything is compiled once and for all: where PYTHONDONTWRITEBYTECODE is set, as in many images, each
+# start of a process would compile it again, for most of its time.
 $(READY): requirements.lock pyproject.toml
 	@$(choose_python)
 	@echo 'Installing what requirements.lock lists into .venv ...'
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > .venv/uv.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.lock
 	@export UV_PYTHON_DOWNLOADS=never; uv="$(BIN)/uv pip"; on="--python $(BIN)/python"; \
-	$$uv sync --quiet $$on --require-hashes requirements.lock \
+	$$uv sync --quiet $$on --compile-bytecode --require-hashes requirements.lock \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; \
 	$$uv install --quiet $$on --offline --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m compileall -q $(CODE)
 	@echo 'Compiling the loops ...'
 	@$(BIN)/python -W ignore -m headrace.compiled
 	@touch $@

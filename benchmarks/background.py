@@ -114,7 +114,8 @@ def _steadily(rate: float, act: Callable[[int], None]) -> int:
     """Calls `act` with how many are due, until stopped; returns how many that were."""
     began_s, done = time.monotonic(), 0
     while not _stopped.is_set():
-        due = int((time.monotonic() - began_s) * rate) - done
+        # Who is behind catches up a tenth of a second at a time: told to stop, it would otherwise do all of it first.
+        due = min(int((time.monotonic() - began_s) * rate) - done, max(1, int(rate / 10)))
         if due > 0:
             act(due)
             done += due

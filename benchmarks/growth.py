@@ -141,7 +141,7 @@ def copy_rows(project: Project, users: int, times: int) -> None:
     """Copies the rows of the users, of half as many items and of the sellers to ids further on, so that there are
     `times` as many.
     """
-    keyspace, client = Keyspace(project.plan.project, project.plan.shards), project.client
+    keyspace, client = Keyspace.of(project.plan), project.client
     first = {"user": users, "item": users // 2, "seller": max(2, users // 2 // 15)}
     for family in (each for view in project.plan.views for each in families_of(project.plan, view)):
         letter, n = family.entity[0], first[family.entity]

@@ -174,7 +174,7 @@ def _measure(entity: str, n: int, traffic: Traffic, events_a_day: float, batch_m
             for block in traffic.blocks(due, until_ms - batch_ms, until_ms):
                 simulation.merge(traffic, block, until_ms - SLACK_MS)
         before = _used(project.redis.url)
-        simulation.write(project.client, Keyspace(project.plan.project, project.plan.shards))
+        simulation.write(project.client, Keyspace.of(project.plan))
         ours = (_used(project.redis.url) - before) / n
         by_command = _by_command(project.client, f"*:{entity}:*:*") / n
         peer = FeastPeer(project.folder / "peer", f"127.0.0.1:{theirs.port}", project.plan, SERVICE, (entity,))

@@ -109,7 +109,7 @@ def fill(
     market = _Market(Traffic(users, items, seed), items, users * events_a_user, now_ms)
     popular = np.argsort(-np.bincount(market.events.items, minlength=items), kind="stable")
     done = Population(users, items, users * events_a_user, now_ms, popular)
-    keyspace = Keyspace(plan.project, plan.shards)
+    keyspace = Keyspace.of(plan)
     for entity in ("user", "item", "seller"):
         families = [family for view in plan.views for family in families_of(plan, view) if family.entity == entity]
         for ids, events in market.batches(entity):

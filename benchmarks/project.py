@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from config.settings import Settings
 from features.plan import Plan
 from headrace.embedded import EmbeddedBroker, EmbeddedRedis, end, free_port, spawn, wait_until_ready
 from registry.apply import apply
-from registry.settings import Settings
 from store.connect import connect
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ class Project:
 
     Args:
         kafka: address of a broker to apply to; by default one that lives only while `apply` runs.
-        options: more settings, by their names in `registry.settings.Settings`.
+        options: more settings, by their names in `config.settings.Settings`.
     """
 
     settings: Settings
@@ -99,13 +99,14 @@ def server(name: str, argv: list[str], folder: Path, env: Mapping[str, str], *, 
     process = spawn([*argv, "--port", str(port)], log=log, env={**env, "TMPDIR": str(folder)})
     address = f"http://127.0.0.1:{port}"
     try:
-        wait_until_ready(process, lambda: _answers(address + ready), name=name, log=log, timeout_s=START_TIMEOUT_S)
+        wait_until_ready(process, lambda: answers(address + ready), name=name, log=log, timeout_s=START_TIMEOUT_S)
         yield address
     finally:
         end(process)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether `GET url` answers 200."""
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  # our own address, with http
             return bool(answer.status == 200)

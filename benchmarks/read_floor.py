@@ -39,7 +39,7 @@ async def in_process(project: Project, mirror_rows: int) -> AsyncIterator[Path]:
     lookup = Lookup.connect(project.plan, project.redis.url, 60, mirror_rows)
     lookup.warm_up()
     program = lookup.service(SERVICE)
-    keyspace = Keyspace(project.plan.project, project.plan.shards)
+    keyspace = Keyspace.of(project.plan)
     try:
 
         async def ask(asked: Asked) -> bytes:

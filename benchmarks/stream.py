@@ -184,7 +184,7 @@ def rewound(project: Project) -> Project:
 
 
 def _keyspace(project: Project) -> Keyspace:
-    return Keyspace(project.plan.project, project.plan.shards)
+    return Keyspace.of(project.plan)
 
 
 def measure_loop(project: Project, kafka: RealKafka, counts: Mapping[str, int]) -> float:

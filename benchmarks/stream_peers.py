@@ -377,9 +377,9 @@ class Tiles(StatefulBatchLogic[tuple[int, int], tuple[Any, ...], None]):
 
 def loop() -> None:
     """Reads, decodes, merges and commits until all is committed, without Bytewax; settings are HEADRACE_* variables."""
-    from registry.settings import Settings
-    from registry.store import load_plan
+    from config.settings import Settings
     from store.connect import connect
+    from store.plans import load_plan
     from streams.decode import Decoder
     from streams.kafka import WorkerReader
     from streams.lane import Lane

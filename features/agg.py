@@ -43,7 +43,7 @@ def sum(  # noqa: A001  # on purpose: it is used as agg.sum
     buckets: int = DEFAULT_BUCKETS,
     doc: str = "",
 ) -> Declared:  # the field's standard term; used as agg.sum
-    """The sum of a field. Nothing seen: 0."""
+    """The sum of a field, of events that have it: a bucket with none is not in the map. Nothing seen: 0."""
     return _declare(kinds.Sum, event, over, field=field, where=where, by=by, buckets=buckets, doc=doc)
 
 
@@ -103,7 +103,11 @@ def std(
     default: float | None = None,
     doc: str = "",
 ) -> Declared:
-    """The population's standard deviation of a field. Nothing seen: null."""
+    """The population's standard deviation of a field. Nothing seen: null.
+
+    It is off by no more than 1e-9 of itself and 2e-15 of the largest value: nine digits are right where values are up
+    to a million times their spread, and four where they are 1e11 times it.
+    """
     return _declare(kinds.Std, event, over, field=field, where=where, by=by, buckets=buckets, default=default, doc=doc)
 
 

@@ -7,12 +7,12 @@ therefore takes a table twice: as it is and as a view of floats.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from features.loops import compiled
 from features.partials import (
     AnyPartial,
     Decay,
@@ -31,10 +31,7 @@ from features.times import TICK_MS, tail_ticks
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-compiled: Final[Any] = njit(cache=True, nogil=True, error_model="numpy")
-"""How every loop of ours is compiled: once a machine, kept on disk beside its source; it lets other threads run."""
-
-tail_of: Final[Any] = compiled(tail_ticks)
+tail_of: Final = compiled(tail_ticks)
 """The window rule, `features.times.tail_ticks`, for loops."""
 NEVER_MS: Final = 1 << 62
 _TALLY, _TOTAL, _LEAST, _GREATEST, _MOMENTS, _SEEN, _SEEN_TICK, _NUMBER, _TEXT, _DECAY = range(10)
@@ -61,7 +58,7 @@ def operations(partials: tuple[AnyPartial, ...]) -> Ints:
     return np.array(found, np.int64).reshape(-1, 3)
 
 
-@compiled  # type: ignore[untyped-decorator]  # numba has no types
+@compiled
 def begin(operation: Ints, into: Ints, into_floats: Floats, at: int, time_ms: int, value: int) -> None:
     """Writes the partial of one event to entry `at`; its `value` is a text's code, or the bits of a float64."""
     op, c = operation[0], operation[1]
@@ -79,7 +76,7 @@ def begin(operation: Ints, into: Ints, into_floats: Floats, at: int, time_ms: in
         into_floats[c + 2, at] = 0.0
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def fold(  # noqa: PLR0912  # a list of cases, one an operation
     operation: Ints, into: Ints, into_floats: Floats, slots: Ints, table: Ints, floats: Floats
 ) -> None:
@@ -124,7 +121,7 @@ def fold(  # noqa: PLR0912  # a list of cases, one an operation
         _fold_decayed(c, operation[2], into, into_floats, slots, table, floats)
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _fold_moments(c: int, into: Ints, into_floats: Floats, slots: Ints, table: Ints, floats: Floats) -> None:
     """Pairwise, as Chan, Golub and LeVeque (1979) do; equal means stay exactly what they are."""
     for at in range(len(slots)):
@@ -141,7 +138,7 @@ def _fold_moments(c: int, into: Ints, into_floats: Floats, slots: Ints, table: I
         into[c, to] = total
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _fold_decayed(
     c: int, half_life_ms: int, into: Ints, into_floats: Floats, slots: Ints, table: Ints, floats: Floats
 ) -> None:
@@ -153,16 +150,16 @@ def _fold_decayed(
         later_ms = table[c, at] - into[c, to]
         if later_ms > 0:
             aged = into_floats[c + 1, to]
-            # Nothing stays nothing: an empty slot's time is no time.
+            # Nothing stays nothing (-0.0): an empty slot's time is no time. What is too small becomes 0.
             if aged != 0.0:
-                aged *= 2.0 ** (-later_ms / half_life_ms)
+                aged = aged * 2.0 ** (-later_ms / half_life_ms) + 0.0
             into_floats[c + 1, to] = aged + floats[c + 1, at]
             into[c, to] = table[c, at]
         else:
             into_floats[c + 1, to] += floats[c + 1, at] * 2.0 ** (later_ms / half_life_ms)
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def tails_of(windows: Ints, now_ms: int) -> Ints:
     """int64[windows]: the first tick inside each; `windows` begin with width and hop in ms."""
     tails = np.empty(len(windows), np.int64)
@@ -171,7 +168,7 @@ def tails_of(windows: Ints, now_ms: int) -> Ints:
     return tails
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _groups(lines: Ints, has_starts: int) -> tuple[Ints, Ints]:
     """The group of each entry, a run of equal row and bucket; and each group's first entry."""
     rows, buckets = lines[0], lines[1 + has_starts]
@@ -186,7 +183,7 @@ def _groups(lines: Ints, has_starts: int) -> tuple[Ints, Ints]:
     return groups, firsts[:n]
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _slots(starts: Ints, groups: Ints, n_groups: int, windows: Ints, now_ms: int) -> Ints:
     """Where each entry is counted first: at its group in the finest window that holds it; -1 for nowhere."""
     tails = tails_of(windows, now_ms)
@@ -204,7 +201,7 @@ def _slots(starts: Ints, groups: Ints, n_groups: int, windows: Ints, now_ms: int
     return slots
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _fold_windows(
     operations: Ints, empty: Ints, is_float: NDArray[np.bool_], table: Ints, slots: Ints, totals: Ints, n_groups: int
 ) -> None:
@@ -222,7 +219,7 @@ def _fold_windows(
                 total_floats[column, at] = totals[column, at]
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def fold_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
     pool: Ints,
     sizes: Ints,
@@ -298,7 +295,7 @@ def fold_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not ob
     return totals.view(np.float64), n_groups, firsts
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def next_changes(pool: Ints, sizes: Ints, shapes: Ints, windows: Ints, now_ms: int, n_rows: int) -> Ints:
     """int64[rows]: when a tile of each row next enters or leaves a window; arguments as of `fold_tables`."""
     changes = np.full(n_rows, NEVER_MS, np.int64)
@@ -322,7 +319,7 @@ def next_changes(pool: Ints, sizes: Ints, shapes: Ints, windows: Ints, now_ms: i
     return changes
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def groups_of(table: int, n_groups: Ints, firsts: Ints, shapes: Ints, pool: Ints, sizes: Ints) -> tuple[Ints, Ints]:
     """int64[groups] twice: the row and the bucket of each group of a table with buckets; arguments as of `ranked`."""
     first_at = pool_at = 0
@@ -336,7 +333,7 @@ def groups_of(table: int, n_groups: Ints, firsts: Ints, shapes: Ints, pool: Ints
     return rows, buckets
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def ranked(  # noqa: PLR0913, PLR0917  # as of `fold_tables`
     totals: Floats,
     n_groups: Ints,

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from features.fold import compiled, groups_of, tail_of
+from features.fold import groups_of, tail_of
+from features.loops import compiled
 from features.texts import look_up
 from features.times import TICK_MS, Window, hop_ms
 
@@ -63,13 +64,13 @@ def formulas(numerics: Iterable[Numeric]) -> tuple[Ints, Floats]:
     return np.array(plain, np.int64).reshape(-1, 8), np.array(constants, np.float64).reshape(-1, 3)
 
 
-@compiled  # type: ignore[untyped-decorator]  # numba has no types
+@compiled
 def _ratio(first: float, second: float, p: float, q: float) -> float:
-    """Exactly the prior where there is nothing: maps leave such buckets out."""
+    """Exactly the prior where there is nothing."""
     return p if first == 0 and second == 0 else (first + p * q) / (second + q)
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _value(totals: Floats, formula: int, x: int, y: int, z: int, p: float, begin_ms: int, now_ms: int) -> float:
     """One value of any other formula; x, y and z are places among the totals."""
     first, second = totals[x], totals[y]
@@ -87,10 +88,21 @@ def _value(totals: Floats, formula: int, x: int, y: int, z: int, p: float, begin
     return value
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
+def tidy(values: Floats, default: float) -> int:
+    """Puts null in place of infinite numbers, and the default in place of null; returns how many were infinite."""
+    beyond = 0
+    for at in range(len(values)):
+        if not np.isfinite(values[at]):
+            beyond += np.isinf(values[at])
+            values[at] = default
+    return beyond
+
+
+@compiled
 def _finish_one(
     totals: Floats, n_groups: Ints, shapes: Ints, plain: Ints, constants: Floats, now_ms: int, values: Floats
-) -> None:
+) -> int:
     formula, table, column, other_table, other_column, window, width_ms, hop_ms = plain
     p, q, default = constants
     place = other_place = 0
@@ -108,23 +120,21 @@ def _finish_one(
     begin_ms = tail_of(now_ms, width_ms, hop_ms) * TICK_MS
     # Most features are one of the first two: a loop of its own decides nothing for each row.
     if formula == Formula.TOTAL:
-        values[:] = totals[x : x + len(values)]
+        values[:] = totals[x : x + len(values)] + 0.0  # No event's sum is -0.0.
     elif formula == Formula.RATIO:
         for at in range(len(values)):
             values[at] = _ratio(totals[np.uint64(x + at)], totals[np.uint64(y + at)], p, q)
     else:
         for at in range(len(values)):
             values[at] = _value(totals, formula, x + at, y + at, z + at, p, begin_ms, now_ms)
-    for at in range(len(values)):
-        if np.isnan(values[at]):
-            values[at] = default
+    return tidy(values, default)
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def finish(
     totals: Floats, n_groups: Ints, shapes: Ints, plain: Ints, constants: Floats, now_ms: int, values: Floats
-) -> None:
-    """Computes features.
+) -> int:
+    """Computes features; returns how many numbers are null as they are beyond float64's range.
 
     Args:
         totals: as `features.fold.fold_tables` gives them, like the next.
@@ -135,11 +145,13 @@ def finish(
         now_ms: query time.
         values: float64[features, groups of their tables], NaN for null; written to.
     """
+    beyond = 0
     for feature in range(len(plain)):
-        _finish_one(totals, n_groups, shapes, plain[feature], constants[feature], now_ms, values[feature])
+        beyond += _finish_one(totals, n_groups, shapes, plain[feature], constants[feature], now_ms, values[feature])
+    return beyond
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def look_ups(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
     keys: Ints,
     plain: Ints,
@@ -204,9 +216,9 @@ def look_ups(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
         )
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
-def fill(blocks: tuple[Floats, ...], places: Ints, pairs: tuple[Ints, ...], matrix: NDArray[np.float32]) -> None:
-    """Writes a matrix of features.
+@compiled
+def fill(blocks: tuple[Floats, ...], places: Ints, pairs: tuple[Ints, ...], matrix: NDArray[np.float32]) -> int:
+    """Writes a matrix of features; returns how many numbers are NaN as they are beyond float32's range.
 
     Args:
         blocks: values of each target, float64[features, rows].
@@ -214,16 +226,13 @@ def fill(blocks: tuple[Floats, ...], places: Ints, pairs: tuple[Ints, ...], matr
         pairs: for each block, the row of each line of the matrix, int64[lines].
         matrix: float32[lines, columns], written to.
     """
+    beyond = 0
     for column in range(len(places)):
         block, row = places[column]
         values, rows = blocks[block][row], pairs[block]
         for line in range(len(matrix)):
-            matrix[line, column] = values[rows[line]]
-
-
-@compiled  # type: ignore[untyped-decorator]  # as above
-def tidy(values: Floats, default: float) -> None:
-    """Puts null in place of infinite values, and the default in place of null."""
-    for at in range(len(values)):
-        if np.isnan(values[at]) or np.isinf(values[at]):
-            values[at] = default
+            number = np.float32(values[rows[line]])
+            if np.isinf(number):
+                number, beyond = np.float32(np.nan), beyond + 1
+            matrix[line, column] = number
+    return beyond

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from features.aggregations.base import Aggregation, Measure
 from features.formulas import Numeric, formulas
 from features.layout import Bundle, Family
+from features.partials import any_event
 from features.plan import Feature
 from features.rows import Entries, Events, Ints, Rows
 from features.texts import hash64, unify
@@ -39,10 +40,10 @@ _NONE: Final = np.zeros(0, np.int64)
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` answers: the new rows, and how many buckets were evicted to keep the declared bounds."""
+    """What `merge` answers: the new rows, and how many buckets of each table were evicted to keep a declared bound."""
 
     rows: Rows
-    evicted: int
+    evicted: Ints
 
 
 def merge(rows_of: Family | Bundle, rows: Rows, events: Mapping[str, Events], now_ms: int) -> Merged:
@@ -62,7 +63,8 @@ def merge(rows_of: Family | Bundle, rows: Rows, events: Mapping[str, Events], no
     batch = _Batch(bundle, events, dict(zip(fields, codes, strict=True)))
     state = (rows.pool, rows.sizes, np.append(recode, -1), rows.n)
     measured = (batch.takes, batch.values, batch.buckets, batch.has_bucket)
-    pool, sizes, evicted = merge_tables(*state, now_ms, *bundle.merging, batch.rows, batch.times_ms, *measured)
+    given: Any = (*state, now_ms, *bundle.merging, batch.rows, batch.times_ms, *measured)
+    pool, sizes, evicted = merge_tables(*given)
     latest_ms = latest(rows.latest_ms, bundle.reads, batch.contracts, batch.rows, batch.times_ms)
     return Merged(Rows.of_pool(bundle, latest_ms, pool, sizes, texts), evicted)
 
@@ -99,7 +101,7 @@ class _Batch:
             values.view(np.float64)[:] = 1.0
         elif not isinstance(column := fields[measure.field], pa.Array):
             takes &= ~np.isnan(column)
-            values.view(np.float64)[:] = column
+            values.view(np.float64)[:] = column + 0.0  # -0.0 stands for no event.
         else:
             takes &= ~np.asarray(pc.is_null(column))
             values[:] = self._codes.get((measure.event, measure.field), 0)
@@ -154,7 +156,7 @@ class Evaluator:
                 if spec.by is None:
                     numbers[name] = number
                 else:
-                    self._maps[name] = formulas([number])
+                    self._maps[name] = formulas([number._replace(default=None)])
             elif spec.value_type == "int":
                 counted.append(name)
         self.names = (*numbers, *counted)
@@ -166,14 +168,15 @@ class Evaluator:
         """The totals at `now_ms`: not before the `now_ms` of any merge that made the rows."""
         return Totals.of(self._bundle, state, now_ms, self.wanted) if isinstance(state, Rows) else state
 
-    def write(self, totals: Totals, now_ms: int, block: NDArray[np.float64]) -> None:
-        """Writes the numbers at `now_ms` into the block."""
-        totals.finish(self._formulas, now_ms, block[: len(self.names) - len(self._counted)])
+    def write(self, totals: Totals, now_ms: int, block: NDArray[np.float64]) -> int:
+        """Writes the numbers at `now_ms` into the block; returns how many are null as float64 has no such number."""
+        beyond = totals.finish(self._formulas, now_ms, block[: len(self.names) - len(self._counted)])
         for name in self._counted:
             spec, window, slots = self._features[name]
             parts = tuple(totals.slot(*slot) for slot in slots)
             counts = fill_default(spec.values(parts, now_ms)[window], spec.default)
             block[self._row_of[name]] = counts  # type: ignore[assignment]  # of an aggregation whose type is int
+        return beyond
 
     def value(self, name: str, totals: Totals, now_ms: int, block: NDArray[np.float64]) -> Values:
         """The values of one feature."""
@@ -185,10 +188,20 @@ class Evaluator:
             return fill_default(Texts(np.where(np.isnan(row), -1, row).astype(np.int64), totals.texts), spec.default)
         if name not in self._maps:
             return spec.values(tuple(totals.slot(*slot) for slot in slots), now_ms)[window]
+        return self._map(totals, now_ms, self._maps[name], slots)
+
+    def _map(self, totals: Totals, now_ms: int, formula: tuple[Ints, Any], slots: list[tuple[int, int]]) -> Maps:
+        """The buckets with an event in the window, but for those whose number is null."""
         part = totals.slot(*slots[0])
-        numbers = np.empty((1, len(part.rows)))
-        totals.finish(self._maps[name], now_ms, numbers)
-        return Maps(part.rows, part.n_rows, part.buckets, part.texts, numbers[0], spec.without_events)
+        (numbers,) = numbers_of = np.empty((1, len(part.rows)))
+        totals.finish(formula, now_ms, numbers_of)
+        window = formula[0][0, 5]
+        happened = np.zeros(len(numbers), bool)
+        for table, partial in slots:
+            of = self._bundle.tables[table].partials[partial][0]
+            happened |= any_event(of, totals.slot(table, partial).totals[-1, window])
+        kept = np.flatnonzero(happened & ~np.isnan(numbers))
+        return Maps(part.rows[kept], part.n_rows, part.buckets[kept], part.texts, numbers[kept])
 
 
 def numeric(bundle: Bundle, spec: Aggregation, window: Window, slots: list[tuple[int, int]]) -> Numeric:

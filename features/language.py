@@ -42,7 +42,8 @@ class Entity:
     """What features describe: `Entity("user", key="user_id", forget_after="90d")`.
 
     `key` is the field of events that holds the entity's id. `forget_after` says how long after its last event an entity
-    keeps features that have no window (`last_k`, `decayed`, `all`, …); without it there can be none of these.
+    keeps features that have no window (`last_k`, `decayed`, `all`, …); without it there can be none of these. An event
+    that is older when the stream merges it is left out.
     """
 
     name: str
@@ -304,6 +305,10 @@ class View:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise mistake(f"{self.name}.{twice}", "is the name of two features", "rename one")
+        # Feast takes a column of this name for the id, and then misses the feature.
+        for entity in self.entities:
+            if entity.key in names:
+                raise mistake(f"{self.name}.{entity.key}", f"is also the key of {entity.name}", "rename the feature")
 
     def _check_entity(self, entity: Entity) -> None:
         for event in self.events:

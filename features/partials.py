@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 Physical = Literal["count", "float", "time", "tick", "text"]
 """How the codec packs a column: unsigned integer, float64, milliseconds, 5 s tick, or index into the row's texts."""
@@ -34,10 +35,10 @@ class Tally:
 
 @dataclass(frozen=True)
 class Total:
-    """The sum of the values."""
+    """The sum of the values; -0.0 for none, which adds nothing, and which no sum of 0.0 and others can be."""
 
     physical: ClassVar[tuple[Physical, ...]] = ("float",)
-    empty: ClassVar[tuple[float, ...]] = (0.0,)
+    empty: ClassVar[tuple[float, ...]] = (-0.0,)
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,21 @@ class LatestText:
 
 @dataclass(frozen=True)
 class Decay:
-    """(time, amplitude): the exponentially decayed sum as it stood at the time of the latest event."""
+    """(time, amplitude): the exponentially decayed sum as it stood at the time of the latest event; -0.0 for none."""
 
     half_life_ms: int
     physical: ClassVar[tuple[Physical, ...]] = ("time", "float")
-    empty: ClassVar[tuple[float, ...]] = (-1, 0.0)
+    empty: ClassVar[tuple[float, ...]] = (-1, -0.0)
 
 
 AnyPartial = Tally | Total | Least | Greatest | Moments | Seen | SeenTick | LatestNumber | LatestText | Decay
+
+
+def any_event(partial: AnyPartial, totals: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """bool[…]: whether a partial is of any event, by its last column's totals."""
+    found = np.ones(totals.shape, bool)  # Of other partials, the number is null without events.
+    if isinstance(partial, Tally):
+        found = totals != 0
+    elif isinstance(partial, Total | Decay):
+        found = (totals != 0) | ~np.signbit(totals)
+    return found

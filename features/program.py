@@ -13,12 +13,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from features.aggregations import Last, LastK
-from features.aggregations.base import Aggregation
+from features.aggregations.base import Aggregation, Table
 from features.formulas import Formula, Numeric, fill, formulas, tidy
 from features.kernel import Evaluator, Wanted, numeric
 from features.layout import Bundle, Family, slots_of
 from features.plan import At, Contains, Derived, Feature, Plan, arguments, find_function
-from features.rows import Rows
+from features.rows import Entries, Rows
 from features.texts import buffers, look_up
 from features.times import TICK_MS
 from features.totals import Totals
@@ -125,7 +125,8 @@ class Program:
     def explain(
         self, states: Mapping[str, Rows | Totals], entity: str, row: int, now_ms: int
     ) -> dict[str, dict[str, Any]]:
-        """How each stored feature of one row comes about: window bounds, entries, last event, version of the row.
+        """How each stored feature of one row comes about: window bounds, entries, buckets kept and at most, last event,
+        version of the row.
 
         The program must have been made with every family `alone`, and the states be rows.
         """
@@ -146,6 +147,7 @@ class Program:
                     "from": None if feature.window.unbounded else tail * TICK_MS,
                     "to": now_ms,
                     "entries": int(inside.sum()),
+                    **_buckets(stage.bundle.tables[slots[0][0]].table, entries, row),
                     "last_event_at": last_ms if last_ms >= 0 else None,
                     "row": f"{family.name}:{family.tag:04x}",
                 }
@@ -197,6 +199,7 @@ class Frame:
     Attributes:
         found: by entity, bool[n]: which rows have ever had an event.
         last_event_ms: by entity, int64[n]: the last one's time; -1 for none.
+        beyond: how many numbers are null as they are beyond float64's range, or NaN in the matrix as beyond float32's.
     """
 
     def __init__(self, program: Program, states: Mapping[str, Rows | Totals], asked: Asked, now_ms: int) -> None:
@@ -205,6 +208,7 @@ class Frame:
         self._program, self._asked, self._now_ms = program, asked, now_ms
         self._totals: dict[str, Totals] = {}
         self._others: dict[str, Values] = {}
+        self.beyond = 0
         n_pairs = len(next(iter(asked.pairs.values()), ()))
         self._blocks: dict[Target, Floats] = {
             target: np.empty((n_rows, len(asked.ids[target[0]]) if len(target) == 1 else n_pairs))
@@ -217,7 +221,7 @@ class Frame:
                 latest = np.maximum(latest, self.last_event_ms[entity])
             self.last_event_ms[entity], self.found[entity] = latest, latest >= 0
             totals = self._totals[stage.bundle.name] = stage.evaluator.fold(state, now_ms)
-            stage.evaluator.write(totals, now_ms, self._block_of(stage))
+            self.beyond += stage.evaluator.write(totals, now_ms, self._block_of(stage))
         for entity, fields in asked.overrides.items():
             for field, column in fields.items():
                 if (name := program._last.get((entity, field))) is not None:
@@ -254,7 +258,7 @@ class Frame:
         rows = tuple(pairs[target[0]] if len(target) == 1 else np.arange(n) for target in targets)
         matrix = np.empty((n, len(places)), np.float32)
         if len(places):
-            fill(blocks, places, rows, matrix)
+            self.beyond += fill(blocks, places, rows, matrix)
         return matrix
 
     def _number(self, name: str) -> Floats:
@@ -356,7 +360,7 @@ class Frame:
             msg = f"{feature.full_name}: its function failed on {len(out)} rows: {type(error).__name__}: {error}"
             raise DerivedFeatureError(msg) from error
         out[:] = result
-        tidy(out, np.nan if spec.default is None else spec.default)
+        self.beyond += tidy(out, np.nan if spec.default is None else spec.default)
 
 
 class _FrameValues(Mapping[str, Values]):
@@ -443,6 +447,13 @@ class _LookUps:
         """As `features.formulas.look_ups` takes them."""
         keys, numerics, nothing = zip(*self._found, strict=True)
         return np.array(keys), *formulas(numerics), np.array(nothing, np.float64)
+
+
+def _buckets(table: Table, entries: Entries, row: int) -> dict[str, int]:
+    """How many buckets a row keeps, and at most: those beyond were evicted, the ones seen longest ago first."""
+    if entries.buckets is None or table.bound is None:
+        return {}
+    return {"buckets": len(np.unique(entries.buckets[entries.rows == row])), "buckets_max": table.bound}
 
 
 def _stages(plan: Plan, needed: Mapping[str, Feature], alone: Container[str]) -> list[_Stage]:

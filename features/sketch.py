@@ -15,7 +15,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from features.fold import compiled
+from features.loops import compiled
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 _REGISTERS: Final = 256
 _LEVELS: Final = 48
@@ -23,7 +26,7 @@ CELLS: Final = _REGISTERS * _LEVELS
 """How many cells a sketch has."""
 
 
-@compiled  # type: ignore[untyped-decorator]  # numba has no types
+@compiled
 def cells(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
     """int64[n]: the cell of each hash, below 256 * 48."""
     found = np.empty(len(hashes), np.int64)
@@ -37,24 +40,95 @@ def cells(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
     return found
 
 
-def estimate(rows: NDArray[np.intp], found: NDArray[np.int64], n_rows: int) -> NDArray[np.float64]:
-    """float64[n_rows]: how many distinct values made the cells in `found` (int64[m]), each of its row in `rows`.
+@compiled
+def _estimate(found: Ints, times: Floats, tail: int) -> float:
+    """How many distinct values fell on the cells since `tail`."""
+    occupied = np.zeros(_LEVELS)
+    for at in range(len(found)):
+        occupied[found[at] // _REGISTERS] += times[at] >= tail
+    # With n values, a cell of level l is empty with probability exp(-n * share of l). The log likelihood's slope falls
+    # with n: Newton's method on log n finds its root, held within the bounds that it has found.
+    low, high = 0.0, _LEVELS * np.log(2.0)
+    log_n = min(np.log(max(occupied.sum(), 1.0)), high)
+    for _ in range(100):
+        slope = bend = 0.0
+        for level in range(_LEVELS):
+            expected = np.exp(log_n) * 2.0 ** -min(level + 1, _LEVELS - 1) / _REGISTERS
+            odds = expected / np.expm1(min(expected, 700.0))
+            slope += occupied[level] * odds - (_REGISTERS - occupied[level]) * expected
+            bend += occupied[level] * odds * (1 - expected - odds) - (_REGISTERS - occupied[level]) * expected
+        low, high = (log_n, high) if slope > 0 else (low, log_n)
+        step = slope / bend if bend < 0 else 0.0
+        after = log_n - step if low < log_n - step < high else (low + high) / 2
+        if abs(after - log_n) < 1e-13 * max(log_n, 1.0):
+            break
+        log_n = after
+    n: float = np.exp(log_n)
+    return n
 
-    A cell listed twice in a row counts once.
+
+@compiled
+def counts(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
+    rows: Ints,
+    ticks: Floats,
+    hashes: NDArray[np.uint64],
+    cell_rows: Ints,
+    cell_ticks: Floats,
+    spilled: Ints,
+    tails: Ints,
+    exact_max: int,
+    n_rows: int,
+) -> Floats:
+    """How many distinct values each window of each row holds: float64[windows, n_rows].
+
+    Args:
+        rows: int64[values], the row of each value that is kept, ascending.
+        ticks: float64[values], when it was seen last.
+        hashes: uint64[values].
+        cell_rows: int64[cells], the row of each cell of what is not kept, ascending.
+        cell_ticks: float64[cells], when a value fell on it last.
+        spilled: int64[cells], which cell.
+        tails: int64[windows], the first tick inside each.
+        exact_max: up to so many, the values that are kept are all there are.
+        n_rows: how many rows.
     """
-    pairs = np.unique(rows * (_REGISTERS * _LEVELS) + found)
-    occupied = np.zeros((n_rows, _LEVELS))
-    np.add.at(occupied, (pairs // (_REGISTERS * _LEVELS), pairs % (_REGISTERS * _LEVELS) // _REGISTERS), 1)
-    # With n values, a cell of level l is empty with probability exp(-n * share[l]). The log likelihood's slope falls
-    # with n, so bisection on log n finds its root.
-    share = np.exp2(-np.minimum(np.arange(1, _LEVELS + 1), _LEVELS - 1)) / _REGISTERS
-    low, high = np.zeros(n_rows), np.full(n_rows, 48 * np.log(2))
-    for _ in range(48):
-        middle = (low + high) / 2
-        expected = np.exp(middle)[:, None] * share
-        slope = np.sum(
-            occupied * expected / np.expm1(np.minimum(expected, 700.0)) - (_REGISTERS - occupied) * expected, axis=1
-        )
-        low, high = np.where(slope > 0, middle, low), np.where(slope > 0, high, middle)
-    count: NDArray[np.float64] = np.exp((low + high) / 2)
-    return count
+    found = np.zeros((len(tails), n_rows))
+    for at in range(len(rows)):
+        for window in range(len(tails)):
+            found[window, rows[at]] += ticks[at] >= tails[window]
+    kept, latest = cells(hashes), np.full(CELLS, -1.0)
+    first = first_cell = 0
+    for row in range(n_rows):
+        last, last_cell = _end(rows, first, row), _end(cell_rows, first_cell, row)
+        if found[:, row].max() > exact_max:
+            touched = np.concatenate((kept[first:last], spilled[first_cell:last_cell]))
+            times = np.concatenate((ticks[first:last], cell_ticks[first_cell:last_cell]))
+            n = _once(touched, times, latest)
+            for window in range(len(tails)):
+                if found[window, row] > exact_max:
+                    estimated = np.rint(_estimate(touched[:n], times[:n], tails[window]))
+                    found[window, row] = max(estimated, exact_max + 1)
+        first, first_cell = last, last_cell
+    return found
+
+
+@compiled
+def _end(rows: Ints, first: int, row: int) -> int:
+    """Where the entries of a row end that begin at `first`."""
+    while first < len(rows) and rows[first] == row:
+        first += 1
+    return first
+
+
+@compiled
+def _once(touched: Ints, times: Floats, latest: Floats) -> int:
+    """Puts each cell once, with its latest time, at the front of both; returns how many. `latest` is -1 everywhere."""
+    for at in range(len(touched)):
+        latest[touched[at]] = max(latest[touched[at]], times[at])
+    n = 0
+    for at in range(len(touched)):
+        cell = touched[at]
+        if latest[cell] >= 0:
+            touched[n], times[n], latest[cell] = cell, latest[cell], -1.0
+            n += 1
+    return n

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from features.fold import compiled
+from features.loops import compiled
 
 Ints = NDArray[np.int64]
-NO_TEXTS: Final = pa.array([], pa.string())
+NO_TEXTS: Final = pa.StringArray.from_buffers(0, pa.py_buffer(bytes(4)), pa.py_buffer(b""))
 _NO_OFFSETS: Final = np.frombuffer(bytes(4), np.int32)
 _NO_BYTES: Final = np.frombuffer(b"", np.uint8)
 _MIX_A: Final = np.uint64(0x9E3779B97F4A7C15)
@@ -59,7 +59,7 @@ def from_buffers(offsets: NDArray[np.int32], data: NDArray[np.uint8]) -> pa.Stri
     )
 
 
-@compiled  # type: ignore[untyped-decorator]  # numba has no types
+@compiled
 def look_up(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
     rows: Ints,
     codes: Ints,
@@ -110,7 +110,7 @@ def look_up(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not object
                 break
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _word(offsets: NDArray[np.int32], data: NDArray[np.uint8], code: int) -> int:
     """A text's last seven bytes and its length, to tell most texts apart at once: ids differ in their last digits."""
     begin, end = offsets[code], offsets[code + 1]
@@ -120,7 +120,7 @@ def _word(offsets: NDArray[np.int32], data: NDArray[np.uint8], code: int) -> int
     return int(word)
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _same(
     offsets: NDArray[np.int32],
     data: NDArray[np.uint8],
@@ -149,7 +149,7 @@ def hash64(texts: pa.StringArray) -> NDArray[np.uint64]:
     return digests
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _hashes(offsets: NDArray[np.int32], data: NDArray[np.uint8]) -> NDArray[np.uint64]:
     digests = np.empty(len(offsets) - 1, np.uint64)
     for text in range(len(digests)):
@@ -157,7 +157,7 @@ def _hashes(offsets: NDArray[np.int32], data: NDArray[np.uint8]) -> NDArray[np.u
     return digests
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def keyed_hashes(offsets: NDArray[np.int32], data: NDArray[np.uint8], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """uint64[n, keys]: hashes of each text as `hash64`, by secret keys instead of a constant."""
     digests = np.empty((len(offsets) - 1, len(keys)), np.uint64)
@@ -167,7 +167,7 @@ def keyed_hashes(offsets: NDArray[np.int32], data: NDArray[np.uint8], keys: NDAr
     return digests
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _digest(data: NDArray[np.uint8], begin: int, end: int, key: np.uint64) -> np.uint64:
     digest: np.uint64 = _mix(np.uint64(end - begin) + key)
     for first in range(begin, end, 8):
@@ -178,7 +178,7 @@ def _digest(data: NDArray[np.uint8], begin: int, end: int, key: np.uint64) -> np
     return digest
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _mix(word: np.uint64) -> np.uint64:
     word = word + _MIX_A
     word = (word ^ (word >> np.uint64(30))) * _MIX_B

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from features.fold import begin, compiled, fold, tails_of
+from features.fold import begin, fold, tails_of
+from features.loops import compiled
 from features.sketch import cells
 from features.times import TICK_MS
 
@@ -18,7 +19,7 @@ Keys = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
 
 
-@compiled  # type: ignore[untyped-decorator]  # numba has no types
+@compiled
 def merge_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
     pool: Ints,
     sizes: Ints,
@@ -39,7 +40,7 @@ def merge_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not o
     values: Ints,
     buckets: Ints,
     has_bucket: Mask,
-) -> tuple[Ints, Ints, int]:
+) -> tuple[Ints, Ints, Ints]:
     """Adds events to all tables of rows.
 
     Args:
@@ -66,12 +67,13 @@ def merge_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not o
         has_bucket: bool[fields, events], whether there is one.
 
     Returns:
-        The new pool and sizes; and how many buckets were evicted.
+        The new pool and sizes; and how many buckets were evicted, int64[tables].
     """
     merged = np.empty(_most(sizes, shapes, kinds, len(rows)), np.int64)
     merged_sizes = np.empty(len(sizes), np.int64)
     spilled = np.empty((0, 0), np.int64)
-    evicted = pool_at = merged_at = line_at = first_operation = first_column = first_window = first_recency = 0
+    evicted = np.zeros(len(sizes), np.int64)
+    pool_at = merged_at = line_at = first_operation = first_column = first_window = first_recency = 0
     for index in range(len(sizes)):
         n_lines, n_columns, size = shapes[index, 0], shapes[index, 3], sizes[index]
         source, bound, spills, counts, n_windows, n_recency = kinds[index]
@@ -101,7 +103,7 @@ def merge_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not o
             bucket_line = out[n_lines - n_columns - 1]
             bucket_line[:] = cells(bucket_line.view(np.uint64))
             spilled = out
-        evicted += n_out if counts else 0
+        evicted[index] = n_out if counts else 0
         merged_sizes[index] = kept.shape[1]
         for line in range(n_lines):
             merged[merged_at : merged_at + kept.shape[1]] = kept[line]
@@ -114,7 +116,7 @@ def merge_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not o
     return merged[:merged_at], merged_sizes, evicted
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _most(sizes: Ints, shapes: Ints, kinds: Ints, n_events: int) -> int:
     """How long the merged pool can be: no table has more than it had and what arrives."""
     most = before = 0
@@ -124,7 +126,7 @@ def _most(sizes: Ints, shapes: Ints, kinds: Ints, n_events: int) -> int:
     return most
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def latest(before_ms: Ints, reads: Mask, contracts: Ints, rows: Ints, times_ms: Ints) -> Ints:
     """int64[families, n]: the time of each row's last event in each family.
 
@@ -143,7 +145,7 @@ def latest(before_ms: Ints, reads: Mask, contracts: Ints, rows: Ints, times_ms: 
     return found
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _arrive(  # noqa: PLR0913, PLR0917  # as above
     shape: Ints,
     operations: Ints,
@@ -202,7 +204,7 @@ def _arrive(  # noqa: PLR0913, PLR0917  # as above
     return lines
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _meet(  # noqa: PLR0913, PLR0917  # as above
     shape: Ints,
     operations: Ints,
@@ -278,7 +280,7 @@ def _meet(  # noqa: PLR0913, PLR0917  # as above
     return kept
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _age(starts: Ints, ageing: Ints, now_ms: int) -> Mask:
     """Rounds starts down to the hop of the finest window that holds them; says which any window holds."""
     tails = tails_of(ageing, now_ms)
@@ -295,7 +297,7 @@ def _age(starts: Ints, ageing: Ints, now_ms: int) -> Mask:
     return held
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _by_row(rows: Ints, held: Mask, n_rows: int) -> Ints:
     """The entries that are held, by row, and otherwise in the order that they have: a counting sort."""
     ends = np.zeros(n_rows + 1, np.int64)
@@ -311,7 +313,7 @@ def _by_row(rows: Ints, held: Mask, n_rows: int) -> Ints:
     return order
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _sort_rows(order: Ints, rows: Ints, major: Keys, minor: Keys) -> None:
     """Sorts what is in order by row by two keys as well."""
     scratch = np.empty(len(order), np.int64)
@@ -322,7 +324,7 @@ def _sort_rows(order: Ints, rows: Ints, major: Keys, minor: Keys) -> None:
             first = last
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _sort(order: Ints, first: int, last: int, major: Keys, minor: Keys, scratch: Ints) -> None:
     """Sorts `order[first:last]` by two keys, stably: a merge sort that passes over what is in order, as state is."""
     width = 1
@@ -344,12 +346,12 @@ def _sort(order: Ints, first: int, last: int, major: Keys, minor: Keys, scratch:
         width *= 2
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _is_before(one: int, other: int, major: Keys, minor: Keys) -> bool:
     return bool(major[one] < major[other] or (major[one] == major[other] and minor[one] < minor[other]))
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _bounded(lines: Ints, buckets: Keys, columns: Ints, recency: Ints, bound: int) -> tuple[Ints, Ints, int]:
     """Entries of the `bound` buckets a row that were seen latest, and the others: see `_meet`."""
     n = lines.shape[1]

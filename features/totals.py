@@ -54,9 +54,9 @@ class Totals:
         n_groups = np.full(len(bundle.tables), len(last_event_ms))
         return cls(bundle, (matrix.ravel(), n_groups, np.zeros(0, np.int64)), last_event_ms, texts)
 
-    def finish(self, formulas: tuple[Ints, Floats], now_ms: int, values: Floats) -> None:
+    def finish(self, formulas: tuple[Ints, Floats], now_ms: int, values: Floats) -> int:
         """Computes numeric features: see `features.formulas.finish`."""
-        finish(self._totals, self._n_groups, self._bundle.folding.shapes, *formulas, now_ms, values)
+        return finish(self._totals, self._n_groups, self._bundle.folding.shapes, *formulas, now_ms, values)
 
     def look_ups(
         self,
@@ -71,7 +71,8 @@ class Totals:
 
         `maps` are its first four arguments, `texts` the buffers of those that are wanted.
         """
-        look_ups(*maps, *self._folded, *self._text_buffers, owners, wanted, *texts, now_ms, values)
+        given: Any = (*maps, *self._folded, *self._text_buffers, owners, wanted, *texts, now_ms, values)
+        look_ups(*given)
 
     def ranked(self, table: int, column: int, window: int, least: int, k: int, ties: int) -> Lists:
         """Lists of buckets that are texts: see `features.fold.ranked`."""
@@ -89,9 +90,9 @@ class Totals:
     def _text_buffers(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         return buffers(self.texts)
 
-    def slot(self, table: int, partial: int) -> SlotTotals:
+    def slot(self, table: int, partial: int) -> _OfSlot:
         """One slot of a table."""
-        return SlotTotals(self, table, self._bundle.tables[table], partial)
+        return _OfSlot(self, table, self._bundle.tables[table], partial)
 
     def of_table(self, table: int) -> Floats:
         """float64[columns, windows, groups] of a table."""
@@ -110,8 +111,8 @@ class Totals:
         return found
 
 
-class SlotTotals:
-    """One slot of a table: the kernel's side of `features.aggregations.base.Part`."""
+class _OfSlot:
+    """One slot of a table: the kernel's side of `features.aggregations.base.SlotTotals`."""
 
     def __init__(self, of: Totals, table: int, layout: TableLayout, partial: int) -> None:
         self.n_rows, self.texts = of.n, of.texts
@@ -119,11 +120,11 @@ class SlotTotals:
 
     @cached_property
     def totals(self) -> Floats:
-        """See `Part.totals`."""
+        """See `SlotTotals.totals`."""
         return self._of.of_table(self._table)[self._columns]
 
     def ranked(self, window: int, least: int, k: int, *, ties: Literal[1, -1]) -> Lists:
-        """See `Part.ranked`."""
+        """See `SlotTotals.ranked`."""
         return self._of.ranked(self._table, self._columns.start, window, least, k, ties)
 
     @cached_property
@@ -132,13 +133,13 @@ class SlotTotals:
 
     @property
     def rows(self) -> Index:
-        """See `Part.rows`."""
+        """See `SlotTotals.rows`."""
         rows: Index = self._groups[0]
         return rows
 
     @property
     def buckets(self) -> NDArray[Any]:
-        """See `Part.buckets`."""
+        """See `SlotTotals.buckets`."""
         buckets: NDArray[Any] = self._groups[1]
         return buckets.view(np.uint64) if self._layout.table.bucket == "hash" else buckets
 

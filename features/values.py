@@ -5,7 +5,7 @@ Numbers (also counts and bools) are float64[n] with NaN for null; the three othe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final, Literal
 
@@ -59,25 +59,14 @@ class Lists:
 
 @dataclass(frozen=True)
 class Maps(Lists):
-    """A map from text to number a row, by bucket: entries as in `Lists`, each with a value (float64[entries]).
-
-    `nothing` is what a bucket that isn't there stands for: 0 of a count, NaN of a mean. Entries with it are left out.
-    """
+    """A map from text to number a row, by bucket: entries as in `Lists`, each with a value (float64[entries])."""
 
     values: Floats
-    nothing: float
-
-    @property
-    def some(self) -> Maps:
-        """The maps without entries that stand for nothing."""
-        kept = np.flatnonzero(~np.isnan(self.values) & (self.values != self.nothing))
-        return replace(self, rows=self.rows[kept], codes=self.codes[kept], values=self.values[kept])
 
     def array(self) -> pa.MapArray:
         """The maps as Arrow has them."""
-        some = self.some
-        offsets = pa.array(offsets_of(some.rows, self.n_rows), pa.int32())
-        return pa.MapArray.from_arrays(offsets, self.texts.take(pa.array(some.codes)), pa.array(some.values))
+        offsets = pa.array(offsets_of(self.rows, self.n_rows), pa.int32())
+        return pa.MapArray.from_arrays(offsets, self.texts.take(pa.array(self.codes)), pa.array(self.values))
 
 
 Values = Floats | Texts | Lists | Maps
@@ -110,8 +99,6 @@ def to_json(values: Values, value_type: Type) -> list[Any]:
         for at in np.flatnonzero(values.codes < 0).tolist():
             found[at] = None
         return found
-    if isinstance(values, Maps):
-        values = values.some
     if isinstance(values, Lists):
         strings = _strings(values.texts, values.codes)
         each = [slice(*ends) for ends in pairwise(offsets_of(values.rows, values.n_rows).tolist())]

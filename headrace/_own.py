@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-_PACKAGES = ("features", "store", "registry", "streams", "serving")
+_PACKAGES = ("config", "features", "store", "registry", "streams", "serving")
 
 
 def check_packages() -> None:

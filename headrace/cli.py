@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import re
 import sys
 import time
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import structlog
 import typer
-from pydantic import ValidationError
-from pydantic_settings import SettingsError
-from redis.exceptions import RedisError
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 from rich.text import Text
 
-from registry.logs import set_up_logs
-from registry.settings import Settings
+if TYPE_CHECKING:
+    from config.settings import Settings
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Plain help: drawing it with rich takes longer than all else that `--help` does.
+    rich_markup_mode=None,
     help="Headrace: a real-time feature store. Settings are HEADRACE_* variables: see README.md.",
 )
 _SECRET = ("HEADRACE_REDIS_URL", "HEADRACE_KAFKA_OPTIONS")
 """Variables that hold passwords."""
 keys = typer.Typer(no_args_is_help=True, help="API keys of the server: the file HEADRACE_API_KEYS_FILE.")
 app.add_typer(keys, name="keys")
-log = structlog.get_logger()
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
+
+
+@app.callback()
+def _before_any() -> None:
+    """What every command needs, and `--help` does not."""
+    from config.logs import set_up_logs
+
+    set_up_logs(as_json=_settings().log_json)
 
 
 @app.command()
 def plan() -> None:
     """Show what `apply` would change; nothing is changed."""
-    from registry.apply import plan_changes
+    from store.plans import plan_changes
 
-    declared, changed = plan_changes(Settings())
+    declared, changed = plan_changes(_settings())
     _show_changes(changed)
     out.print(f"plan {declared.fingerprint}: " + ("run `headrace apply`" if changed else "nothing to do"))
 
@@ -52,7 +61,7 @@ def apply() -> None:
     """Register the declarations in Feast, create their topics, initialise their commit records."""
     from registry.apply import apply as run
 
-    settings = Settings()
+    settings = _settings()
     done = run(settings, _redis(settings))
     if done.changes or done.topics or done.records:
         _audit("apply", plan=done.plan.fingerprint, changes=len(done.changes), topics=list(done.topics))
@@ -68,13 +77,64 @@ def apply() -> None:
 
 
 @app.command()
+def history() -> None:
+    """List the applied plans, the newest first: when, by whom, what each changed."""
+    from config.settings import project_of
+    from features.changes import changes
+    from store.plans import applied_plans
+
+    settings = _settings()
+    before, found = None, []
+    for each in applied_plans(_redis(settings), project_of(settings.repo)):
+        try:
+            applied = each.decoded()
+            changed, before = changes(before, applied), applied
+        except ValueError:  # What follows it is compared with the last one that can be read.
+            changed = ["~ plan: it was applied by another version of Headrace, which can say more"]
+        found.append((each, changed))
+    if not found:
+        out.print("nothing is applied: run `headrace apply`")
+    for each, changed in reversed(found):
+        at = datetime.fromtimestamp(each.at_ms / 1000, UTC).isoformat(timespec="seconds")
+        out.print(f"plan {each.fingerprint}, {at}, by {each.by}", highlight=False, markup=False)
+        _show_changes(changed)
+
+
+@app.command()
 def stream(
     processes: Annotated[int, typer.Option(min=1, help="Worker processes")] = 1,
 ) -> None:
     """Run the dataflow of the applied plan, starting its workers again when they stop."""
     from streams.supervise import supervise
 
-    raise typer.Exit(supervise(Settings(), processes))
+    raise typer.Exit(supervise(_settings(), processes))
+
+
+@app.command()
+def accept_topic(topic: Annotated[str, typer.Argument(help="A topic that was deleted and made anew")]) -> None:
+    """Have the stream read a topic that was made anew from its beginning; features keep what they have."""
+    from confluent_kafka import KafkaException
+
+    from config.brokers import unreachable
+    from store.plans import load_plan
+    from streams.kafka import accept_topic as run
+
+    settings = _settings()
+    applied = load_plan(settings)
+    if topic not in (topics := [spec.topic for spec in applied.events]):
+        message = f"no event is read from {topic!r}; topics are: {', '.join(topics)}"
+        raise typer.BadParameter(message)
+    try:
+        changed = run(settings, applied, _redis(settings), topic)
+    except KafkaException as error:
+        raise RuntimeError(unreachable(settings, error)) from None
+    if changed:
+        _audit("topic_accepted", topic=topic, shards=changed)
+    out.print(
+        f"topic {topic} is read from its beginning: {changed} shards were of the one before it"
+        if changed
+        else f"topic {topic} is the one that is read: there was nothing to do"
+    )
 
 
 @app.command()
@@ -88,7 +148,7 @@ def serve(
 
     options = {"host": host, "port": port, "server_processes": processes}
     given = {name: value for name, value in options.items() if value is not None}
-    raise typer.Exit(run(Settings().model_copy(update=given)))
+    raise typer.Exit(run(_settings().model_copy(update=given)))
 
 
 @app.command()
@@ -111,14 +171,17 @@ def replay(  # noqa: PLR0913, PLR0917  # each is an option of the command
     from confluent_kafka import KafkaException
     from rich.progress import Progress
 
+    from config.brokers import kafka_python, unreachable
     from features.plan import find_contract
-    from registry.brokers import kafka_python, topics_there, unreachable
-    from registry.store import load_plan
+    from headrace.replay import Replay, ReplayError, SystemClock, run
+    from store.plans import load_plan
 
-    from headrace.replay import Replay, ReplayError, SystemClock, run  # isort: skip  # after Feast, whose import resets warning filters
-
-    settings = Settings()
+    settings = _settings()
     contracts = {spec.topic: find_contract(spec) for spec in load_plan(settings).events}
+    try:
+        kafka_options = kafka_python(settings, Replay.timeout_s)
+    except KafkaException as error:
+        raise ReplayError(unreachable(settings, error)) from error
     todo = Replay(
         file=file,
         topic=topic,
@@ -129,13 +192,8 @@ def replay(  # noqa: PLR0913, PLR0917  # each is an option of the command
         time_unit=time_unit,  # type: ignore[arg-type]  # checked by replay, whose error names the option
         rebase_to_now=rebase_to_now,
         speed=speed,
-        kafka_options=kafka_python(settings),
+        kafka_options=kafka_options,
     )
-    try:
-        # kafka-python, which sends, tries until its time is over whatever the broker says of a password.
-        topics_there(settings, todo.timeout_s)
-    except KafkaException as error:
-        raise ReplayError(unreachable(settings, error)) from error
     with Progress(console=err, disable=not err.is_terminal) as progress:
         summary = run(todo, contracts, settings.kafka, SystemClock(), progress)
     out.print(summary)
@@ -151,7 +209,7 @@ def demo(
     """Run everything here, with simulated shoppers; the address is printed first."""
     from headrace.demo import run_demo
 
-    raise typer.Exit(run_demo(Settings(), seconds, port, rate=rate, seed=seed))
+    raise typer.Exit(run_demo(_settings(), seconds, port, rate=rate, seed=seed))
 
 
 @app.command()
@@ -161,10 +219,12 @@ def show(
     service: Annotated[str | None, typer.Option(help="Only the features of this service")] = None,
 ) -> None:
     """Show an entity's features as they are now."""
-    from registry.online import Reader
-    from registry.store import load_plan
+    from config.imports import keep_pandas_out
+    from store.plans import load_plan
+    from store.reader import Reader
 
-    settings = Settings()
+    keep_pandas_out()
+    settings = _settings()
     applied = load_plan(settings)
     known = {spec.name: spec for spec in applied.entities}
     if entity not in known:
@@ -179,7 +239,8 @@ def show(
         _redis(settings).mget, {known[entity].key: [entity_id]}, time.time_ns() // 1_000_000, full=True
     )
     values = response.to_dict()
-    table = Table("feature", "value", "what it is", title=Text(f"{entity} {entity_id}: {response.statuses()[0][0]}"))
+    named = Column("feature", no_wrap=True)  # Whatever else is long: names are what is looked for, and piped to grep.
+    table = Table(named, "value", "what it is", title=Text(f"{entity} {entity_id}: {response.statuses(0)[0]}"))
     for name in names:
         table.add_row(name, Text(str(values[name][0])), Text(applied.features[name].doc))
     out.print(table)
@@ -239,21 +300,21 @@ def revoke_key(key_id: Annotated[str, typer.Argument(metavar="ID", help="The par
 
 @app.command()
 def doctor() -> None:
-    """Check that Kafka, Redis and the registry can be reached and agree."""
+    """Check that Kafka, Redis and the applied plan are there and agree."""
+    from config.imports import keep_pandas_out
     from headrace.doctor import examine
 
+    keep_pandas_out()
     healthy = True
-    for check in examine(Settings()):
-        healthy &= check.good
-        out.print(
-            f"[{'green' if check.good else 'red'}]{'ok ' if check.good else 'NOT OK'}[/] {check.what}: {check.found}",
-            highlight=False,
-        )
+    said = {True: "[green]ok [/]", None: "[yellow]LOOK[/]", False: "[red]NOT OK[/]"}
+    for check in examine(_settings()):
+        healthy &= check.good is not False
+        out.print(f"{said[check.good]} {check.what}: {escape(check.found)}", highlight=False)
     raise typer.Exit(0 if healthy else 1)
 
 
 def _keys_path() -> Path:
-    path = Settings().api_keys_file
+    path = _settings().api_keys_file
     if path is None:
         message = "HEADRACE_API_KEYS_FILE must name the file of keys"
         raise ValueError(message)
@@ -262,11 +323,18 @@ def _keys_path() -> Path:
 
 def _audit(action: str, **what: Any) -> None:
     """A line in the log for whatever changes something."""
-    log.info("audit", action=action, uid=os.getuid(), **what)
+    import structlog
+
+    structlog.get_logger().info("audit", action=action, uid=os.getuid(), **what)
 
 
 def _settings() -> Settings:
     """The settings, or an error that names the variable."""
+    from pydantic import ValidationError
+    from pydantic_settings import SettingsError
+
+    from config.settings import Settings
+
     try:
         return Settings()
     except ValidationError as error:
@@ -308,13 +376,21 @@ def _show_changes(changed: list[str]) -> None:
         out.print(line, style={"+": "green", "-": "red", "~": "yellow"}[line[0]], highlight=False, markup=False)
 
 
+def _mendable() -> tuple[type[Exception], ...]:
+    """What a user can mend; asked for once something was raised."""
+    from redis.exceptions import RedisError
+
+    return ValueError, LookupError, OSError, RuntimeError, RedisError
+
+
 def main() -> None:
     """Runs the command line; what a user can mend is one line, not a stack trace."""
+    # A process that ends would otherwise look through all that was imported for cycles, for a fifth of its time.
+    atexit.register(gc.freeze)
     try:
-        set_up_logs(as_json=_settings().log_json)
         app()
-    except (ValueError, LookupError, OSError, RuntimeError, RedisError) as error:
-        if "HEADRACE_TRACE" in os.environ:
+    except Exception as error:
+        if "HEADRACE_TRACE" in os.environ or not isinstance(error, _mendable()):
             raise
         err.print(f"error: {error}", style="red", highlight=False, markup=False)
         err.print("(HEADRACE_TRACE=1 shows where)", style="dim")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from features.definitions import compile_definitions
 from features.kernel import Events, merge
 from features.layout import Bundle, Family, families_of
 from features.plan import Plan
@@ -16,7 +17,6 @@ from features.rows import Rows
 from features.sketch import cells
 from features.texts import hash64
 from features.totals import Totals
-from registry.definitions import compile_definitions
 from serving.lookup import mirrored_families
 from store.codec import decode, encode
 from store.keys import Keyspace
@@ -46,7 +46,7 @@ def compile_all(definitions: str = "features.catalog") -> None:
     # Of what a sketch counts, reading meets more than 64 values at once.
     cells(hashes)
     for offset in range(2):
-        dedupe.duplicates(offset, hashes, times_ms)
+        dedupe.duplicates(np.full(1, offset), hashes, times_ms)
 
 
 def _row(plan: Plan, family: Family) -> bytes:

@@ -32,7 +32,6 @@ from typing import Any, Final
 
 import httpx
 import numpy as np
-import yaml  # type: ignore[import-untyped]  # its stubs are not among our dependencies
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from pydantic import SecretStr
 from rich.console import Console, Group
@@ -41,14 +40,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from config.settings import DEAD_LETTER_SUFFIX, Settings
 from features.plan import Plan
 from headrace.embedded import EmbeddedBroker, EmbeddedRedis, ServerError, end, free_port, spawn
 from headrace.simulator import Marketplace
-from registry.definitions import compile_definitions
-from registry.settings import DEAD_LETTER_SUFFIX, Settings
 from store.commit import read_record
 from store.connect import connect
 from store.keys import Keyspace
+from store.plans import load_plan
 
 START_TIMEOUT_S: Final = 60.0
 CATCH_UP_TIMEOUT_S: Final = 10.0
@@ -62,7 +61,6 @@ POLL_S: Final = 0.002
 MALFORMED_EVERY: Final = 2_000
 LOG_LINES_SHOWN: Final = 20
 HOTTEST_SHOWN: Final = 8
-"""As registry.apply has it, which would load Feast."""
 RECENT: Final = 300
 """Measurements that the live table looks back on."""
 
@@ -281,7 +279,10 @@ class _Demo:
         self._start("stream")
         self._start("serve", "--port", str(self._settings.port))
         self._wait("the server", self._is_ready)
-        plan = self._declared()
+        there = {"KAFKA": self._settings.kafka, "REDIS_URL": self._settings.redis_url.get_secret_value()}
+        where = " ".join(f"HEADRACE_{name}={value}" for name, value in there.items())
+        _say(self._console, f"events of your own: {where} headrace replay events.jsonl --topic clicks --rebase-to-now")
+        plan = load_plan(self._settings, self._redis)
         marketplace = Marketplace(figures.seed)
         recent_users: deque[str] = deque(maxlen=RECENT)
         producing = self._submit(self._produce, marketplace, rate, recent_users)
@@ -388,14 +389,9 @@ class _Demo:
         except httpx.HTTPError:
             return False
 
-    def _declared(self) -> Plan:
-        """What was applied; compiled again, as the registry would have to load Feast, for seconds."""
-        project = yaml.safe_load((self._folder / "feature_store.yaml").read_text())["project"]
-        return compile_definitions(self._settings.definitions, project, self._settings.shards)
-
     def _look_at_commits(self, plan: Plan) -> int:
         """How many records all shards have committed: of each partition, what the last of them has."""
-        keys = Keyspace(plan.project, plan.shards).commit_records(plan.stored_entities)
+        keys = Keyspace.of(plan).commit_records(plan.stored_entities)
         records = [read_record(self._redis, key).positions for key in keys]
         partitions = {name for positions in records for name in positions}
         self._figures.committed = sum(

@@ -30,13 +30,15 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
-from features.events import NEWEST_MS, OLDEST_MS, Event, Kind
+from features.events import NEWEST_MS, OLDEST_MS, Event, Kind, epoch_ms
 from features.times import DAY_MS
 
 UNDELIVERED_MAX: Final = 10_000
 """Events on their way at once: kafka-python's producer has no limit of its own."""
 REASONS_SHOWN: Final = 5
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_AS_SECONDS_MS: Final = (315_532_800_000, NEWEST_MS)
+"""1980 to 2100: a number of milliseconds that means early 1970, and as seconds such a date, counts seconds."""
 _SHOWN_LENGTH_MAX: Final = 80
 _CLOSE_TIMEOUT_S: Final = 2.0
 """After an interruption; otherwise all is delivered before, and closing waits for nothing."""
@@ -182,7 +184,8 @@ def _first_pass(
     _check_topics(options, contracts)
     task: TaskID = progress.add_task(f"reading {options.file.name}", total=None)
     columns: dict[str, None] = dict.fromkeys(_columns(options))
-    rows, latest_ms = 0, 0
+    rows = 0
+    latest_ms: int | None = None
     if columns:
         _check_columns(options, contracts, columns)
     for number, row in _rows(options):
@@ -193,12 +196,15 @@ def _first_pass(
         columns |= dict.fromkeys(row)
         topic = _topic(options, row)
         if options.rebase_to_now and topic in contracts:
-            event = _event(options, contracts[topic], number, row, shift_ms=0)
-            latest_ms = max(latest_ms, 0 if isinstance(event, str) else event.occurred_at)
+            at_ms = _at_ms(options, row)
+            # Times are held to the lower bound once they are shifted; here one within it stands in.
+            if at_ms is not None and at_ms <= NEWEST_MS and (latest_ms is None or at_ms > latest_ms):
+                event = _event(options, contracts[topic], number, row, shift_ms=NEWEST_MS - at_ms)
+                latest_ms = latest_ms if isinstance(event, str) else at_ms
     progress.remove_task(task)
     if rows:
         _check_columns(options, contracts, columns)
-    return rows, now_ms - latest_ms if latest_ms else 0
+    return rows, 0 if latest_ms is None else now_ms - latest_ms
 
 
 def _events(
@@ -360,13 +366,68 @@ def _event(options: Replay, contract: type[Event], number: int, row: dict[str, A
         if value is not None:
             found[name] = _time(value, options.time_unit) if name == "occurred_at" else _plain(value, kind)
     found.setdefault("event_id", hashlib.sha256(f"{options.file.name}:{number}".encode()).hexdigest()[:24])
+    if options.rebase_to_now and (at_ms := _at_ms(options, row)) is not None:
+        if _as_seconds(options, row) is not None:
+            # Shifted, it would pass for a time, and a day of the file for a minute and a half.
+            return _out_of_place(options, row, at_ms)
+        found["occurred_at"] = at_ms + shift_ms
     try:
-        event = contract.model_validate(found)
-        if not shift_ms:
-            return event
-        return contract.model_validate(found | {"occurred_at": event.occurred_at + shift_ms})
+        return contract.model_validate(found)
     except ValidationError as error:
-        return _reason(error, options)
+        first = error.errors(include_url=False)[0]
+        bounds = first.get("ctx", {})
+        bound_ms = bounds.get("ge", bounds.get("le"))
+        at_ms = _at_ms(options, row) if first["loc"] == ("occurred_at",) and bound_ms is not None else None
+        return _reason(first, options) if at_ms is None else _out_of_place(options, row, at_ms, shift_ms, bound_ms)
+
+
+def _out_of_place(
+    options: Replay, row: Mapping[str, Any], at_ms: int, shift_ms: int = 0, bound_ms: int | None = None
+) -> str:
+    """One line: what the time means, the bound that it breaks if it does, and what would help."""
+    column = _time_column(options)
+    where = "occurred_at" if column == "occurred_at" else f"occurred_at (column {column})"
+    shown = _shown(row.get(column), quoted=not isinstance(row.get(column), datetime))
+    said = [f"{where}: {shown} means {_date(at_ms)}"]
+    early = bound_ms is not None and at_ms + shift_ms < bound_ms
+    if bound_ms is not None:
+        shifted = f", shifted to {_date(at_ms + shift_ms)}" if shift_ms else ""
+        said[0] += f"{shifted}, and the {'earliest' if early else 'latest'} date allowed is {_date(bound_ms)}"
+    as_seconds_ms = _as_seconds(options, row)
+    if as_seconds_ms is not None:
+        said.append(f"if the file counts seconds, say --time-unit s: then it means {_date(as_seconds_ms)}")
+    if early and not options.rebase_to_now and (as_seconds_ms is None or as_seconds_ms < OLDEST_MS):
+        said.append("--rebase-to-now shifts all times, so that the last is now")
+    if not early and options.time_unit == "s":
+        said.append("if the file counts milliseconds, say --time-unit ms")
+    return "; ".join(said)
+
+
+def _time_column(options: Replay) -> str:
+    return options.mapping.get("occurred_at", "occurred_at")
+
+
+def _at_ms(options: Replay, row: Mapping[str, Any]) -> int | None:
+    """The row's time as epoch milliseconds, whatever its date; None where the contract is to say what is wrong."""
+    try:
+        at_ms = epoch_ms(_time(row.get(_time_column(options)), options.time_unit))
+    except ValueError:
+        return None
+    return at_ms if isinstance(at_ms, int) else None
+
+
+def _as_seconds(options: Replay, row: Mapping[str, Any]) -> int | None:
+    """Epoch milliseconds of a number that is taken for milliseconds and is likely to count seconds; otherwise None."""
+    value = row.get(_time_column(options))
+    at_ms = None if options.time_unit == "s" or isinstance(value, datetime) else _time(value, "s")
+    return at_ms if isinstance(at_ms, int) and _AS_SECONDS_MS[0] <= at_ms <= _AS_SECONDS_MS[1] else None
+
+
+def _date(at_ms: int) -> str:
+    try:
+        return (_EPOCH + timedelta(milliseconds=at_ms)).date().isoformat()
+    except OverflowError:
+        return "a date beyond the years 1 to 9999"
 
 
 def _plain(value: Any, kind: Kind) -> Any:
@@ -398,19 +459,14 @@ def _time(value: Any, unit: TimeUnit) -> Any:
         return value
 
 
-def _reason(error: ValidationError, options: Replay) -> str:
+def _reason(first: Mapping[str, Any], options: Replay) -> str:
     """One line: which field, in which column, holds what, and what is expected."""
-    first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     column = options.mapping.get(name, name)
     where = name if column == name else f"{name} (column {column})"
     if first["type"] == "missing":
         return f"{where}: the row has no value"
-    got = first["input"]
-    hint = ""
-    if name == "occurred_at" and isinstance(got, int) and OLDEST_MS <= got * 1000 <= NEWEST_MS:
-        hint = "; if the file counts seconds, say --time-unit s"
-    return f"{where}: {first['msg']}; got {_shown(got, quoted=True)}{hint}"
+    return f"{where}: {first['msg']}; got {_shown(first['input'], quoted=True)}"
 
 
 def _shown(value: object, *, quoted: bool = False) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import redis
@@ -9,19 +11,15 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # where it is documented
 from feast import FeatureStore
 
+from config.brokers import topics_there, unreachable
+from config.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from features.plan import Plan
-from registry.brokers import topics_there, unreachable
-from registry.definitions import compile_definitions
-from registry.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
-from registry.store import applied_plan, changes, project_of, register
+from registry.register import register, registered_plan
 from store.commit import initialise
 from store.keys import Keyspace
+from store.plans import ApplyError, append_plan, plan_changes
 
 _KAFKA_TIMEOUT_S = 15.0
-
-
-class ApplyError(RuntimeError):
-    """What is declared can't be applied over what is."""
 
 
 @dataclass(frozen=True)
@@ -34,30 +32,22 @@ class Applied:
     records: int
 
 
-def plan_changes(settings: Settings) -> tuple[Plan, list[str]]:
-    """The declared plan, and what applying it would change.
+def apply(settings: Settings, client: redis.Redis, clock: Callable[[], float] = time.time) -> Applied:
+    """Applies what is declared; a second time there is nothing to do.
 
-    Raises:
-        ApplyError: if it would change the number of shards, which decides where every row is.
+    Redis gets the plan last: who runs it finds all that it needs, and an `apply` that was stopped is done again.
     """
-    declared = compile_definitions(settings.definitions, project_of(settings.repo), settings.shards)
-    before = applied_plan(FeatureStore(repo_path=str(settings.repo)))
-    if before is not None and before.shards != declared.shards:
-        msg = (
-            f"HEADRACE_SHARDS={declared.shards}, but this project was applied with {before.shards} and its rows are "
-            f"kept so; set it to {before.shards}, or start a new project"
-        )
-        raise ApplyError(msg)
-    return declared, changes(before, declared)
-
-
-def apply(settings: Settings, client: redis.Redis) -> Applied:
-    """Applies what is declared; a second time there is nothing to do."""
-    plan, changed = plan_changes(settings)
+    plan, changed = plan_changes(settings, client)
     topics = create_topics(settings, plan)
+    store = FeatureStore(repo_path=str(settings.repo))
+    catalogued = registered_plan(store)
+    if catalogued is None or catalogued.fingerprint != plan.fingerprint:
+        register(store, plan, settings.kafka)
+    records = initialise(client, Keyspace.of(plan), plan.stored_entities)
     if changed:
-        register(FeatureStore(repo_path=str(settings.repo)), plan, settings.kafka)
-    records = initialise(client, Keyspace(plan.project, plan.shards), plan.stored_entities)
+        append_plan(client, plan, int(clock() * 1000))
+    elif catalogued is None or catalogued.fingerprint != plan.fingerprint:
+        changed = ["~ registry: it held another plan, or none"]
     return Applied(plan, changed, topics, records)
 
 

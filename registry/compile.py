@@ -157,8 +157,20 @@ def _service(plan: Plan, name: str, views: dict[str, Any]) -> feast.FeatureServi
     version = re.search(r"_v(\d+)$", name)
     return feast.FeatureService(
         name=name,
-        features=[views[view][names] for view, names in members.items()],
+        features=[_member(views[view], names) for view, names in members.items()],
         description=spec.doc,
         owner=spec.owner,
         tags={**spec.tags, **({"version": version[1]} if version else {})},
     )
+
+
+def _member(view: Any, names: list[str]) -> Any:
+    """Some features of a view.
+
+    Feast reads fields of cross views back without their texts; a service's that have some are then not found in it.
+    """
+    member = view[names]
+    if isinstance(view, CrossFeatureView):
+        fields = member.projection.features
+        member.projection.features = [feast.Field(name=field.name, dtype=field.dtype) for field in fields]
+    return member

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
+from config.settings import Settings, project_of
+from features.definitions import compile_definitions
 from registry.compile import compile_to_feast
-from registry.definitions import compile_definitions
-from registry.settings import Settings
-from registry.store import project_of
 
 _settings = Settings(repo=Path(__file__).resolve().parent.parent)
 _plan = compile_definitions(_settings.definitions, project_of(_settings.repo), _settings.shards)

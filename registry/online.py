@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -23,14 +23,11 @@ from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import RepeatedValue, StringList, Value
 from feast.repo_config import FeastConfigBaseModel
 
+from config.settings import Settings
 from features.plan import Plan
-from features.program import Asked, Frame, Program
-from features.values import to_arrow, to_python
 from registry.compile import PLAN_TAG
-from registry.settings import Settings
 from store.connect import connect
-from store.keys import Keyspace
-from store.read import Request
+from store.reader import Reader, Response
 
 _AS_OF_MS: ContextVar[int | None] = ContextVar("headrace_as_of_ms", default=None)
 
@@ -74,7 +71,9 @@ class HeadraceOnlineStore(OnlineStore):
         plan = _plan(registry, project)
         full_names = _full_names(plan, features)
         reader = self._reader(plan, full_names)
-        return reader.read(self._redis(config).mget, _columns(entity_rows), self._now_ms(), full=full_feature_names)
+        return LazyResponse(
+            reader.read(self._redis(config).mget, _columns(entity_rows), self._now_ms(), full=full_feature_names)
+        )
 
     async def get_online_features_async(self, *args: Any, **kwargs: Any) -> OnlineResponse:
         """As `get_online_features`, in a thread."""
@@ -100,7 +99,7 @@ class HeadraceOnlineStore(OnlineStore):
             return []
         plan = _plan(_registry_at(str(config.repo_path)), config.project)
         reader = self._reader(plan, [f"{table.name}__{name}" for name in names])
-        return reader.read(self._redis(config).mget, rows, self._now_ms(), full=False).by_row()
+        return LazyResponse(reader.read(self._redis(config).mget, rows, self._now_ms(), full=False)).by_row()
 
     def online_write_batch(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a finished value can't age, so rows are written by the stream only."""
@@ -133,108 +132,20 @@ class HeadraceOnlineStore(OnlineStore):
         return self._readers[key]
 
 
-class Reader:
-    """Some features of a plan, for rows of entity ids as Feast gives them."""
-
-    def __init__(self, plan: Plan, full_names: Sequence[str]) -> None:
-        self.plan = plan
-        self.full_names = tuple(full_names)
-        self.program = Program(plan, full_names)
-        self._keyspace = Keyspace(plan.project, plan.shards)
-        self._keys = {entity: plan.entity(entity).key for entity in self.program.entities}
-
-    def read(
-        self, mget: Callable[[Sequence[bytes]], Any], columns: Mapping[str, Sequence[Any]], now_ms: int, *, full: bool
-    ) -> LazyResponse:
-        """Reads and evaluates: `mget` is Redis's."""
-        keys, respond = self._begin(columns, now_ms, full=full)
-        return respond(mget(keys) if keys else [])
-
-    async def answer(
-        self,
-        mget: Callable[[Sequence[bytes]], Awaitable[list[bytes | None]]],
-        columns: Mapping[str, Sequence[Any]],
-        now_ms: int,
-        *,
-        full: bool,
-    ) -> dict[str, Any]:
-        """The answer as Feast's own server writes it; empty lists and maps as null, which its remote client can't take.
-
-        Raises:
-            ValueError: if an entity's key is missing, columns differ in length, or short names collide.
-        """
-        keys, respond = self._begin(columns, now_ms, full=full)
-        response = respond(await mget(keys))
-        values = response.to_dict()
-        statuses = [["PRESENT"] * len(column) for column in columns.values()] + response.statuses()
-        results = [
-            {"values": [None if value in ([], {}) else value for value in column], "statuses": status}
-            for column, status in zip(values.values(), statuses, strict=True)
-        ]
-        return {"metadata": {"feature_names": list(values)}, "results": results}
-
-    def _begin(
-        self, columns: Mapping[str, Sequence[Any]], now_ms: int, *, full: bool
-    ) -> tuple[Sequence[bytes], Callable[[Sequence[bytes | None]], LazyResponse]]:
-        """The keys to read, and what makes the answer of their values."""
-        asked, rows_of = self._ask(columns)
-        wanted = tuple((bundle, asked.texts[bundle.entity]) for bundle in self.program.bundles)
-        request = Request(self._keyspace, wanted)
-
-        def respond(blobs: Sequence[bytes | None]) -> LazyResponse:
-            frame = self.program.evaluate(request.rows(blobs), asked, now_ms)
-            return LazyResponse(self.plan, self.full_names, columns, frame, rows_of, full=full)
-
-        return request.keys, respond
-
-    def _ask(self, columns: Mapping[str, Sequence[Any]]) -> tuple[Asked, dict[str, Any]]:
-        """What to ask of the program, each id once, and each request row's place among the ids by entity."""
-        if len({len(values) for values in columns.values()}) > 1:
-            msg = "every entity key needs as many values as the others"
-            raise ValueError(msg)
-        ids, pairs = {}, {}
-        for entity, key in self._keys.items():
-            if key not in columns:
-                msg = f"entity rows lack {key!r}, the key of {entity}; they have: {', '.join(columns) or 'none'}"
-                raise ValueError(msg)
-            texts = pa.array([None if value is None else str(value) for value in columns[key]], pa.string())
-            # A null id is that of an entity never seen: no event can have an empty one.
-            encoded = texts.fill_null("").dictionary_encode()
-            ids[entity] = encoded.dictionary.to_pylist()
-            pairs[entity] = np.asarray(encoded.indices).astype(np.intp)
-        return Asked(ids, pairs, {}), pairs
-
-
 class LazyResponse(OnlineResponse):
     """Feast's answer, built only in the form that is asked for: its protobuf alone takes longer than the read."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        full_names: Sequence[str],
-        columns: Mapping[str, Sequence[Any]],
-        frame: Frame,
-        rows_of: Mapping[str, Any],
-        full: bool,
-    ) -> None:
-        self._plan = plan
-        self._full_names = full_names
-        self._columns = columns
-        self._frame = frame
-        self._rows_of = rows_of
+    def __init__(self, read: Response) -> None:
+        self._read = read
         self._feature_types = {}
-        self._names = [name if full else plan.features[name].name for name in full_names]
-        if len(set(self._names)) < len(self._names):
-            msg = "two views of the request share a feature name: pass full_feature_names=True"
-            raise ValueError(msg)
 
     def to_dict(self, include_event_timestamps: bool = False) -> dict[str, list[Any]]:
         """Entity keys and features by name, a list each."""
-        answer: dict[str, list[Any]] = {name: list(values) for name, values in self._columns.items()}
-        for name, full_name in zip(self._names, self._full_names, strict=True):
-            answer[name] = self._values(full_name)
-            if include_event_timestamps:
-                answer[name + TIMESTAMP_POSTFIX] = (np.maximum(self._event_ms(full_name), 0) // 1000).tolist()
+        answer = self._read.to_dict()
+        if not include_event_timestamps:
+            return answer
+        for at, name in enumerate(self._read.names):
+            answer[name + TIMESTAMP_POSTFIX] = self._event_s(at).tolist()
         return answer
 
     def to_df(self, include_event_timestamps: bool = False) -> pd.DataFrame:
@@ -243,70 +154,42 @@ class LazyResponse(OnlineResponse):
 
     def to_arrow(self, include_event_timestamps: bool = False) -> pa.Table:
         """As `to_dict`, a column each, of the feature's own type."""
-        columns: dict[str, Any] = {name: pa.array(values) for name, values in self._columns.items()}
-        for name, full_name in zip(self._names, self._full_names, strict=True):
-            feature = self._plan.features[full_name]
-            column = to_arrow(self._frame.values[full_name], feature.value_type)
-            of_entity = len(feature.entities) == 1
-            columns[name] = column.take(pa.array(self._rows_of[feature.entities[0]])) if of_entity else column
+        columns: dict[str, Any] = {name: pa.array(values) for name, values in self._read.columns.items()}
+        for at, name in enumerate(self._read.names):
+            columns[name] = self._read.arrow(at)
             if include_event_timestamps:
-                columns[name + TIMESTAMP_POSTFIX] = pa.array(np.maximum(self._event_ms(full_name), 0) // 1000)
+                columns[name + TIMESTAMP_POSTFIX] = pa.array(self._event_s(at))
         return pa.table(columns)
 
     @property
     def proto(self) -> GetOnlineFeaturesResponse:  # type: ignore[override]  # an attribute in Feast, built eagerly
         """Feast's protobuf."""
         answer = GetOnlineFeaturesResponse()
-        for name, values in self._columns.items():
+        for name, values in self._read.columns.items():
             answer.metadata.feature_names.val.append(name)
             protos = [Value(string_val=str(value)) if value is not None else Value() for value in values]
             answer.results.add(values=protos, statuses=[FieldStatus.PRESENT] * len(protos))
-        for name, full_name in zip(self._names, self._full_names, strict=True):
+        for at, name in enumerate(self._read.names):
             answer.metadata.feature_names.val.append(name)
-            vector = answer.results.add(statuses=self._statuses(full_name))
-            vector.values.extend(_to_proto(value) for value in self._values(full_name))
-            for ms in self._event_ms(full_name).tolist():
+            vector = answer.results.add(statuses=map(FieldStatus.Value, self._read.statuses(at)))
+            vector.values.extend(_to_proto(value) for value in self._read.values(at))
+            for ms in self._read.event_ms(at).tolist():
                 vector.event_timestamps.add().FromMilliseconds(max(ms, 0))
         return answer
 
-    def statuses(self) -> list[list[str]]:
-        """PRESENT, NULL_VALUE or NOT_FOUND of every feature for every row, as Feast's server names them."""
-        return [[FieldStatus.Name(status) for status in self._statuses(full_name)] for full_name in self._full_names]
-
     def by_row(self) -> list[tuple[datetime | None, dict[str, Value] | None]]:
         """One (time of the last event, values by feature name) a row; (None, None) for an entity never seen."""
-        columns = [[_to_proto(value) for value in self._values(full_name)] for full_name in self._full_names]
-        event_ms = self._event_ms(self._full_names[0]).tolist()
+        columns = [[_to_proto(value) for value in self._read.values(at)] for at in range(len(self._read.names))]
+        event_ms = self._read.event_ms(0).tolist()
         return [
-            (datetime.fromtimestamp(ms / 1000, UTC), dict(zip(self._names, row, strict=True)))
+            (datetime.fromtimestamp(ms / 1000, UTC), dict(zip(self._read.names, row, strict=True)))
             if ms >= 0
             else (None, None)
             for ms, row in zip(event_ms, zip(*columns, strict=True), strict=True)
         ]
 
-    def _values(self, full_name: str) -> list[Any]:
-        feature = self._plan.features[full_name]
-        values = to_python(self._frame.values[full_name], feature.value_type)
-        if len(feature.entities) > 1:
-            return values
-        return [values[row] for row in self._rows_of[feature.entities[0]].tolist()]
-
-    def _event_ms(self, full_name: str) -> Any:
-        entities = self._plan.features[full_name].entities
-        return np.minimum.reduce(
-            [
-                self._frame.last_event_ms[entity][self._rows_of[entity]]
-                for entity in entities
-                if entity in self._frame.found
-            ]
-        )
-
-    def _statuses(self, full_name: str) -> list[int]:
-        found = self._event_ms(full_name) >= 0
-        return [
-            FieldStatus.NOT_FOUND if not seen else FieldStatus.NULL_VALUE if value is None else FieldStatus.PRESENT
-            for seen, value in zip(found.tolist(), self._values(full_name), strict=True)
-        ]
+    def _event_s(self, at: int) -> Any:
+        return np.maximum(self._read.event_ms(at), 0) // 1000
 
 
 def _to_proto(value: Any) -> Value:  # noqa: PLR0911  # a list of cases, one a type
@@ -351,15 +234,15 @@ def _full_names(plan: Plan, features: list[str] | FeatureService) -> list[str]:
     Raises:
         KeyError: if a feature isn't in the plan.
     """
-    # Feast's registry lists a view's join key among its features.
-    keys = {spec.key for spec in plan.entities}
     if isinstance(features, FeatureService):
+        # Feast's registry lists a view's join key among its features. Only the view's own: a feature may have the name
+        # of another entity's key.
+        keys = {f"{view.name}__{plan.entity(entity).key}" for view in plan.views for entity in view.entities}
         wanted = {
             f"{projection.name}__{field.name}"
             for projection in features.feature_view_projections
             for field in projection.features
-            if field.name not in keys
-        }
+        } - keys
         names = [
             name
             for name in next((spec.features for spec in plan.services if spec.name == features.name), ())

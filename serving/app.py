@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -15,12 +16,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from redis.exceptions import RedisError
 
+from config.settings import Settings
 from features.events import TEXT_LENGTH_MAX
 from features.kernel import SLACK_MS
 from features.plan import Plan
-from features.program import Program
-from registry.online import Reader
-from registry.settings import Settings
+from features.program import Frame, Program
 from serving import contract, wire
 from serving.front import Bytes, DirectRoute, Server
 from serving.guard import Guard
@@ -31,11 +31,15 @@ from serving.metrics import Metrics
 from serving.problems import Problem, invalid, unavailable
 from store.keys import Keyspace
 from store.read import ForeignValueError
+from store.reader import Reader
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=TEXT_LENGTH_MAX, pattern=r"^[^\x00]*$")]
 _NAMES_HEADER_BYTES_MAX = 4096
 _EXPLAINED_ITEMS_MAX = 5
 _ONE_ROW = np.zeros(1, np.intp)
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.?)*"?')  # Whatever follows a quote matches: never looked at twice.
+_WEIGHT = re.compile(r"\s*q=(0?\.\d+|0\.?|1(?:\.0*)?)\s*", re.ASCII)
+_RANGES = frozenset({*wire.FORMATS, "application/*", "*/*"})
 
 
 class Item(BaseModel):
@@ -163,11 +167,13 @@ class _Routes:
         program = self._of_entity(entity, query.service)
         given = (program, {entity: [entity_id]}, {entity: _ONE_ROW}, self._now_ms(query.as_of))
         answer = await (self._lookup.ask(*given) if query.as_of is None else self._lookup.read(*given))
-        return self._answer(wire.entity_json(answer, entity, entity_id, query.service, self._plan.fingerprint))
+        content = wire.entity_json(answer, entity, entity_id, query.service, self._plan.fingerprint)
+        return self._answer(content, frame=answer.frame)
 
     async def features(self, request: Request, body: FeaturesRequest) -> Response:
         """The features of one user and candidate items, as JSON, Arrow or npy by `Accept`."""
-        accepted = _format(request.headers.get("accept", wire.JSON))
+        accept = [value for name, value in request.scope["headers"] if name == b"accept"]
+        accepted = _format(b",".join(accept)) if accept else wire.JSON
         program, names = self._ranking(body.service)
         if body.context:
             raise invalid("context", f"{body.service} declares no context; it was given {', '.join(body.context)}")
@@ -194,13 +200,13 @@ class _Routes:
             answer = await self._lookup.read(*given, overrides, defaults_on_error=defaults, explain=body.explain)
         if accepted == wire.NPY:
             named = [(b"x-feature-names", names)] if len(names) < _NAMES_HEADER_BYTES_MAX else []
-            return self._answer(wire.ranking_npy(answer), wire.NPY, named)
+            return self._answer(wire.ranking_npy(answer), wire.NPY, named, answer.frame)
         if accepted == wire.ARROW:
-            return self._answer(wire.ranking_arrow(answer, item_ids), wire.ARROW)
+            return self._answer(wire.ranking_arrow(answer, item_ids), wire.ARROW, frame=answer.frame)
         content = wire.ranking_json(
             answer, body.service, self._plan.fingerprint, body.user_id, item_ids, explain=body.explain
         )
-        return self._answer(content)
+        return self._answer(content, frame=answer.frame)
 
     def _ranking_of(self, service: str) -> tuple[Program, bytes]:
         """A service that is about users and items, and the names of a matrix's columns."""
@@ -250,16 +256,15 @@ class _Routes:
             raise Problem(404, "Unknown feature", f"features: not applied: {', '.join(unknown)}")
         try:
             reader = self._reader(tuple(names))
-            document = await reader.answer(
-                self._redis.mget, body.entities, self._now_ms(), full=body.full_feature_names
-            )
+            keys, respond = reader.begin(body.entities, self._now_ms(), full=body.full_feature_names)
+            response = respond(await self._redis.mget(keys))
         except ValueError as error:
             raise invalid("entities", str(error)) from error
         except ForeignValueError as error:
             raise unavailable(str(error)) from error
         except (RedisError, OSError) as error:
             raise unavailable(f"Redis: {type(error).__name__}: {error}") from error
-        return self._answer(orjson.dumps(document))
+        return self._answer(wire.feast_json(response))
 
     async def healthz(self, _request: Request) -> Response:
         """Whether the process lives."""
@@ -282,7 +287,7 @@ class _Routes:
             f"Redis has maxmemory-policy {policy}, which drops single rows and so breaks counts; set noeviction"
             for policy in sorted(policies - {"", "noeviction"})
         ]
-        records = Keyspace(self._plan.project, self._plan.shards).commit_records(self._plan.stored_entities)
+        records = Keyspace.of(self._plan).commit_records(self._plan.stored_entities)
         if missing := (await self._redis.mget(records)).count(None):
             reasons.append(
                 f"Redis lacks {missing} of {len(records)} commit records of this project; run `headrace apply`"
@@ -294,8 +299,16 @@ class _Routes:
         return Bytes(self._metrics.text(), [(b"content-type", CONTENT_TYPE_LATEST.encode())])
 
     def _answer(
-        self, content: bytes, media_type: str = wire.JSON, more: Sequence[tuple[bytes, bytes]] = ()
+        self,
+        content: bytes,
+        media_type: str = wire.JSON,
+        more: Sequence[tuple[bytes, bytes]] = (),
+        frame: Frame | None = None,
     ) -> Response:
+        if frame is not None and frame.beyond:
+            # Once: those who asked together share it.
+            self._metrics.beyond(frame.beyond)
+            frame.beyond = 0
         return Bytes(content, [*self._headers[media_type], *more])
 
     def _now_ms(self, as_of: int | None = None) -> int:
@@ -309,12 +322,24 @@ class _Routes:
 
 
 @lru_cache(maxsize=16)
-def _format(accept: str) -> str:
-    """The first format of the Accept header that there is."""
-    for part in accept.split(","):
-        media_type = part.split(";")[0].strip()
-        if media_type in wire.FORMATS:
-            return media_type
-        if media_type in ("*/*", "application/*"):
-            return wire.JSON
-    raise Problem(406, "Not acceptable", f"Accept: {accept!r}; there is: {', '.join(wire.FORMATS)}")
+def _format(accept: bytes) -> str:
+    """The format that an Accept header wants most (RFC 9110, 12.5.1); of equals the one that it has first."""
+    text = _QUOTED.sub("", accept.decode("latin-1")).lower()
+    ranges: dict[str, tuple[float, int]] = {}
+    for place, part in enumerate(text.split(",")):
+        media_type, *parameters = part.split(";")
+        if (named := media_type.strip()) in _RANGES:
+            # A weight that is none counts as not given.
+            weights = (found[1] for each in parameters if (found := _WEIGHT.fullmatch(each)))
+            ranges.setdefault(named, (-float(next(weights, 1)), place))
+    # The most specific range decides on a format, also where another would have it more.
+    wanted = {
+        each: next((ranges[of] for of in (each, "application/*", "*/*") if of in ranges), (0.0, 0))
+        for each in wire.FORMATS
+    }
+    best = min(wire.FORMATS, key=wanted.__getitem__)
+    if not wanted[best][0]:
+        raise Problem(
+            406, "Not acceptable", f"Accept: {accept.decode('latin-1')!r}; there is: {', '.join(wire.FORMATS)}"
+        )
+    return best

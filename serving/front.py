@@ -7,6 +7,7 @@ adds (six layers of middleware, two exit stacks, the solving of dependencies) is
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
@@ -91,6 +92,8 @@ class DirectRoute(APIRoute):
             content["application/json"] = {"schema": answers}
         responses: dict[int | str, dict[str, Any]] = {200: {"content": content}, "default": _PROBLEM}
         super().__init__(path, endpoint, methods=[method], response_class=Response, responses=responses)
+        # Starlette's `.*$` ends before a line feed: it finds nothing of `a\nb`, and in `a\n` the row of `a`.
+        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z", re.DOTALL)
         self.scope = scope
         self.is_vital = is_vital
         self._models = [

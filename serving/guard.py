@@ -19,7 +19,7 @@ from typing import Final
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
-from registry.settings import Settings
+from config.settings import Settings
 from serving.keys import Key, Keys
 from serving.problems import Problem
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from redis.exceptions import RedisError
 
+from config.address import Address
 from features.layout import Family, families_of
 from features.plan import Feature, Plan
 from features.program import Asked, Frame, Program
@@ -20,7 +21,6 @@ from features.rows import Rows
 from features.totals import Totals
 from features.values import to_arrow
 from serving.problems import Problem, invalid, unavailable
-from store.address import Address
 from store.cluster import Cluster
 from store.connection import Connection
 from store.keys import Keyspace
@@ -166,7 +166,7 @@ class Lookup:
         self.connection = connection
         self.mirrors = mirrors
         self._mirrored = mirrored
-        self._keyspace = Keyspace(plan.project, plan.shards)
+        self._keyspace = Keyspace.of(plan)
         self._families = [family.name for view in plan.views for family in families_of(plan, view)]
         self._programs: dict[tuple[tuple[str, ...], bool], Program] = {}
         self._open: dict[tuple[Program, tuple[str, ...]], _Together] = {}
@@ -183,7 +183,7 @@ class Lookup:
     ) -> Lookup:
         """A lookup of its own connection, with mirrors of up to `mirror_rows` items (0 for none)."""
         mirrors = {family.name: Mirror(family, mirror_rows) for family in mirrored_families(plan) if mirror_rows}
-        keyspace = Keyspace(plan.project, plan.shards)
+        keyspace = Keyspace.of(plan)
 
         def forget(keys: Sequence[bytes] | None) -> None:
             if keys is None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
@@ -37,6 +37,11 @@ class Metrics:
 
         self._counted = counted
         self.shed = Counter("headrace_requests_shed", "Requests refused: too much is asked", registry=self.registry).inc
+        self.beyond = Counter(
+            "headrace_values_beyond_range",
+            "Numbers answered as null: beyond float64's range, or in npy beyond float32's",
+            registry=self.registry,
+        ).inc
         self._keys = Counter(
             "headrace_api_keys_reads", "Readings of a changed file of API keys", ["result"], registry=self.registry
         )
@@ -68,13 +73,5 @@ class Metrics:
         registry = self.registry
         if SHARED_FOLDER in os.environ:
             registry = CollectorRegistry()
-            registry.register(_OfAllProcesses(None))  # type: ignore[no-untyped-call]  # it has no types
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # it has no types
         return generate_latest(registry)
-
-
-class _OfAllProcesses(MultiProcessCollector):
-    """Without the metrics of Feast's own server, which every process that imports Feast has."""
-
-    def collect(self) -> list[Metric]:
-        every = super().collect()  # type: ignore[no-untyped-call]  # it has no types
-        return [metric for metric in every if metric.name.startswith("headrace_")]

@@ -7,18 +7,23 @@ that does not take it.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from registry.settings import Settings
+from config.settings import Settings
 from serving.problems import MEDIA_TYPE, Problem
 
 BEYOND: Final = "headrace.beyond"
 """In a request's ASGI scope if its connection is one too many."""
 _REFUSED_MAX: Final = 100
-"""So many connections too many get an answer; more are dropped."""
+"""So many connections too many get an answer; for more, idle ones make room, or else they are dropped."""
+_HALF, _NEVER_ASKED, _IDLE = range(3)
+_Waits = tuple[float, int]
+"""Since when, and for what: the rest of a head, a first request, or another."""
+_LINGER_S: Final = 1.0
 _LOOKS: Final = 4
 
 
@@ -38,26 +43,35 @@ class Limits:
 
 def limited(limits: Limits) -> type[HttpToolsProtocol]:
     """The protocol with these limits, for uvicorn's `http=`."""
-    return type("LimitedProtocol", (_LimitedProtocol,), {"_limits": limits})
+    return type("LimitedProtocol", (_LimitedProtocol,), {"_limits": limits, "_waiting": {}, "_leaving": set()})
 
 
 class _LimitedProtocol(HttpToolsProtocol):
     """One connection. A timer looks at it a few times within the deadline: that costs a request nothing."""
 
     _limits: Limits
+    _waiting: dict[tuple[int, ...], deque[tuple[_Waits, _LimitedProtocol]]]
+    """Of all connections: those that may do nothing but wait for their client, by what for, the oldest first."""
+    _leaving: set[_LimitedProtocol]
+    """Of all connections: those that made room, and that the event loop has not ended yet."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._in_head = True
         self._head_bytes = 0
         self._begun_s: float | None = None  # The message that is being received.
+        self._idle = (self.loop.time(), _NEVER_ASKED)
         self._unsent_s: float | None = None  # What the client has not taken.
         self._refusal: Problem | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
-        n_beyond = len(self.connections) - self._limits.connections_max
+        if self._beyond() > 0:
+            self._make_room((_HALF, _NEVER_ASKED))
+        if self._beyond() > _REFUSED_MAX:
+            self._make_room((_IDLE,))
+        n_beyond = self._beyond()
         self._is_beyond = n_beyond > 0
         if n_beyond > _REFUSED_MAX:
             transport.abort()
@@ -68,6 +82,7 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._leaving.discard(self)
         self._unset_keepalive_if_required()
         if self._timer is not None:
             self._timer.cancel()
@@ -99,6 +114,7 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._in_head, self._begun_s = True, None
+        self._idle = (self.loop.time(), _IDLE)
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -111,6 +127,39 @@ class _LimitedProtocol(HttpToolsProtocol):
         head.append(b"content-length: %d\r\nconnection: close\r\n\r\n" % len(response.body))
         self.transport.write(b"".join([*head, bytes(response.body)]))
         self.transport.close()
+
+    def _beyond(self) -> int:
+        return len(self.connections) - len(self._leaving) - self._limits.connections_max
+
+    def _make_room(self, kinds: tuple[int, ...]) -> None:
+        """Lets the first of those go that do nothing but wait for their client, for what is of these kinds.
+
+        Who sends no more than half a head, or nothing, would else keep everybody out, a liveness probe too.
+        """
+        waiting = self._waiting.setdefault(kinds, deque())
+        if not waiting:  # Looked for once for many: those that wait later are younger than all of these.
+            ours = [each for each in self.connections if isinstance(each, _LimitedProtocol) and each is not self]
+            found = [(*waits, at) for at, each in enumerate(ours) if (waits := each._waits()) and waits[1] in kinds]
+            waiting.extend(((since_s, kind), ours[at]) for since_s, kind, at in sorted(found))
+        while waiting:
+            waits, first = waiting.popleft()
+            if first._waits() == waits:
+                if waits[1] == _HALF:
+                    detail = "headers: they were not there when others needed the connection (HEADRACE_CONNECTIONS_MAX)"
+                    first._refuse(Problem(408, "Request timeout", detail))
+                else:
+                    first.transport.close()
+                self._leaving.add(first)
+                # TLS would wait for the client to say goodbye, and it no longer counts.
+                self.loop.call_later(_LINGER_S, first.transport.abort)
+                return
+
+    def _waits(self) -> _Waits | None:
+        """Since when it waits for its client, and for what; None if it does something else."""
+        is_owed = bool(self.cycle) and not self.cycle.response_complete
+        if not self._in_head or is_owed or self.transport.is_closing() or self.transport.get_write_buffer_size():
+            return None
+        return self._idle if self._begun_s is None else (self._begun_s, _HALF)
 
     def _too_large(self) -> Problem:
         detail = f"headers: they are more than the {self._limits.header_bytes_max:,} bytes of HEADRACE_HEADER_BYTES_MAX"

@@ -24,7 +24,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
-from multiprocessing.synchronize import Event
 from types import FrameType
 from typing import Any, Final
 
@@ -32,13 +31,14 @@ import structlog
 import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
 
+from config.imports import keep_pandas_out
+from config.logs import set_up_logs
+from config.settings import Settings
 from features.plan import Plan
-from registry.logs import set_up_logs
-from registry.settings import Settings
-from registry.store import load_plan
 from serving.app import create_app
 from serving.metrics import SHARED_FOLDER
 from serving.protocol import Limits, limited
+from store.plans import load_plan
 
 _UVICORN: Final[dict[str, Any]] = {
     "loop": "uvloop",
@@ -52,6 +52,8 @@ _UVICORN: Final[dict[str, Any]] = {
     "backlog": 2048,
     # Above HEADRACE_DEADLINE_S, so that whatever is in flight has its answer, and below `_STOP_S`.
     "timeout_graceful_shutdown": 7,
+    # How often it says that it still runs.
+    "timeout_notify": 1,
 }
 _AGAIN_S = 1.0
 _LOOK_S = 0.2
@@ -69,6 +71,7 @@ def run(settings: Settings) -> int:
         OSError: if the port can't be had.
         ValueError: if everybody could read what was not said to be for everybody.
     """
+    keep_pandas_out()
     set_up_logs(as_json=settings.log_json)
     _check_open(settings)
     plan = load_plan(settings)
@@ -141,10 +144,10 @@ def _socket(host: str) -> socket.socket:
     return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
-def _serve(settings: Settings, plan: Plan, listener: socket.socket, on_ready: Callable[[], None] = lambda: None) -> int:
-    """Serves in this process; returns the exit status."""
+def _serve(settings: Settings, plan: Plan, listener: socket.socket, on_tick: Callable[[], None] = lambda: None) -> int:
+    """Serves in this process; returns the exit status. Calls `on_tick` once it serves, and then every second."""
 
-    async def ready() -> None:  # uvicorn calls it as serving begins, and again every 30 s.
+    async def tick() -> None:
         if gc.get_freeze_count() == 0:
             # What was made until now stays. Left to the collector, it would go through these 250,000 objects again and
             # again, for 0.1 s each time; without them a full collection takes no longer than a young one.
@@ -154,9 +157,9 @@ def _serve(settings: Settings, plan: Plan, listener: socket.socket, on_ready: Ca
             scheme = "http" if settings.tls_certificate is None else "https"
             host, port = listener.getsockname()[:2]
             logging.getLogger("uvicorn.error").info("Uvicorn running on %s://%s:%d", scheme, host, port)
-        on_ready()
+        on_tick()
 
-    server = uvicorn.Server(config(settings, plan, callback_notify=ready))
+    server = uvicorn.Server(config(settings, plan, callback_notify=tick))
     with suppress(KeyboardInterrupt):
         # uvicorn sends itself again, when all has been answered, the signal that ended it.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -176,43 +179,69 @@ def _supervise(settings: Settings, plan: Plan) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    ready = _SPAWN.Event()
-    workers = [_start(settings, plan, ready) for _ in range(settings.server_processes)]
+    workers: list[_Worker] = []
+    have_served = False
     try:
+        workers += [_Worker(settings, plan) for _ in range(settings.server_processes)]
         while not stopping:
-            wait([worker.sentinel for worker in workers], timeout=_LOOK_S)
+            ended = wait([worker.process.sentinel for worker in workers], timeout=_LOOK_S)
+            have_served = have_served or any(worker.ticks.value for worker in workers)
             for at, worker in enumerate(workers):
-                if worker.is_alive() or stopping:
+                if stopping or not (worker.process.sentinel in ended or worker.hangs(settings.hang_s)):
                     continue
-                if not ready.is_set():
-                    log.critical("server_gives_up", status=worker.exitcode, remedy="see the error above")
+                worker.process.join()  # The kernel says that it ends a little before it has ended.
+                if not have_served:
+                    log.critical("server_gives_up", status=worker.process.exitcode, remedy="see the error above")
                     return 1
-                mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]  # it has no types
-                log.error("server_process_ended", pid=worker.pid, status=worker.exitcode, again_in_s=_AGAIN_S)
+                mark_process_dead(worker.process.pid)  # type: ignore[no-untyped-call]  # it has no types
+                status = worker.process.exitcode
+                log.error("server_process_ended", pid=worker.process.pid, status=status, again_in_s=_AGAIN_S)
                 time.sleep(_AGAIN_S)
-                workers[at] = _start(settings, plan, ready)
+                workers[at] = _Worker(settings, plan)
         return 0
     finally:
-        _stop(workers)
+        _stop([worker.process for worker in workers])
 
 
-def _start(settings: Settings, plan: Plan, ready: Event) -> SpawnProcess:
-    worker = _SPAWN.Process(target=_work, args=(settings, plan, ready))
-    # Until it serves, a Ctrl-C is for us alone to obey: it would die of it with a stack trace.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    worker.start()
-    signal.signal(signal.SIGINT, before)
-    return worker
+class _Worker:
+    """One of several processes, and what is seen of it: it counts its seconds once it serves."""
+
+    def __init__(self, settings: Settings, plan: Plan) -> None:
+        self.ticks: Any = _SPAWN.Value("Q", lock=False)
+        self.process = _SPAWN.Process(target=_work, args=(settings, plan, self.ticks))
+        # Until it serves, a Ctrl-C is for us alone to obey: it would die of it with a stack trace.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.process.start()
+        signal.signal(signal.SIGINT, before)
+        self._seen, self._looks = 0, 0
+
+    def hangs(self, hang_s: float) -> bool:
+        """Whether it had to be killed, as it served, and then counted nothing for so long.
+
+        In looks, not by a clock: who was stopped itself, with all of its processes, has not looked meanwhile.
+        """
+        ticks = self.ticks.value
+        self._seen, self._looks = ticks, 0 if ticks != self._seen else self._looks + 1
+        if not ticks or self._looks * _LOOK_S < hang_s:
+            return False
+        log.error("server_process_hangs", pid=self.process.pid, silent_s=hang_s)
+        self.process.kill()
+        return True
 
 
-def _work(settings: Settings, plan: Plan, ready: Event) -> None:
+def _work(settings: Settings, plan: Plan, ticks: Any) -> None:
     """What each of several processes does."""
+    keep_pandas_out()
     set_up_logs(as_json=settings.log_json)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def tick() -> None:
+        ticks.value += 1
+
     with _socket(settings.host) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((settings.host, settings.port))
-        sys.exit(_serve(settings, plan, listener, ready.set))
+        sys.exit(_serve(settings, plan, listener, tick))
 
 
 def _end_with_parent() -> None:

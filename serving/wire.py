@@ -11,6 +11,7 @@ import orjson
 import pyarrow as pa
 
 from serving.lookup import Answer
+from store.reader import Response
 
 JSON = "application/json"
 ARROW = "application/vnd.apache.arrow.stream"
@@ -93,3 +94,14 @@ def entity_json(answer: Answer, entity: str, entity_id: str, service: str | None
     if answer.degraded:
         document["degraded"] = answer.degraded
     return orjson.dumps(document)
+
+
+def feast_json(response: Response) -> bytes:
+    """The answer as Feast's own server writes it; empty lists and maps as null, which its remote client can't take."""
+    columns = [(values, ["PRESENT"] * len(values)) for values in response.columns.values()]
+    columns += [(response.values(at), response.statuses(at)) for at in range(len(response.names))]
+    results = [
+        {"values": [None if value in ([], {}) else value for value in values], "statuses": statuses}
+        for values, statuses in columns
+    ]
+    return orjson.dumps({"metadata": {"feature_names": [*response.columns, *response.names]}, "results": results})

@@ -16,7 +16,7 @@ from redis.exceptions import AskError, MovedError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from store.address import Address, Node
+from config.address import Address, Node
 from store.connection import GRACE_S, TRACK_NEXT, Argument, Connection, OnInvalidated
 from store.resp import command
 from store.slots import (

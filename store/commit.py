@@ -26,7 +26,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from store.keys import Keyspace
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the commit record's layout."""
 
 _COMMIT_LUA: Final = files("store").joinpath("commit.lua").read_text()
@@ -70,10 +70,11 @@ class Position(msgspec.Struct, frozen=True, array_like=True):
 
 
 class CommitRecord(msgspec.Struct, frozen=True, dict=True):
-    """A shard's commit record; `positions` by `topic/partition`."""
+    """A shard's commit record; `positions` by `topic/partition`, `topics` the ids of those whose broker gives any."""
 
     writer: str
     positions: dict[str, Position] = {}
+    topics: dict[str, str] = {}
     version: int = VERSION
 
     def encode(self) -> bytes:
@@ -88,9 +89,21 @@ class CommitRecord(msgspec.Struct, frozen=True, dict=True):
         """The position in a partition; None where the shard has not read any of it."""
         return self.positions.get(f"{topic}/{partition}")
 
-    def advanced(self, writer: str, positions: dict[str, Position]) -> CommitRecord:
-        """The record under a writer's token, with some positions replaced."""
-        return CommitRecord(writer, self.positions | positions)
+    def advanced(
+        self, writer: str, positions: dict[str, Position], topics: dict[str, str] | None = None
+    ) -> CommitRecord:
+        """The record under a writer's token, with some positions, and the ids of their topics, replaced."""
+        return CommitRecord(writer, self.positions | positions, self.topics | (topics or {}))
+
+    def of_other_topic(self, topic: str, topic_id: str) -> str | None:
+        """The id of the topic that its positions are of, if it is another one than `topic_id`."""
+        known = self.topics.get(topic, topic_id)
+        return known if topic_id and known != topic_id else None
+
+    def from_the_start_of(self, topic: str, topic_id: str) -> CommitRecord:
+        """The record with nothing read of the topic, which has this id."""
+        positions = {name: at for name, at in self.positions.items() if name.rpartition("/")[0] != topic}
+        return CommitRecord(self.writer, positions, self.topics | {topic: topic_id})
 
 
 class RowWrite(NamedTuple):
@@ -142,15 +155,40 @@ class Writer:
             NotAppliedError: if there is no record: `apply` never ran, or Redis has lost it.
         """
         key = self._keyspace.commit_record(entity, shard)
+
+        def mine(stored: CommitRecord) -> CommitRecord:
+            self._predecessors.add(stored.writer)
+            return stored.advanced(self.token, {})
+
+        return self._replace(key, mine)
+
+    def accept_topic(self, entity: str, shard: int, topic: str, topic_id: str) -> bool:
+        """Has a shard read a topic that was made anew from its beginning; returns False if it is the one it knows.
+
+        Whoever writes to the shard finds another record than its own, and has to start again from this one.
+
+        Raises:
+            NotAppliedError: as `claim`.
+        """
+        changed = False
+
+        def change(stored: CommitRecord) -> CommitRecord:
+            nonlocal changed
+            changed = stored.of_other_topic(topic, topic_id) is not None
+            return stored.from_the_start_of(topic, topic_id) if changed else stored
+
+        self._replace(self._keyspace.commit_record(entity, shard), change)
+        return changed
+
+    def _replace(self, key: bytes, change: Callable[[CommitRecord], CommitRecord]) -> CommitRecord:
         while True:
             stored = read_record(self._redis, key)
-            self._predecessors.add(stored.writer)
-            mine = stored.advanced(self.token, {})
+            new = change(stored)
             try:
-                self.commit([ShardCommit(key, stored, mine)])
+                self.commit([ShardCommit(key, stored, new)])
             except FencedError:
                 continue  # Another writer committed or claimed in between: read again.
-            return mine
+            return new
 
     def commit(self, commits: Sequence[ShardCommit]) -> None:
         """Commits several shards, each for itself, in one round trip.

@@ -15,7 +15,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from store.address import Address, Node
+from config.address import Address, Node
 from store.slots import AGAIN_S, by_slot, is_elsewhere, is_moving, not_covered, owners_of, places_by_slot, slot_of
 
 Words = tuple[Any, ...]

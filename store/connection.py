@@ -24,7 +24,7 @@ from redis.exceptions import AuthenticationError, InvalidResponse, RedisError, R
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from store.address import Address, Node
+from config.address import Address, Node
 from store.resp import command
 
 OnInvalidated = Callable[[Sequence[bytes] | None], None]

@@ -1,5 +1,6 @@
 """Every Redis key and its lifetime, built here and nowhere else.
 
+    {headrace}:plans                      all applied plans, the newest last
     {headrace:user:7}:commit              the commit record of shard 7 of the users
     {headrace:user:7}:user_activity:u42   the row of user u42 in the family user_activity
 
@@ -20,8 +21,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from features.fold import compiled
 from features.layout import Family
+from features.loops import compiled
+from features.plan import Plan
 from features.texts import buffers
 from store.resp import Arguments, joined
 
@@ -48,7 +50,7 @@ def _crc_table() -> NDArray[np.uint32]:
 _CRC_TABLE: Final = _crc_table()
 
 
-@compiled  # type: ignore[untyped-decorator]  # numba has no types
+@compiled
 def _shards(
     offsets: NDArray[np.int32], data: NDArray[np.uint8], shards: int, table: NDArray[np.uint32]
 ) -> NDArray[np.int64]:
@@ -61,12 +63,22 @@ def _shards(
     return found
 
 
+def plans_key(project: str) -> bytes:
+    """The key of a project's applied plans."""
+    return f"{{{project}}}:plans".encode()
+
+
 @dataclass(frozen=True)
 class Keyspace:
     """The keys of one project."""
 
     project: str
     shards: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Keyspace:
+        """Those of an applied plan."""
+        return cls(plan.project, plan.shards)
 
     def commit_record(self, entity: str, shard: int) -> bytes:
         """The key of a shard's commit record."""

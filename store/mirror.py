@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from features.fold import compiled
 from features.layout import Family
+from features.loops import compiled
 from features.rows import Rows
 from features.texts import NO_TEXTS, from_buffers
 from features.totals import Totals, flat, stay_until_ms
@@ -175,7 +175,7 @@ class Reading:
         return np.vstack([totals, rows.last_event_ms, np.full(rows.n, now_ms), until_ms]).T
 
 
-@compiled  # type: ignore[untyped-decorator]  # numba has no types
+@compiled
 def _take(lines: Floats, places: Ints, now_ms: int, used: NDArray[np.bool_]) -> tuple[Floats, Ints]:
     """The lines at the places, as columns; and which of them are missing: not held, or not valid at `now_ms`."""
     n_columns, n = lines.shape[1], len(places)

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from features.fold import compiled
+from features.loops import compiled
 from features.sketch import CELLS
 from features.times import MINUTE_MS, TICK_MS
 
@@ -42,7 +42,7 @@ TOO_SHORT: Final = _SHORT
 OTHER_LAYOUT: Final = _OTHER
 
 
-@compiled  # type: ignore[untyped-decorator]  # numba has no types
+@compiled
 def _read(data: Bytes, at: int, size: int) -> int:
     """A little-endian integer."""
     value = 0
@@ -53,55 +53,55 @@ def _read(data: Bytes, at: int, size: int) -> int:
 
 # The next four are `_read` of a fixed size, for loops over entries. A signed index may be negative, and is looked at;
 # an unsigned one is not, so that the bytes are read in one go: six times as fast.
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _read_2(data: Bytes, at: int) -> int:
     p = np.uint64(at)
     return int(np.int64(data[p]) | np.int64(data[p + _U1]) << 8)
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _read_3(data: Bytes, at: int) -> int:
     value: int = _read_2(data, at) | int(data[np.uint64(at + 2)]) << 16
     return value
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _read_4(data: Bytes, at: int) -> int:
     value: int = _read_2(data, at) | _read_2(data, at + 2) << 16
     return value
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _read_8(data: Bytes, at: int) -> int:
     value: int = _read_4(data, at) | _read_4(data, at + 4) << 32
     return value
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _write_2(data: Bytes, at: int, value: int) -> None:
     p = np.uint64(at)
     data[p], data[p + _U1] = value & 255, (value >> 8) & 255
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _write_3(data: Bytes, at: int, value: int) -> None:
     _write_2(data, at, value)
     data[np.uint64(at + 2)] = value >> 16
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _write_4(data: Bytes, at: int, value: int) -> None:
     _write_2(data, at, value)
     _write_2(data, at + 2, value >> 16)
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _write_8(data: Bytes, at: int, value: int) -> None:
     _write_4(data, at, value)
     _write_4(data, at + 4, value >> 32)
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _scan(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
     data: Bytes,
     lengths: Ints,
@@ -152,13 +152,13 @@ def _scan(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
     return -1, 0, text_bytes
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _read_time(data: Bytes, at: int) -> int:
     ms = _read_2(data, at + 4)
     return -1 if ms == 65535 else _read_4(data, at) * 1000 + ms
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _unpack_near(data: Bytes, at: int, step: int, n: int, kind: int, latest_ms: int, pool: Ints, slot: int) -> bool:
     """Starts or ticks of a row's n entries that are near its last event: whether there are such times."""
     for entry in range(n):
@@ -173,7 +173,7 @@ def _unpack_near(data: Bytes, at: int, step: int, n: int, kind: int, latest_ms: 
     return True
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _unpack_field(  # noqa: PLR0911, PLR0912, PLR0913, PLR0917  # cases, one a kind; slices would cost as much as reading
     data: Bytes,
     at: int,
@@ -229,7 +229,7 @@ def _unpack_field(  # noqa: PLR0911, PLR0912, PLR0913, PLR0917  # cases, one a k
     return 1 << width
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def unpack(
     data: Bytes, lengths: Ints, n_rows: int, first_bytes: Bytes, parts: Ints, sizes: Ints, places: Ints, lines: Ints
 ) -> tuple[int, int, Ints, Ints, Ints, NDArray[np.int32], Bytes, Ints]:
@@ -303,7 +303,7 @@ def unpack(
     return bad, reason, latest_ms, pool, totals, text_offsets, text_data, text_counts
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def pack(  # noqa: PLR0912, PLR0913, PLR0915, PLR0917  # one pass over all rows; slices of it would cost as much
     first_bytes: Bytes,
     parts: Ints,
@@ -411,7 +411,7 @@ def pack(  # noqa: PLR0912, PLR0913, PLR0915, PLR0917  # one pass over all rows;
     return data[:end], ends
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _width(places: Ints, n: int, first: int, step: int, latest_ms: int, pool: Ints, numbers: Ints) -> int:
     """What the small integers of a row's n entries need, as an index into `WIDTHS`; and `NEAR` if they can be that."""
     bits = 0
@@ -432,7 +432,7 @@ def _width(places: Ints, n: int, first: int, step: int, latest_ms: int, pool: In
     return width | near
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _all_near(kind: int, ticks: Ints, latest_ms: int) -> bool:
     """Whether starts or ticks can be kept as how long before the row's last event they are."""
     for tick in ticks:
@@ -444,7 +444,7 @@ def _all_near(kind: int, ticks: Ints, latest_ms: int) -> bool:
     return True
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _pack_near(data: Bytes, at: int, step: int, n: int, kind: int, latest_ms: int, slot: int, pool: Ints) -> None:
     """The inverse of `_unpack_near`."""
     for entry in range(n):
@@ -455,7 +455,7 @@ def _pack_near(data: Bytes, at: int, step: int, n: int, kind: int, latest_ms: in
             _write_3(data, place, latest_ms // TICK_MS - tick)
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _pack_field(  # noqa: PLR0912, PLR0913, PLR0917  # as of `_unpack_field`
     data: Bytes,
     at: int,
@@ -502,7 +502,7 @@ def _pack_field(  # noqa: PLR0912, PLR0913, PLR0917  # as of `_unpack_field`
     return 1 << width
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _write_time(data: Bytes, at: int, ms: int) -> None:
     _write_4(data, at, 0 if ms < 0 else ms // 1000)
     # A millisecond that no time has stands for none.

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from features.fold import compiled
+from features.loops import compiled
 from features.texts import buffers, keyed_hashes
 
 Ints = NDArray[np.int64]
@@ -55,7 +55,7 @@ class PlaceIndex:
         self._slots[:] = _FREE
 
 
-@compiled  # type: ignore[untyped-decorator]  # numba has no types
+@compiled
 def _slot_of(slots: Words, first: np.uint64, second: np.uint64) -> np.uint64:
     """Where a digest is, or where it would go."""
     mask = np.uint64(len(slots) - 1)
@@ -65,7 +65,7 @@ def _slot_of(slots: Words, first: np.uint64, second: np.uint64) -> np.uint64:
     return slot
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def find(slots: Words, digests: Words) -> Ints:
     """See `PlaceIndex.find`."""
     places = np.empty(len(digests), np.int64)
@@ -75,14 +75,14 @@ def find(slots: Words, digests: Words) -> Ints:
     return places
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def put(slots: Words, digest: Words, place: int) -> None:
     """See `PlaceIndex.put`."""
     slot = _slot_of(slots, digest[0], digest[1])
     slots[slot, 0], slots[slot, 1], slots[slot, 2] = digest[0], digest[1], place + 1
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def remove(slots: Words, digest: Words) -> int:
     """See `PlaceIndex.remove`."""
     mask = np.uint64(len(slots) - 1)

@@ -9,7 +9,7 @@ from typing import Any, Final, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from features.fold import compiled
+from features.loops import compiled
 
 Bytes = NDArray[np.uint8]
 Offsets = NDArray[np.int32]
@@ -87,7 +87,7 @@ def joined(
     return Arguments(n_groups * len(chosen), packed.tobytes())
 
 
-@compiled  # type: ignore[untyped-decorator]  # numba has no types
+@compiled
 def _join(
     prefix_offsets: Offsets,
     prefix_data: Bytes,
@@ -129,7 +129,7 @@ def _join(
     return out[:end]
 
 
-@compiled  # type: ignore[untyped-decorator]  # as above
+@compiled
 def _line_end(out: Bytes, at: int) -> int:
     out[at], out[at + 1] = 13, 10
     return at + 2

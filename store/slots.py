@@ -22,7 +22,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from store.address import Node
+from config.address import Node
 
 SLOTS: Final = 16_384
 AGAIN_S: Final = 0.05

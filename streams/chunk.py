@@ -28,7 +28,7 @@ class Chunk:
     """Raw records of a partition: all there are in the offsets `[start, end)`, which may have holes or be empty.
 
     Records below `fresh` were read and committed before, and are here only to tell duplicates apart. `low` is
-    where the partition began when its reader started, if that is known.
+    where the partition began when its reader started, if that is known; `topic_id` is Kafka's, if it gives any.
     """
 
     partition: Partition
@@ -40,6 +40,7 @@ class Chunk:
     offsets: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     record_ms: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     low: int | None = None
+    topic_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Part:
     """A chunk's share of one lane: its range, also where it holds no event of the lane, and the events by entity.
 
     The range leaves out what is below the chunk's `fresh`, of which there are no events here. `horizon` is the offset
-    from which duplicates must be told apart when the stream starts again at `end`; `low` is the chunk's.
+    from which duplicates must be told apart when the stream starts again at `end`; the rest is the chunk's.
     """
 
     partition: Partition
@@ -86,6 +87,7 @@ class Part:
     record_ms_max: int
     events: Mapping[str, Happened]
     low: int | None = None
+    topic_id: str = ""
 
 
 @dataclass(frozen=True)

@@ -24,22 +24,22 @@ from bytewax.dataflow import Dataflow
 from bytewax.inputs import DynamicSource, StatelessSourcePartition
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
+from config.imports import keep_pandas_out
+from config.logs import set_up_logs
+from config.settings import Settings
 from features.plan import Plan
-from registry.logs import set_up_logs
-from registry.settings import Settings
-from registry.store import load_plan
 from store.commit import FencedError
 from store.connect import connect
+from store.plans import load_plan
 from streams.chunk import Chunk, Part, Partition
 from streams.decode import Decoder
-from streams.kafka import DeadLetters, WorkerReader
+from streams.kafka import DeadLetters, TopicIds, WorkerReader
 from streams.lane import Lane
 from streams.metrics import METRICS
+from streams.supervise import SUPERSEDED_STATUS
 
 _WAIT_S = 0.002
 """An idle worker waits for records, and wakes with the first; other workers' parts wait for it no longer than this."""
-SUPERSEDED_STATUS = 3
-"""The exit status of a worker whose shards another one has claimed: it must not be started again."""
 DRAIN_S = 7
 """A worker that is told to stop takes no longer than this for its last commits; Redis or another worker may be away."""
 
@@ -53,6 +53,7 @@ def flow() -> Dataflow:
 
     SIGTERM or SIGINT ends it once what was read is committed.
     """
+    keep_pandas_out()
     settings = Settings()
     set_up_logs(as_json=settings.log_json)
     signal.signal(signal.SIGTERM, _stop)
@@ -147,6 +148,7 @@ class LaneSink(FixedPartitionedSink[Part, None]):
     def __init__(self, settings: Settings, plan: Plan) -> None:
         self._settings = settings
         self._plan = plan
+        self._ids: TopicIds | None = None
 
     def list_parts(self) -> list[str]:
         return [_lane_key(lane) for lane in range(self._settings.lanes)]
@@ -158,7 +160,15 @@ class LaneSink(FixedPartitionedSink[Part, None]):
         client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
         cache_bytes_max = self._settings.row_cache_mb * 1_000_000 // self._settings.lanes
         with _failures_said():
-            lane = Lane(self._plan, int(for_part), self._settings.lanes, client, cache_bytes_max=cache_bytes_max)
+            self._ids = self._ids or TopicIds(self._settings, [spec.topic for spec in self._plan.events])
+            lane = Lane(
+                self._plan,
+                int(for_part),
+                self._settings.lanes,
+                client,
+                cache_bytes_max=cache_bytes_max,
+                confirm=self._ids.ask,
+            )
         log.info("lane_claimed", lane=for_part, plan=self._plan.fingerprint)
         return _LanePartition(lane)
 

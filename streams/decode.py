@@ -83,7 +83,7 @@ class Decoder:
         for chunk, (begin, end) in zip(chunks, pairwise(ends), strict=True):
             mine = slice(*np.searchsorted(accepted.index, (begin, end)).tolist())
             dedupe = self._dedupes.setdefault(chunk.partition, Dedupe(self._dedupe_ms))
-            repeated = dedupe.duplicates(chunk.start, hashes[mine], record_ms[mine])
+            repeated = dedupe.duplicates(offsets[mine], hashes[mine], record_ms[mine])
             fresh = offsets[mine] >= chunk.fresh
             counted = fresh & ~repeated
             events = {}
@@ -114,6 +114,7 @@ class Decoder:
                 latest_ms,
                 {entity: happened.take(happened.shards % self._lanes == lane) for entity, happened in events.items()},
                 chunk.low,
+                chunk.topic_id,
             )
             for lane in range(self._lanes)
         ]

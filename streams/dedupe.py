@@ -3,21 +3,27 @@
 A record is a duplicate if any earlier record of its partition that its contract accepts, itself counted or not, has its
 event_id and a record timestamp at most `horizon_ms` older. So it can be decided from the log alone: after a restart the
 set is filled again from the horizon's offset on. Record timestamps that run backwards (topics with the producer's own)
-are followed up to one more horizon, and no further: without such a bound nothing could ever be forgotten.
+are followed up to one more horizon behind the latest, and however far among the last records: those of the same block
+of `BLOCK` offsets, and of the one before. Without such bounds nothing could ever be forgotten.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from features.fold import compiled
+from features.loops import compiled
 
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
+_Run = tuple[Hashes, Ints, int]
+"""Sorted hashes, the latest time of each, and the latest of these."""
 
+BLOCK: Final = 32_768
 _SPAN_PART = 32
 """Start offsets are remembered in steps of this part of the horizon."""
 
@@ -25,58 +31,79 @@ _SPAN_PART = 32
 class Dedupe:
     """The event_ids of one partition, as 64-bit hashes in sorted arrays, the newer ones shorter."""
 
-    def __init__(self, horizon_ms: int) -> None:
-        self._horizon_ms = horizon_ms
-        self._runs: list[tuple[Hashes, Ints, int]] = []
-        """Sorted hashes, the latest time of each, and the latest of these."""
+    def __init__(self, horizon_ms: int, block: int = BLOCK) -> None:
+        self._horizon_ms, self._block = horizon_ms, block
+        self._runs: list[_Run] = []
+        self._blocks: deque[tuple[int, int, list[_Run]]] = deque()
+        """Of this block and the one before: its number, the offset of its first record, and its own runs."""
         self._spans: deque[tuple[int, int, int]] = deque()
         self._latest_ms = -1
 
     def __len__(self) -> int:
-        return sum(len(hashes) for hashes, _, _ in self._runs)
+        return sum(len(hashes) for runs in (self._runs, *self._recent) for hashes, _, _ in runs)
 
-    def duplicates(self, start: int, hashes: Hashes, record_ms: Ints) -> NDArray[np.bool_]:
-        """bool[n]: which records repeat an earlier one. Remembers them all; `start` is the first one's offset."""
-        if len(hashes) == 0:
-            return np.zeros(0, bool)
-        order = np.argsort(hashes, kind="stable")
-        ordered = hashes[order]
-        seen_ms = np.full(len(hashes), -1, np.int64)
-        for known, known_ms, _ in self._runs:
-            _look_up(known, known_ms, ordered, seen_ms)
-        duplicate: NDArray[np.bool_]
-        duplicate, distinct, times, self._latest_ms = _judge(
-            ordered, order, seen_ms, record_ms, self._latest_ms, self._horizon_ms
-        )
-        self._remember(start, distinct, times)
-        return duplicate
+    @property
+    def _recent(self) -> list[list[_Run]]:
+        return [runs for _, _, runs in self._blocks]
+
+    def duplicates(self, offsets: Ints, hashes: Hashes, record_ms: Ints) -> NDArray[np.bool_]:
+        """bool[n]: which records repeat an earlier one. Remembers them all; offsets ascend."""
+        bounds = np.flatnonzero(np.diff(offsets // self._block, prepend=-1, append=-1)).tolist()
+        found = [self._of_block(offsets[own], hashes[own], record_ms[own]) for own in map(slice, bounds, bounds[1:])]
+        return np.concatenate([np.zeros(0, bool), *found])
 
     def horizon(self, end: int) -> int:
         """The offset from which the log must be read again to decide on records from `end` on."""
-        return self._spans[0][0] if self._spans else end
+        firsts = [first for first, *_ in islice(self._spans, 1)] + [first for _, first, _ in islice(self._blocks, 1)]
+        return min(firsts, default=end)
 
-    def _remember(self, start: int, hashes: Hashes, times: Ints) -> None:
+    def _of_block(self, offsets: Ints, hashes: Hashes, record_ms: Ints) -> NDArray[np.bool_]:
+        first, block = int(offsets[0]), int(offsets[0]) // self._block
+        if not self._blocks or self._blocks[-1][0] != block:
+            self._blocks.append((block, first, []))
+        while self._blocks[0][0] < block - 1:
+            # From now on only time counts.
+            for run in self._blocks.popleft()[2]:
+                self._keep(self._runs, *run[:2], self._latest_ms - 2 * self._horizon_ms)
+        order = np.argsort(hashes, kind="stable")
+        ordered = hashes[order]
+        seen_ms, recent_ms = (np.full(len(hashes), -1, np.int64) for _ in range(2))
+        for known, known_ms, _ in self._runs:
+            _look_up(known, known_ms, ordered, seen_ms)
+        for runs in self._recent:
+            for known, known_ms, _ in runs:
+                _look_up(known, known_ms, ordered, recent_ms)
+        duplicate: NDArray[np.bool_]
+        duplicate, distinct, times, self._latest_ms = _judge(
+            ordered, order, seen_ms, recent_ms, record_ms, self._latest_ms, self._horizon_ms
+        )
+        self._remember(first, distinct, times)
+        return duplicate
+
+    def _remember(self, first: int, hashes: Hashes, times: Ints) -> None:
         forgotten_ms = self._latest_ms - 2 * self._horizon_ms
         latest = int(times.max())
         if self._spans and self._latest_ms - self._spans[-1][2] < self._horizon_ms // _SPAN_PART:
-            first, span_latest, begun = self._spans.pop()
-            self._spans.append((first, max(span_latest, latest), begun))
+            span_first, span_latest, begun = self._spans.pop()
+            self._spans.append((span_first, max(span_latest, latest), begun))
         else:
-            self._spans.append((start, latest, self._latest_ms))
+            self._spans.append((first, latest, self._latest_ms))
         while self._spans and self._spans[0][1] < forgotten_ms:
             self._spans.popleft()
         self._runs = [run for run in self._runs if run[2] >= forgotten_ms]
+        self._keep(self._blocks[-1][2], hashes, times, -1)
+
+    @staticmethod
+    def _keep(runs: list[_Run], hashes: Hashes, times: Ints, forgotten_ms: int) -> None:
+        """Adds a run to others, without what is forgotten."""
         # Runs of about the same length are merged, so that there are only ever about log2(n) of them.
-        while self._runs and len(self._runs[-1][0]) <= 2 * len(hashes):
-            known, known_ms, _ = self._runs.pop()
-            hashes, times = _merged(known, known_ms, hashes, times, forgotten_ms)
-            if len(hashes) == 0:
-                break
-        if len(hashes):
-            self._runs.append((hashes, times, int(times.max())))
+        while runs and len(runs[-1][0]) <= 2 * len(hashes):
+            hashes, times = _merged(*runs.pop()[:2], hashes, times, forgotten_ms)
+        if len(hashes) and (latest := int(times.max())) >= forgotten_ms:
+            runs.append((hashes, times, latest))
 
 
-@compiled  # type: ignore[untyped-decorator]  # numba has no types
+@compiled
 def _look_up(known: Hashes, known_ms: Ints, hashes: Hashes, seen_ms: Ints) -> None:
     """Brings `seen_ms` up to the time of each hash that is known; both are sorted."""
     for index in range(len(hashes)):
@@ -91,16 +118,23 @@ def _look_up(known: Hashes, known_ms: Ints, hashes: Hashes, seen_ms: Ints) -> No
             seen_ms[index] = max(seen_ms[index], known_ms[low])
 
 
-@compiled  # type: ignore[untyped-decorator]  # numba has no types
+@compiled
 def _judge(
-    ordered: Hashes, order: Ints, seen_ms: Ints, record_ms: Ints, latest_ms: int, horizon_ms: int
+    ordered: Hashes,
+    order: Ints,
+    seen_ms: Ints,
+    recent_ms: Ints,
+    record_ms: Ints,
+    latest_ms: int,
+    horizon_ms: int,
 ) -> tuple[NDArray[np.bool_], Hashes, Ints, int]:
     """Which records are duplicates; their distinct hashes and the latest time of each; the latest time so far.
 
     Args:
         ordered: the hashes, sorted; equal ones as they came.
         order: which record each is of.
-        seen_ms: the latest time of each among what is remembered; -1 for none.
+        seen_ms: the latest time of each among what came before the last records; -1 for none.
+        recent_ms: the same among the last records.
         record_ms: of the records, as they came.
         latest_ms: of all records before.
         horizon_ms: how much older an earlier one may be.
@@ -113,19 +147,19 @@ def _judge(
     distinct, times = np.empty(len(order), np.uint64), np.empty(len(order), np.int64)
     count = 0
     for place in range(len(order)):
-        index, earlier_ms = order[place], seen_ms[place]
+        index, recently_ms = order[place], recent_ms[place]
         time_ms = record_ms[index]
         if count and distinct[count - 1] == ordered[place]:
-            earlier_ms = max(earlier_ms, times[count - 1])
+            recently_ms = max(recently_ms, times[count - 1])
             times[count - 1] = max(times[count - 1], time_ms)
         else:
             distinct[count], times[count] = ordered[place], time_ms
             count += 1
-        duplicate[index] = earlier_ms >= max(oldest_ms[index], 0)
+        duplicate[index] = seen_ms[place] >= max(oldest_ms[index], 0) or recently_ms >= max(time_ms - horizon_ms, 0)
     return duplicate, distinct[:count], times[:count], latest_ms
 
 
-@compiled  # type: ignore[untyped-decorator]  # numba has no types
+@compiled
 def _merged(hashes: Hashes, times: Ints, others: Hashes, other_times: Ints, forgotten_ms: int) -> tuple[Hashes, Ints]:
     """Two sorted runs as one, the later time of each hash, without those that are forgotten."""
     size = len(hashes) + len(others)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 import redis
 import structlog
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient
 
+from config.brokers import is_embedded, topics_there
+from config.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from features.plan import Plan
-from registry.brokers import topics_there
-from registry.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
-from store.commit import Position, read_record
+from store.commit import Position, Writer, read_record
 from store.keys import Keyspace
 from streams.chunk import Chunk, DeadLetter, Ints, Partition
 from streams.metrics import METRICS
@@ -27,6 +30,9 @@ _LOOK_TIMEOUT_S = 0.5
 """No record is read meanwhile. A broker that takes longer is asked again the next time."""
 _LAG_S = 1.0
 _KAFKA_TIMEOUT_S = 15.0
+_IDS_TIMEOUT_S = 3.0
+_NO_ID = "A" * 22
+"""How a broker of before 2.8 is understood."""
 _LETTER_VALUE_BYTES_MAX = DEAD_LETTER_BYTES_MAX - 65_536
 """What is longer is cut, with its length in a header: a letter that can't be written would stop the stream for good."""
 # confluent_kafka's public constants have these names.
@@ -37,6 +43,17 @@ log = structlog.get_logger()
 
 class LogLostError(RuntimeError):
     """A topic ends before what was already committed from it."""
+
+
+class TopicChangedError(RuntimeError):
+    """A topic is not the one that was read before, but was made anew under its name."""
+
+    def __init__(self, topic: str, known: str, found: str) -> None:
+        super().__init__(
+            f"topic {topic} was made anew: what was read is of the topic with id {known}, and there is {found} now. If "
+            f"that is as meant, run `headrace accept-topic {topic}`: the stream then reads it from its beginning, and "
+            "features keep what they have of the old one"
+        )
 
 
 class DeadLettersError(RuntimeError):
@@ -86,6 +103,74 @@ def start_of(partition: Partition, positions: Sequence[Position | None], low: in
     return Start(min(max(horizon, low), fresh), fresh, (behind, low) if behind < low else None)
 
 
+class TopicIds:
+    """The ids that Kafka gives topics: each once, so that one which was made anew has another.
+
+    Attributes:
+        known: id by topic, as they were at first; none at all if the broker gives none (before 2.8; the embedded one).
+
+    Raises:
+        KafkaException: if the broker can't be reached, or a topic is not there.
+    """
+
+    def __init__(self, settings: Settings, topics: Iterable[str]) -> None:
+        self._settings = settings
+        self._client = AdminClient(settings.librdkafka())
+        self._topics = TopicCollection(list(topics))
+        self.known: dict[str, str] = {}
+        if not is_embedded(self._client, _KAFKA_TIMEOUT_S):
+            self.known = {topic: found for topic, found in self._wait(self._ask()).items() if found != _NO_ID}
+        if not self.known:
+            log.warning("topic_ids_unknown", reason="the broker gives none: a topic made anew may go unnoticed")
+        self._asked = self._ask() if self.known else None
+
+    def look(self) -> None:
+        """Raises TopicChangedError once topics are known to be others than at first; never waits."""
+        if self._asked is not None and not wait(self._asked.values(), 0).not_done:
+            _check(self.known, self._answer(self._asked) or {})
+            self._asked = self._ask()
+
+    def ask(self, expected: Mapping[str, str]) -> Callable[[], None]:
+        """Asks whether topics are the ones with these ids. What it gives waits for the answer.
+
+        Raises, when it is waited for:
+            TopicChangedError: if one is another.
+            KafkaException: if one is gone.
+        """
+        if not expected:
+            return lambda: None
+        asked = self._ask()
+        return lambda: _check(expected, self._wait(asked))
+
+    def _ask(self) -> dict[str, Future[Any]]:
+        asked: dict[str, Future[Any]] = self._client.describe_topics(self._topics, request_timeout=_IDS_TIMEOUT_S)
+        return asked
+
+    def _wait(self, asked: dict[str, Future[Any]]) -> dict[str, str]:
+        """The ids by topic, however long the broker is away."""
+        while (ids := self._answer(asked)) is None:
+            asked = self._ask()
+        return ids
+
+    def _answer(self, asked: dict[str, Future[Any]]) -> dict[str, str] | None:
+        """The ids by topic; None if it has to be asked again."""
+        try:
+            return {topic: str(each.result().topic_id) for topic, each in asked.items()}
+        except KafkaException as error:
+            if error.args[0].code() not in _PASSING:
+                raise
+            log.warning("topics_unconfirmed", error=str(error))
+        # It asks the controller alone, and goes on to wait for one that is gone; a new client learns of another.
+        self._client = AdminClient(self._settings.librdkafka())
+        return None
+
+
+def _check(expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    for topic, known in expected.items():
+        if found.get(topic, known) != known:
+            raise TopicChangedError(topic, known, found[topic])
+
+
 class PartitionReader:
     """Reads one partition from where its shards are, in chunks.
 
@@ -96,6 +181,7 @@ class PartitionReader:
     Raises:
         LogLostError: if the topic ends before the committed offset.
         NotAppliedError: if a commit record is missing.
+        TopicChangedError: if what was committed is of another topic than `topic_id`.
     """
 
     def __init__(
@@ -106,14 +192,19 @@ class PartitionReader:
         client: redis.Redis,
         clock: Callable[[], float] = time.monotonic,
         consumer: Any = None,
+        topic_id: str = "",
     ) -> None:
-        self._partition = partition
+        self._partition, self._topic_id = partition, topic_id
         self._chunk_events = settings.chunk_events
         self._clock = clock
         self._spoken_s = clock()
         self._consumer = consumer or _consumer(settings)
         self._fresh = self._read_ms = 0
-        self._begin([record.position(*partition) for record in _records(plan, client)])
+        records = list(_records(plan, client))
+        for record in records:
+            if other := record.of_other_topic(partition.topic, topic_id):
+                raise TopicChangedError(partition.topic, other, topic_id)
+        self._begin([record.position(*partition) for record in records])
 
     def _begin(self, positions: Sequence[Position | None]) -> None:
         low, high = self._consumer.get_watermark_offsets(TopicPartition(*self._partition), timeout=_KAFKA_TIMEOUT_S)
@@ -130,11 +221,11 @@ class PartitionReader:
         """The next records, an empty range once a second when there are none, otherwise None. Never blocks."""
         if self._lost:
             (start, end), self._lost = self._lost, None
-            return Chunk(self._partition, start, end, start, low=self._low)
+            return Chunk(self._partition, start, end, start, low=self._low, topic_id=self._topic_id)
         came: list[Any] = self._consumer.consume(self._chunk_events, timeout=0)
         messages = [each for each in came if _usable(each)]
         start, self._at = self._at, messages[-1].offset() + 1 if messages else self._at
-        chunk = Chunk(self._partition, start, self._at, self._fresh, *_columns(messages), self._low)
+        chunk = Chunk(self._partition, start, self._at, self._fresh, *_columns(messages), self._low, self._topic_id)
         if len(messages) < len(came) and any(map(_is_out_of_range, came)):
             # As at the start, with what was read so far.
             self._begin([Position(max(self._at, self._fresh), self._at)])
@@ -169,9 +260,11 @@ class WorkerReader:
         self._settings, self._plan, self._is_mine, self._client = settings, plan, is_mine, client
         self._clock = clock
         self._looked_s = self._said_s = clock()
+        there = partitions_of(settings, self._topics)
+        self._ids = TopicIds(settings, self._topics)
         self._shared = _Shared(settings)
         self._readers: dict[Partition, PartitionReader] = {}
-        self._read(partitions_of(settings, self._topics))
+        self._read(there)
         log.info("partitions_read", partitions=list(map(str, self._readers)))
 
     def next_chunks(self, wait_s: float = 0.0) -> list[Chunk]:
@@ -187,6 +280,7 @@ class WorkerReader:
         chunks = [chunk for reader in self._readers.values() if (chunk := reader.next_chunk())]
         if not 0 <= now_s - self._said_s < _LAG_S:
             self._said_s = now_s
+            self._ids.look()
             for reader in self._readers.values():
                 reader.say_lag(int(now_s * 1000))
         return chunks
@@ -213,7 +307,12 @@ class WorkerReader:
         for each in there:
             if each not in self._readers and self._is_mine(each):
                 self._readers[each] = PartitionReader(
-                    self._settings, self._plan, each, self._client, consumer=_OfPartition(self._shared, each)
+                    self._settings,
+                    self._plan,
+                    each,
+                    self._client,
+                    consumer=_OfPartition(self._shared, each),
+                    topic_id=self._ids.known.get(each.topic, ""),
                 )
 
 
@@ -332,6 +431,25 @@ def _is_out_of_range(message: Any) -> bool:
     return error is not None and error.code() == KafkaError._AUTO_OFFSET_RESET
 
 
+def accept_topic(settings: Settings, plan: Plan, client: redis.Redis, topic: str) -> int:
+    """Has the stream read a topic that was made anew from its beginning; returns how many shards were of the old one.
+
+    Raises:
+        ValueError: if the broker gives no ids.
+        KafkaException: if the broker can't be reached, or the topic is not there.
+        NotAppliedError: if a commit record is missing.
+    """
+    topic_id = TopicIds(settings, [topic]).known.get(topic)
+    if topic_id is None:
+        msg = (
+            f"the broker at {settings.kafka} gives topics no ids, as Kafka does since 2.8: {topic} can't be told apart"
+        )
+        raise ValueError(msg)
+    writer = Writer(client, Keyspace.of(plan))
+    shards = product(plan.stored_entities, range(plan.shards))
+    return sum(writer.accept_topic(*shard, topic, topic_id) for shard in shards)
+
+
 def _columns(messages: list[Any]) -> tuple[list[bytes | None], list[bytes | None], Ints, Ints]:
     """Values, keys, offsets and record timestamps."""
     return (
@@ -360,5 +478,5 @@ def _consumer(settings: Settings) -> Consumer:
 
 
 def _records(plan: Plan, client: redis.Redis) -> Iterable[Any]:
-    keys = Keyspace(plan.project, plan.shards).commit_records(plan.stored_entities)
+    keys = Keyspace.of(plan).commit_records(plan.stored_entities)
     return [read_record(client, key) for key in keys]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ import pyarrow as pa
 import redis
 
 from features.kernel import SLACK_MS, Events, merge
-from features.layout import Bundle, families_of
+from features.layout import Bundle, families_of, slots_of
 from features.plan import Plan
-from features.rows import Index
+from features.rows import Index, Rows
 from store.codec import encode
 from store.commit import CommitRecord, Position, RowWrite, ShardCommit, Writer
 from store.keys import Keyspace, expire_at_ms
@@ -33,8 +34,10 @@ IDLE_COMMIT_S = 1.0
 _CACHED_OVERHEAD_BYTES = 180
 """Of a kept row, besides its bytes: key, entry, two objects."""
 _KEPT_S = 60.0
+_AHEAD_MS = 10_000
+"""A row is forgotten so long before it expires in Redis: as far as Redis's clock may be ahead of the worker's."""
 Commit = Callable[[Sequence[ShardCommit]], None]
-_Todo = SimpleQueue[tuple[Sequence[ShardCommit], Future[None]] | None]
+_Todo = SimpleQueue[tuple[Sequence[ShardCommit], Callable[[], None], Future[None]] | None]
 
 
 class GapError(RuntimeError):
@@ -43,10 +46,10 @@ class GapError(RuntimeError):
 
 @dataclass(frozen=True)
 class Written:
-    """What a write did: rows committed, and buckets evicted to keep a declared bound."""
+    """What a write did: rows committed, and buckets evicted to keep a declared bound, by view and feature."""
 
     rows: int
-    evicted: int
+    evicted: Mapping[tuple[str, str], int]
 
 
 @dataclass
@@ -67,10 +70,12 @@ class Lane:
     Making one claims its shards: from then on no other writer can commit to them, so rows that were read or written
     once can be kept and need not be read again: up to `cache_bytes_max` bytes of them.
 
-    Commits are sent by `writer`, on the thread of `committer`; by default a writer and a thread of the lane's own.
+    Commits are sent by `writer`, on the thread of `committer`; by default a writer and a thread of the lane's own. A
+    consumer is not told that a topic was made anew, and reads on in the new one: so `confirm` is asked whether topics
+    still are those with the ids of the parts, and a commit waits for what it gives.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the last five are for tests, and for what knows Kafka
         self,
         plan: Plan,
         lane: int,
@@ -81,14 +86,17 @@ class Lane:
         cache_bytes_max: int = 0,
         writer: Writer | None = None,
         committer: Callable[[Commit], Committer] | None = None,
+        confirm: Callable[[Mapping[str, str]], Callable[[], None]] = lambda _: lambda: None,
     ) -> None:
         self._redis: Any = client
         self._clock = clock
-        self._keyspace = Keyspace(plan.project, plan.shards)
+        self._keyspace = Keyspace.of(plan)
         self._writer = writer or Writer(client, self._keyspace)
         families = [family for view in plan.views for family in families_of(plan, view)]
         by_entity = {entity.name: [each for each in families if each.entity == entity.name] for entity in plan.entities}
         self._bundles = [Bundle(tuple(own)) for own in by_entity.values() if own]
+        self._kept_ms = {bundle.entity: _kept_ms(bundle) for bundle in self._bundles}
+        self._aggregations = {bundle.entity: _aggregations(plan, bundle) for bundle in self._bundles}
         self._numbers = range(lane, plan.shards, lanes)
         self._shards: dict[tuple[str, int], _Shard] = {}
         for name in product((bundle.entity for bundle in self._bundles), self._numbers):
@@ -96,10 +104,12 @@ class Lane:
             self._shards[name] = _Shard(self._keyspace.commit_record(*name), record, record, clock())
         self._claimed: dict[tuple[str, Partition], Ints] = {}
         self._received: dict[Partition, Position] = {}
+        self._topics: dict[str, str] = {}
         # Before a row that is not used expires in Redis, it is gone from here.
         kept_s = min(family.retention_ms for bundle in self._bundles for family in bundle.families) / 2000
         self._cache = RowCache(cache_bytes_max, min(kept_s, _KEPT_S), clock())
         self._committer = (committer or Committer)(self._writer.commit)
+        self._confirm = confirm
         self._pending: Future[None] | None = None
 
     def write(self, parts: Sequence[Part]) -> Written:
@@ -127,22 +137,32 @@ class Lane:
 
         A commit that failed raises there, and then so does every later one: what follows on it must never be written.
         """
+        of_topics = (part for part in parts if part.topic_id and part.end > part.start)
+        confirmed = self._confirm({part.partition.topic: part.topic_id for part in of_topics})
         known = [self._receive(part) for part in parts]
         latest_ms = max((part.record_ms_max for part in parts), default=-1)
-        now_ms = min(int(self._clock() * 1000), latest_ms) - SLACK_MS
+        clock_ms = int(self._clock() * 1000)
+        now_ms = min(clock_ms, latest_ms) - SLACK_MS
         writes: dict[tuple[str, int], list[RowWrite]] = {}
         kept: list[tuple[list[bytes], list[bytes]]] = []
-        evicted = 0
+        evicted: Counter[tuple[str, str]] = Counter()
         work = []
         for bundle in self._bundles:
             every = (self._new(bundle.entity, part, at) for part, at in zip(parts, known, strict=True))
-            happened = [each for each in every if each is not None and len(each.ids) and each.contract in bundle.events]
+            forgotten_ms = clock_ms - self._kept_ms[bundle.entity]
+            read = [each for each in every if each is not None and each.contract in bundle.events]
+            # What Redis would not keep must not count by being merged together with what it does.
+            late = (each.take(each.times_ms > forgotten_ms) for each in read)
+            happened = [each for each in late if len(each.ids)]
             if happened:
-                work.append(_Work(self._keyspace, bundle, happened))
+                work.append(_Work(self._keyspace, bundle, happened, forgotten_ms))
         found = iter(self._cache.read([key for each in work for key in each.keys], partial(self._read, work)))
         for each in work:
-            evicted += self._merge(each, list(islice(found, len(each.keys))), now_ms, writes, kept)
-        self._commit(writes)
+            of_tables = self._merge(each, list(islice(found, len(each.keys))), now_ms, writes, kept)
+            for table in np.flatnonzero(of_tables).tolist():
+                for aggregation in self._aggregations[each.bundle.entity][table]:
+                    evicted[aggregation] += int(of_tables[table])
+        self._commit(writes, confirmed)
         for keys, rows in kept:
             self._cache.keep(keys, rows)
         return Written(sum(len(rows) for rows in writes.values()), evicted)
@@ -165,6 +185,7 @@ class Lane:
         """Checks that the part's range follows on what the lane has; returns before which offset it has everything."""
         known = self._received.get(part.partition)
         if known is None:
+            self._same_topic(part)
             positions = [shard.record.position(*part.partition) for shard in self._shards.values()]
             # A shard that has read nothing needs all there is: the reader may have started when Redis said otherwise.
             first = part.start if part.low is None else part.low
@@ -179,6 +200,16 @@ class Lane:
             raise GapError(msg)
         self._received[part.partition] = Position(max(at, part.end), part.horizon)
         return at
+
+    def _same_topic(self, part: Part) -> None:
+        """A part must be of the topic that the shards know, which is another one once it was accepted."""
+        topic = part.partition.topic
+        for shard in self._shards.values():
+            if other := shard.record.of_other_topic(topic, part.topic_id):
+                msg = f"a chunk of {topic} is of the topic {part.topic_id}, but the shards are of {other}"
+                raise GapError(msg)
+        if part.topic_id:
+            self._topics[topic] = part.topic_id
 
     def _new(self, entity: str, part: Part, at: int) -> Happened | None:
         """The part's events of an entity that neither the lane nor, when it was claimed, their shard had."""
@@ -202,11 +233,18 @@ class Lane:
         now_ms: int,
         writes: dict[tuple[str, int], list[RowWrite]],
         kept: list[tuple[list[bytes], list[bytes]]],
-    ) -> int:
-        """Adds the rows to write to `writes`, and all to `kept`; returns how many buckets were evicted."""
+    ) -> Ints:
+        """Adds the rows to write to `writes`, and all to `kept`; returns how many buckets each table has evicted."""
         bundle, keys, places = work.bundle, work.keys, work.places
         blobs = _spread(old, places, len(bundle.families) * len(work.shards))
-        rows = read_rows(bundle, blobs, lambda place: keys[int(np.searchsorted(places, place))])
+
+        def key_at(place: int) -> bytes:
+            return keys[int(np.searchsorted(places, place))]
+
+        rows = read_rows(bundle, blobs, key_at)
+        if len(gone := work.forgotten(rows)):
+            without = set(gone.tolist())
+            rows = read_rows(bundle, [None if at in without else each for at, each in enumerate(blobs)], key_at)
         merged = merge(bundle, rows, work.events, now_ms)
         every = encode(bundle, merged.rows)
         new = [every[place] for place in places.tolist()]
@@ -226,11 +264,11 @@ class Lane:
             writes[bundle.entity, int(of_row[order[first]])] = ordered[first:last]
         return merged.evicted
 
-    def _commit(self, writes: Mapping[tuple[str, int], list[RowWrite]]) -> None:
+    def _commit(self, writes: Mapping[tuple[str, int], list[RowWrite]], confirmed: Callable[[], None]) -> None:
         """Commits shards that have rows to write, and idle ones now and then."""
         now_s = self._clock()
         received = {str(partition): position for partition, position in self._received.items()}
-        whole = CommitRecord(self._writer.token, received)
+        whole = CommitRecord(self._writer.token, received, self._topics.copy())
         commits: dict[tuple[str, int], ShardCommit] = {}
         for name, shard in self._shards.items():
             rows = writes.get(name, [])
@@ -245,7 +283,7 @@ class Lane:
             # came back with less.
             commits[name] = ShardCommit(shard.key, shard.record, new, rows)
         self.settle()
-        self._pending = self._committer.submit(list(commits.values()))
+        self._pending = self._committer.submit(list(commits.values()), confirmed)
         # As if it were done: if it isn't, nothing of what follows will be either.
         for name, commit in commits.items():
             self._shards[name].record = commit.new
@@ -261,17 +299,18 @@ class Committer:
         Thread(target=_commit_all, args=(commit, self._todo), name="commit", daemon=True).start()
         finalize(self, self._todo.put, None).atexit = False  # The thread goes when the lane does.
 
-    def submit(self, commits: Sequence[ShardCommit]) -> Future[None]:
-        """Returns at once; what the commit raises, the future does."""
+    def submit(self, commits: Sequence[ShardCommit], confirmed: Callable[[], None] = lambda: None) -> Future[None]:
+        """Returns at once; commits once `confirmed` has returned. What either raises, the future does."""
         done: Future[None] = Future()
-        self._todo.put((commits, done))
+        self._todo.put((commits, confirmed, done))
         return done
 
 
 def _commit_all(commit: Commit, todo: _Todo) -> None:
     while (next_one := todo.get()) is not None:
-        commits, done = next_one
+        commits, confirmed, done = next_one
         try:
+            confirmed()
             commit(commits)
         except BaseException as error:  # noqa: BLE001  # raised where it is waited for
             done.set_exception(error)
@@ -329,11 +368,11 @@ class _Work:
         keys: theirs.
     """
 
-    def __init__(self, keyspace: Keyspace, bundle: Bundle, happened: list[Happened]) -> None:
+    def __init__(self, keyspace: Keyspace, bundle: Bundle, happened: list[Happened], forgotten_ms: int) -> None:
         encoded = pa.concat_arrays([each.ids for each in happened]).dictionary_encode()
         ids = [text.encode() for text in encoded.dictionary.to_pylist()]
         index = np.asarray(encoded.indices).astype(np.intp)
-        self.bundle = bundle
+        self.bundle, self._forgotten_ms = bundle, forgotten_ms
         bounds = pairwise([0, *accumulate(len(each.ids) for each in happened)])
         self.events = _by_contract(bundle, happened, [index[begin:end] for begin, end in bounds])
         self.shards = np.empty(len(ids), np.int16)
@@ -346,6 +385,19 @@ class _Work:
                     mine[self.events[name].rows] = True
             self.keys += keyspace.rows(family, compress(ids, mine.tolist()))
         self.places = np.flatnonzero(touched)
+
+    def forgotten(self, rows: Rows) -> Index:
+        """The places of rows that are there and must count as absent."""
+        return np.flatnonzero((rows.latest_ms >= 0) & (rows.latest_ms <= self._forgotten_ms))
+
+
+def _kept_ms(bundle: Bundle) -> int:
+    """How long after its time an event counts, and a row after its last: see docs/decisions/0011-forgetting.md.
+
+    As long as the longest of an entity: in rows that Redis keeps for less, all is out of every window by then.
+    """
+    retention_ms = max(family.retention_ms for family in bundle.families)
+    return retention_ms - min(_AHEAD_MS, retention_ms // 10)
 
 
 def _by_contract(bundle: Bundle, happened: list[Happened], rows: list[Index]) -> dict[str, Events]:
@@ -363,6 +415,18 @@ def _by_contract(bundle: Bundle, happened: list[Happened], rows: list[Index]) ->
     return found
 
 
+def _aggregations(plan: Plan, bundle: Bundle) -> list[set[tuple[str, str]]]:
+    """View and name of the aggregations that each table of a bundle is for."""
+    found: list[set[tuple[str, str]]] = [set() for _ in bundle.tables]
+    firsts = accumulate((len(family.tables) for family in bundle.families), initial=0)
+    first_of = dict(zip(bundle.families, firsts, strict=False))
+    for full_name, (family, slots) in slots_of(plan).items():
+        feature = plan.features[full_name]
+        for table, _ in slots if family in first_of else ():
+            found[first_of[family] + table].add((feature.view, feature.spec.name))
+    return found
+
+
 def _advanced(record: CommitRecord, received: CommitRecord) -> CommitRecord:
     """The record with what was received; offsets never go back."""
     positions = dict(received.positions)
@@ -370,7 +434,7 @@ def _advanced(record: CommitRecord, received: CommitRecord) -> CommitRecord:
         known = record.positions.get(partition)
         if known and known.next > position.next:
             positions[partition] = Position(known.next, position.horizon)
-    return record.advanced(received.writer, positions)
+    return record.advanced(received.writer, positions, received.topics)
 
 
 def _spread(found: list[bytes | None], places: Ints, size: int) -> list[bytes | None]:

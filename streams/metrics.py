@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from subprocess import Popen
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from streams.chunk import Partition
-from streams.decode import Decoded
+if TYPE_CHECKING:
+    # The supervisor serves metrics, and needs nothing of what counts them.
+    from streams.chunk import Partition
+    from streams.decode import Decoded
 
 _SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """The variable by which prometheus_client keeps values in files of a folder; set before it is first imported."""
+_EVENTS = "Records decoded as events, duplicates left out; those not committed before a restart are counted again"
 
 
 class _Metrics:
     def __init__(self) -> None:
         of_one = ["topic", "partition"]
-        self.events = Counter("headrace_stream_events", "Events counted", ["topic"])
+        self.events = Counter("headrace_stream_events", _EVENTS, ["topic"])
         self.duplicates = Counter("headrace_stream_duplicates", "Records left out as duplicates", ["topic"])
         self.dead_letters = Counter("headrace_stream_dead_letters", "Records that their contract refused", ["topic"])
         self.rows = Counter("headrace_stream_rows_written", "Rows committed")
-        self.evicted = Counter("headrace_stream_buckets_evicted", "Buckets evicted to keep a declared bound")
+        self.evicted = Counter(
+            "headrace_stream_buckets_evicted", "Buckets evicted to keep a declared bound", ["view", "feature"]
+        )
         self.records_lost = Counter("headrace_stream_records_lost", "Records deleted before they were read", of_one)
         self.lag = Gauge(
             "headrace_stream_lag_records", "Records not yet read", of_one, multiprocess_mode="livemostrecent"
@@ -43,10 +49,11 @@ class _Metrics:
         self.duplicates.labels(topic).inc(decoded.duplicates)
         self.dead_letters.labels(topic).inc(len(decoded.dead_letters))
 
-    def committed(self, rows: int, evicted: int) -> None:
+    def committed(self, rows: int, evicted: Mapping[tuple[str, str], int]) -> None:
         """Counts a commit."""
         self.rows.inc(rows)
-        self.evicted.inc(evicted)
+        for feature, buckets in evicted.items():
+            self.evicted.labels(*feature).inc(buckets)
 
     def lost(self, partition: Partition, records: int) -> None:
         """Counts records that are gone from the broker."""
@@ -73,7 +80,7 @@ def metrics_served(host: str, port: int) -> Iterator[Callable[[Popen[bytes]], No
     with tempfile.TemporaryDirectory(prefix="headrace-metrics-") as folder:
         os.environ[_SHARED_FOLDER] = folder
         registry = CollectorRegistry()
-        registry.register(_OfTheStream(None, folder))  # type: ignore[no-untyped-call]  # it has no types
+        MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]  # it has no types
         server, thread = start_http_server(port, host, registry)
         try:
             yield lambda ended: mark_process_dead(ended.pid, folder)  # type: ignore[no-untyped-call]  # it has no types
@@ -82,11 +89,3 @@ def metrics_served(host: str, port: int) -> Iterator[Callable[[Popen[bytes]], No
             server.server_close()
             thread.join()
             del os.environ[_SHARED_FOLDER]
-
-
-class _OfTheStream(MultiProcessCollector):
-    """Without the metrics of Feast's server, which every process that imports Feast has."""
-
-    def collect(self) -> list[Metric]:
-        every = super().collect()  # type: ignore[no-untyped-call]  # it has no types
-        return [metric for metric in every if metric.name.startswith("headrace_")]

@@ -14,10 +14,11 @@ from types import FrameType
 
 import structlog
 
-from registry.settings import Settings
-from streams.dataflow import SUPERSEDED_STATUS
+from config.settings import Settings
 from streams.metrics import metrics_served
 
+SUPERSEDED_STATUS = 3
+"""The exit status of a worker whose shards another one has claimed: it must not be started again."""
 _BACKOFF_S = (1, 2, 5, 10, 30)
 _STEADY_S = 60.0
 """Workers that ran this long were well: the next failure starts the back-off anew."""

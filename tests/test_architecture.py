@@ -10,12 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BELOW: dict[str, set[str]] = {
+    "config": set(),
     "features": set(),
-    "store": {"features"},
-    "registry": {"features", "store"},
-    "streams": {"features", "store", "registry"},
-    "serving": {"features", "store", "registry"},
-    "headrace": {"features", "store", "registry", "streams", "serving"},
+    "store": {"config", "features"},
+    "registry": {"config", "features", "store"},
+    "streams": {"config", "features", "store"},
+    "serving": {"config", "features", "store"},
+    "headrace": {"config", "features", "store", "registry", "streams", "serving"},
 }
 """What each package may import besides itself."""
 CLOCKS = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}

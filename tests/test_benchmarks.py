@@ -162,7 +162,7 @@ class TestPopulation:
         assert times["i0"] < 20
 
 
-@pytest.mark.parametrize("name", ["read", "read_sdk", "read_floor", "read_one"])
+@pytest.mark.parametrize("name", ["read", "read_sdk", "read_floor", "read_one", "start"])
 def test_each_benchmark_runs_and_answers_with_its_keys(name: str) -> None:
     """In its small version, with real servers; it compares the answers of both sides itself."""
     done = subprocess.run(

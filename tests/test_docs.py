@@ -14,8 +14,8 @@ from pathlib import Path
 
 import httpx
 
+from config.settings import Settings
 from headrace.embedded import EmbeddedRedis, free_port
-from registry.settings import Settings
 from tests.support.kafka import RealKafka
 from tests.support.stack import wait_for
 

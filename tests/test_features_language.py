@@ -619,6 +619,47 @@ def test_a_mistake_in_the_name_of_a_feature(name: str) -> None:
     mistake(lambda: declare({name: agg.count(Click, over="1h")}), "shown", repr(name), "small letters")
 
 
+KEY_1H = Entity("user", key="user_1h", forget_after="90d")
+NAMED_AS_KEYS: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "an aggregation": (lambda: declare({"user_id": agg.last(Click, "user_id")}), "shown.user_id", "user"),
+    "one of two windows": (
+        lambda: declare({"user": agg.count(Click, over=["10m", "1h"])}, KEY_1H),
+        "shown.user_1h",
+        "user",
+    ),
+    "a derived feature": (
+        lambda: declare({"user_id": derived(Known.price)(double)}),
+        "shown.user_id",
+        "user",
+    ),
+    "the first of a pair": (
+        lambda: cross(user, item)(type("Pair", (), {"user_id": derived(Known.price)(double)})),
+        "pair.user_id",
+        "user",
+    ),
+    "the second of a pair": (
+        lambda: cross(user, item)(type("Pair", (), {"item_id": Known.recent.contains(item)})),
+        "pair.item_id",
+        "item",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED_AS_KEYS)
+def test_a_feature_can_not_have_the_name_of_its_views_key(name: str) -> None:
+    """Feast takes the column for the id: without the check `plan` passes, and `apply` fails with Feast's own words.
+
+    A check of attributes' names instead of features' misses the window; one of the first entity misses the pair.
+    """
+    make, place, entity = NAMED_AS_KEYS[name]
+    mistake(make, f"{place}: is also the key of {entity}", "rename the feature")
+
+
+def test_a_feature_may_have_the_name_of_another_views_key() -> None:
+    """A check against all keys would refuse what a user's rows hold of items."""
+    declare({"item_id": agg.last(Click, "item_id"), "seller_id": agg.last(Click, "seller_id")})
+
+
 COUNT = SimpleNamespace(make=lambda: agg.count(Click, over="1h"))
 VIEWS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "no feature": (lambda: declare({}), ["shown", "no feature", "agg.count("]),

@@ -13,16 +13,22 @@ import feast
 import httpx
 import pandas as pd
 import pytest
+from click.testing import CliRunner
+from feast.cli.cli import cli as feast_cli
 from feast.online_response import OnlineResponse
+from feast.protos.feast.serving.ServingService_pb2 import FieldStatus
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 
-from features.plan import Plan
+from config.settings import Settings
+from features import aggregations as kinds
+from features.plan import Contains, EntitySpec, EventSpec, Plan, ServiceSpec, ViewSpec, features_of
 from headrace.embedded import EmbeddedBroker, EmbeddedRedis
 from headrace.feast import as_of
 from registry.apply import apply
-from registry.settings import Settings
+from registry.register import register
 from store.connect import connect
+from store.reader import Reader
 from tests import oracle
 from tests.support import compare
 from tests.support.served import (
@@ -171,11 +177,16 @@ def test_times_of_the_last_event_are_seconds_and_none_of_them_is_before_1970(pro
     assert times == [last // 1000, 0]
 
 
+def statuses(answer: OnlineResponse, n_keys: int) -> list[list[str]]:
+    """Of the features, row by row, as Feast names them; the ids come first."""
+    return [[FieldStatus.Name(status) for status in each.statuses] for each in answer.proto.results[n_keys:]]
+
+
 def test_statuses_tell_not_found_from_null(project: Project) -> None:
     project.rows.write("likes", [{"t": NOW_MS - 1, "user_id": "liker", "item_id": "i1"}])
     asked = [{"user_id": user} for user in ("liker", "nobody", None)]
     answer = project.read(["user_activity:likes_7d", "user_activity:price_max_7d"], asked)
-    assert answer.statuses() == [["PRESENT", "NOT_FOUND", "NOT_FOUND"], ["NULL_VALUE", "NOT_FOUND", "NOT_FOUND"]]
+    assert statuses(answer, 1) == [["PRESENT", "NOT_FOUND", "NOT_FOUND"], ["NULL_VALUE", "NOT_FOUND", "NOT_FOUND"]]
     assert answer.to_dict()["user_activity__likes_7d"] == [1, 0, 0]
 
 
@@ -280,6 +291,26 @@ def test_values_are_never_written_through_feast(project: Project) -> None:
     assert project.rows.client.dbsize() == before
 
 
+@pytest.mark.parametrize("features", ["ranking_v1", ["user_activity:clicks_7d"], ["user_item:clicked"]])
+def test_history_says_what_to_do_instead(project: Project, features: Any) -> None:
+    """Also of a service with a cross view, whose features Feast did not find by their descriptions."""
+    if isinstance(features, str):
+        features = project.store.get_feature_service(features)
+    at = pd.Timestamp("2033-05-18", tz="UTC")
+    asked = pd.DataFrame({"user_id": ["u1"], "item_id": ["i1"], "seller_id": ["s1"], "event_timestamp": [at]})
+    with pytest.raises(NotImplementedError, match=r"no offline store yet.*POST /v1/features"):
+        project.store.get_historical_features(asked, features, full_feature_names=True)
+
+
+def test_feasts_command_to_materialize_says_what_to_do_instead(project: Project) -> None:
+    """In one line: a traceback ended with a file that nobody ever writes."""
+    done = CliRunner().invoke(feast_cli, ["-c", str(project.store.repo_path), "materialize-incremental", "2033-05-18"])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    assert "Error: there is nothing to materialize" in done.output
+    assert "headrace replay FILE" in done.output
+
+
 def test_feasts_teardown_and_apply_leave_the_rows(project: Project) -> None:
     before = sorted(project.rows.client.keys("*"))
     project.store.apply(project.store.get_entity("user"), partial=True)
@@ -304,7 +335,7 @@ async def test_feasts_server_protocol_answers_as_the_sdk_does(project: Project, 
     for name, result in zip(columns, document["results"], strict=True):
         assert set(result) == {"values", "statuses"}
         assert result["values"] == [None if value in ([], {}) else value for value in columns[name]], name
-    assert [result["statuses"] for result in document["results"][2:]] == answer.statuses()
+    assert [result["statuses"] for result in document["results"][2:]] == statuses(answer, 2)
     assert document["results"][0]["statuses"] == ["PRESENT"] * len(asked)
 
 
@@ -358,6 +389,93 @@ async def test_mistakes_in_feasts_protocol_are_problems(
     answer = await http.post("/get-online-features", json=body)
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
     assert mentioned in answer.json()["detail"]
+
+
+# Names
+
+
+def random_catalogue(rng: random.Random) -> Plan:
+    """Three entities, a view of each and one of a pair; features are often named after a key that is not their own."""
+    key_of = {"user": "user_id", "item": rng.choice(["item_id", "item"]), "group": rng.choice(["category", "n_1h"])}
+    fields: dict[str, Any] = {**dict.fromkeys(key_of.values(), "str"), "price": "float"}
+
+    def aggregation(name: str, window: str | None) -> kinds.Aggregation:
+        if window is None:
+            return kinds.Last(name=name, event="Click", field="price", kind="float")
+        return kinds.Count(name=name, event="Click", over=(window,))
+
+    views = []
+    for entity, key in key_of.items():
+        named = {name: (name, None) for name in ("price", "seen", *key_of.values())} | {"n_1h": ("n", "1h")}
+        del named[key]
+        chosen = rng.sample(sorted(named), rng.randint(1, len(named)))
+        specs = [aggregation(*named[name]) for name in chosen]
+        recent = kinds.LastK(name="recent", event="Click", field=key_of["item"], k=3)
+        views.append(ViewSpec(f"of_{entity}", (entity,), (*specs, recent)))  # type: ignore[arg-type]  # every Aggregation is in the union
+    pair = (Contains("of_user__recent", "item", rng.choice([key_of["group"], "seen"])),)
+    views.append(ViewSpec("pair", ("user", "item"), pair))
+    names = [feature.full_name for view in views for feature in features_of(view)]
+    services = (
+        ServiceSpec("all_v1", tuple(names)),
+        ServiceSpec("some_v1", tuple(rng.sample(names, rng.randint(1, len(names))))),
+    )
+    entities = tuple(EntitySpec(name, key, "90d") for name, key in key_of.items())
+    return Plan("headrace", SHARDS, entities, (EventSpec("Click", "clicks", fields, "", ""),), tuple(views), services)
+
+
+async def test_every_feature_of_a_service_is_in_every_answer(tmp_path: Path, redis_url: str) -> None:
+    """Whatever the features are called, in the plan's order: by Feast's SDK, by its protocol, and by view.
+
+    Keys were taken out by name alone, so a feature named as another entity's key was missing from the SDK's answer.
+    """
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    named_as_keys = 0
+    for at in range(5):
+        plan = random_catalogue(rng)
+        keys = {spec.name: spec.key for spec in plan.entities}
+        named_as_keys += sum(feature.name in keys.values() for feature in plan.features.values())
+        folder = project_folder(tmp_path / str(at))
+        store = feast.FeatureStore(str(folder))
+        store.config.online_store.redis_url = redis_url
+        register(store, plan, "127.0.0.1:1")
+        columns = {key: ["x"] for key in keys.values()}
+        async with served(settings_of(redis_url), plan, Clock()) as http:
+            for spec in plan.services:
+                expected = [*columns, *spec.features]
+                service = store.get_feature_service(spec.name)
+                answer = store.get_online_features(service, columns, full_feature_names=True)
+                assert list(answer.to_dict()) == expected
+                assert answer.to_arrow().column_names == expected
+                assert list(answer.proto.metadata.feature_names.val) == expected
+                body = {"feature_service": spec.name, "entities": columns, "full_feature_names": True}
+                document = (await http.post("/get-online-features", json=body)).json()
+                assert document["metadata"]["feature_names"] == expected
+        for view in plan.views:
+            names = [feature.name for feature in features_of(view)]
+            own = {keys[entity]: ["x"] for entity in view.entities}
+            made = store.get_on_demand_feature_view if len(view.entities) > 1 else store.get_stream_feature_view
+            whole = feast.FeatureService(name="mine", features=[made(view.name)])
+            assert set(store.get_online_features(whole, own).to_dict()) == {*own, *names}
+    assert named_as_keys
+
+
+def test_a_short_name_that_is_a_key_of_the_request_is_refused() -> None:
+    """Answered, the feature's values would stand where the ids are expected, or the ids where the feature's are."""
+    entities = (EntitySpec("item", "item_id", "90d"), EntitySpec("group", "category", "90d"))
+    category = kinds.Last(name="category", event="Click", field="category", kind="str")
+    count = kinds.Count(name="n", event="Click", over=("1h",))
+    views = (ViewSpec("item_stats", ("item",), (category,)), ViewSpec("group_stats", ("group",), (count,)))
+    reader = Reader(Plan("p", 1, entities, (), views, ()), ["item_stats__category", "group_stats__n_1h"])
+    columns = {"item_id": ["i"], "category": ["c"]}
+
+    def read(*, full: bool) -> Any:
+        return reader.read(lambda keys: [None] * len(keys), columns, NOW_MS, full=full)
+
+    with pytest.raises(ValueError, match=r"category: a feature and a key .* full_feature_names=True"):
+        read(full=False)
+    assert read(full=True).to_dict() == {**columns, "item_stats__category": [None], "group_stats__n_1h": [0]}
 
 
 def test_the_events_cover_all_that_is_compared(project: Project) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from features.definitions import compile_definitions
 from headrace.embedded import EmbeddedRedis
-from registry.definitions import compile_definitions
 from tests.support.served import NOW_MS, SHARDS, Clock, Rows, served, settings_of
 
 PROJECTS = ("shop", "shop_2")

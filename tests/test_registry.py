@@ -20,17 +20,19 @@ import structlog
 import typeguard
 from feast.repo_operations import get_repo_files
 
+from config.settings import Settings
+from features.changes import changes
+from features.definitions import DefinitionsError, compile_definitions
 from features.plan import At, CodeChangedError, Derived, EntitySpec, Plan
 from features.program import Program
 from headrace.embedded import EmbeddedBroker
 from registry import apply as applying
 from registry.compile import PLAN_TAG, compile_to_feast
-from registry.definitions import DefinitionsError, compile_definitions
-from registry.settings import Settings
-from registry.store import NotAppliedPlanError, applied_plan, changes, load_plan, register
+from registry.register import register, registered_plan
 from serving.app import create_app
 from store.connect import connect
 from store.keys import Keyspace
+from store.plans import ApplyError, NotAppliedPlanError, load_plan, plan_changes
 from streams.decode import Decoder
 from tests.support.served import ROOT, SHARDS, catalogue, project_folder
 
@@ -90,7 +92,7 @@ def catalogue_of(store: feast.FeatureStore) -> dict[str, Any]:
 
 
 def test_the_first_apply_registers_everything_and_the_second_has_nothing_to_do(settings: Settings) -> None:
-    plan, announced = applying.plan_changes(settings)
+    plan, announced = plan_changes(settings)
     first = apply(settings)
     assert first.changes == announced
     assert {line[0] for line in first.changes} == {"+"}
@@ -100,9 +102,9 @@ def test_the_first_apply_registers_everything_and_the_second_has_nothing_to_do(s
     registered = catalogue_of(store_of(settings))
     second = apply(settings)
     assert (second.changes, second.topics, second.records) == ([], [], 0)
-    assert applying.plan_changes(settings)[1] == []
+    assert plan_changes(settings)[1] == []
     assert catalogue_of(store_of(settings)) == registered
-    assert applied_plan(store_of(settings)) == plan
+    assert registered_plan(store_of(settings)) == plan
 
 
 def test_feast_describes_what_was_declared(settings: Settings) -> None:
@@ -157,7 +159,7 @@ def test_a_changed_plan_leaves_every_view_that_it_still_has(settings: Settings, 
         view.name for view in plan.views if view.name != "user_item"
     }
     assert store.get_feature_service("ranking_v1").description == f"Described anew {times - 1}"
-    assert applied_plan(store) == plan
+    assert registered_plan(store) == plan
 
 
 def test_what_is_no_longer_declared_disappears_from_feast(settings: Settings) -> None:
@@ -186,10 +188,10 @@ def test_what_is_no_longer_declared_disappears_from_feast(settings: Settings) ->
 def test_the_number_of_shards_is_fixed_by_the_first_apply(settings: Settings) -> None:
     apply(settings)
     other = settings.model_copy(update={"shards": SHARDS * 2})
-    for refused in (lambda: applying.plan_changes(other), lambda: apply(other)):
-        with pytest.raises(applying.ApplyError, match=f"HEADRACE_SHARDS={SHARDS * 2}.*set it to {SHARDS}"):
+    for refused in (lambda: plan_changes(other), lambda: apply(other)):
+        with pytest.raises(ApplyError, match=f"HEADRACE_SHARDS={SHARDS * 2}.*set it to {SHARDS}"):
             refused()
-    assert applied_plan(store_of(settings)) == catalogue()
+    assert registered_plan(store_of(settings)) == catalogue()
 
 
 def test_records_that_redis_lost_are_initialised_again(settings: Settings) -> None:
@@ -206,7 +208,7 @@ def test_a_broker_that_is_away_is_an_error_that_names_the_setting(settings: Sett
         away = settings.model_copy(
             update={"kafka": "127.0.0.1:1", "topics": topics, "kafka_options": {"log_level": "0"}}
         )
-        with pytest.raises(applying.ApplyError, match=r"127\.0\.0\.1:1.*HEADRACE_KAFKA"):
+        with pytest.raises(ApplyError, match=r"127\.0\.0\.1:1.*HEADRACE_KAFKA"):
             applying.create_topics(away, catalogue())
 
 
@@ -307,7 +309,7 @@ def test_feast_apply_registers_what_headrace_apply_does(settings: Settings, tmp_
     ours = catalogue_of(store_of(settings))
     copy = tmp_path / "copy"
     copy.mkdir()
-    for folder in ("features", "store", "registry", "streams", "serving", "headrace"):
+    for folder in ("config", "features", "store", "registry", "streams", "serving", "headrace"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("feature_store.yaml", ".feastignore"):
         shutil.copy(ROOT / file, copy)
@@ -411,7 +413,7 @@ def test_nothing_runs_before_apply(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(NotAppliedPlanError, match=r"nothing is applied in .*run `headrace apply` first"):
         load_plan(settings)
     with pytest.raises(FileNotFoundError, match=r"feature_store\.yaml.*HEADRACE_REPO"):
-        applying.plan_changes(settings.model_copy(update={"repo": tmp_path}))
+        plan_changes(settings.model_copy(update={"repo": tmp_path}))
 
 
 def test_a_folder_that_is_no_project_is_said_to_be_none(settings: Settings, tmp_path: Path) -> None:
@@ -510,7 +512,7 @@ async def test_changed_code_of_a_derived_feature_is_refused_by_name(
     plan = load_plan(mine)
     assert Program(plan, plan.service("own_v1").features).entities == ("user",)
     own("own_changing", 3)
-    assert "~ feature user_thing.doubled: fingerprint" in "\n".join(applying.plan_changes(mine)[1])
+    assert "~ feature user_thing.doubled: fingerprint" in "\n".join(plan_changes(mine)[1])
     with pytest.raises(CodeChangedError, match=r"doubled .*own_changing:UserThing\.doubled.*headrace apply"):
         Program(plan, plan.service("own_v1").features)
     app = create_app(mine, plan)
@@ -558,3 +560,20 @@ def test_importing_feast_does_not_compile_it_again_and_others_keep_their_checks(
 @typeguard.typechecked
 def _twice(number: int) -> int:
     return 2 * number
+
+
+def test_feast_leaves_no_folder_behind_and_tells_no_child_of_one(tmp_path: Path) -> None:
+    """It makes one for its own server's metrics whenever it is imported; killed, or forked from, it never goes."""
+    program = "import os, registry.apply; print([name for name in os.environ if name.startswith('PROMETHEUS_')])"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PROMETHEUS_")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"{program}; os.kill(os.getpid(), 9)"],
+        env={**environment, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == "[]\n", done.stderr
+    assert list(tmp_path.iterdir()) == []

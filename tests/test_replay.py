@@ -151,6 +151,94 @@ def test_rebase_to_now_moves_the_last_event_to_now(tmp_path: Path, broker: Embed
     assert received(broker, "clicks", 1)[0][1]["occurred_at"] == NOW_MS - 60_000
 
 
+@pytest.mark.parametrize("unit", ["s", "ms"])
+def test_rebase_to_now_takes_data_older_than_the_contract(tmp_path: Path, broker: EmbeddedBroker, unit: str) -> None:
+    """MovieLens is of 1997, other data of before 1970: the bound on times is one on shifted times.
+
+    Held to it before the shift, nothing is sent; a first "latest" of 0 would shift times before 1970 by too little.
+    """
+    base = {"s": -881_250_949, "ms": -881_250_949_000}[unit]
+    step = {"s": 60, "ms": 60_000}[unit]
+    file = lines(tmp_path / "u.csv", f"1,10,{base}", f"2,11,{base + step}")
+    columns = ("user_id", "item_id", "occurred_at")
+    summary = send(file, broker, columns=columns, topic="clicks", time_unit=unit, rebase_to_now=True)
+    assert (summary.sent.total(), summary.refused) == (2, 0)
+    assert [event["occurred_at"] for _, event in received(broker, "clicks", 2)] == [NOW_MS - 60_000, NOW_MS]
+
+
+def test_rebase_to_now_takes_texts_of_old_dates(tmp_path: Path, broker: EmbeddedBroker) -> None:
+    """A shift that only numbers get would leave the text at 1997, and refuse it."""
+    row = '{"user_id": "u", "item_id": "%d", "occurred_at": "1997-12-04T15:5%d:49Z"}'
+    file = lines(tmp_path / "u.jsonl", row % (1, 5), row % (2, 6))
+    assert send(file, broker, topic="clicks", rebase_to_now=True).refused == 0
+    assert [event["occurred_at"] for _, event in received(broker, "clicks", 2)] == [NOW_MS - 60_000, NOW_MS]
+
+
+def test_a_shifted_time_is_held_to_the_bounds(tmp_path: Path, broker: EmbeddedBroker) -> None:
+    """A zero among times of 2017 is a mistake that must not become an event of 1978."""
+    file = lines(tmp_path / "a.csv", "1,10,1511658000", "2,11,0")
+    columns = ("user_id", "item_id", "occurred_at")
+    summary = send(file, broker, columns=columns, topic="clicks", time_unit="s", rebase_to_now=True)
+    assert summary.sent.total() == 1
+    assert summary.refusals == [
+        Refusal(
+            2, "occurred_at: '0' means 1970-01-01, shifted to 1977-12-27, and the earliest date allowed is 2000-01-01"
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "reason"),
+    [
+        (
+            881250949,
+            {},
+            (
+                "881250949 means 1970-01-11, and the earliest date allowed is 2000-01-01; if the file counts seconds, "
+                "say --time-unit s: then it means 1997-12-04; --rebase-to-now shifts all times, so that the last is now"
+            ),
+        ),
+        (
+            881250949,
+            {"rebase_to_now": True},
+            ("881250949 means 1970-01-11; if the file counts seconds, say --time-unit s: then it means 1997-12-04"),
+        ),
+        (
+            881250949,
+            {"time_unit": "s"},
+            (
+                "881250949 means 1997-12-04, and the earliest date allowed is 2000-01-01; --rebase-to-now shifts all "
+                "times, so that the last is now"
+            ),
+        ),
+        (
+            "1997-12-04T15:55:49Z",
+            {},
+            (
+                "'1997-12-04T15:55:49Z' means 1997-12-04, and the earliest date allowed is 2000-01-01; --rebase-to-now "
+                "shifts all times, so that the last is now"
+            ),
+        ),
+        (
+            NOW_MS,
+            {"time_unit": "s"},
+            (
+                f"{NOW_MS} means a date beyond the years 1 to 9999, and the latest date allowed is 2100-01-01; "
+                "if the file counts milliseconds, say --time-unit ms"
+            ),
+        ),
+    ],
+)
+def test_a_time_out_of_bounds_says_its_date_the_bound_and_the_way_out(
+    tmp_path: Path, broker: EmbeddedBroker, value: Any, options: dict[str, Any], reason: str
+) -> None:
+    """Also when rebasing: seconds taken for milliseconds would be shifted to within days, and sent."""
+    file = lines(tmp_path / "a.jsonl", json.dumps({"user_id": "u", "item_id": "i", "occurred_at": value}))
+    summary = send(file, broker, topic="clicks", **options)
+    assert summary.sent.total() == 0
+    assert summary.refusals == [Refusal(1, f"occurred_at: {reason}")]
+
+
 def test_speed_keeps_the_pace_of_event_time(tmp_path: Path, broker: EmbeddedBroker) -> None:
     """An event waits for its time.
 
@@ -187,8 +275,8 @@ def test_refused_rows_say_where_and_why(tmp_path: Path, broker: EmbeddedBroker) 
         Refusal(5, "3 cells for 4 columns (who, item_id, price, ts)"),
         Refusal(8, "user_id (column who): Input should be a valid string, unable to parse raw data as a unicode string"
         "; got '\\udcff'"),
-        Refusal(9, "occurred_at (column ts): Input should be greater than or equal to 946684800000; got 1511658000"
-        "; if the file counts seconds, say --time-unit s"),
+        Refusal(9, "occurred_at (column ts): '1511658000' means 1970-01-18, and the earliest date allowed is 2000-01-01"
+        "; if the file counts seconds, say --time-unit s: then it means 2017-11-26"),
     ]  # fmt: skip
     out = io.StringIO()
     Console(file=out, width=200).print(summary)

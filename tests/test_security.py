@@ -17,9 +17,9 @@ import pytest
 import redis
 import structlog
 
+from config.settings import Settings
 from features.plan import Plan
 from headrace.embedded import EmbeddedRedis, free_port
-from registry.settings import Settings
 from serving import run
 from serving.client import Client
 from tests.support.served import NOW_MS, ROOT, Clock, Rows, catalogue, listening, project_folder, served, settings_of

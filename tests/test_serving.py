@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ import serving.app
 import serving.wire
 from features.plan import Plan
 from headrace.embedded import EmbeddedRedis
+from serving.client import Client
+from store.reader import Reader
 from tests import oracle
 from tests.support import compare
 from tests.support.served import (
@@ -32,6 +35,7 @@ from tests.support.served import (
     Clock,
     Rows,
     catalogue,
+    listening,
     random_events,
     served,
     settings_of,
@@ -174,6 +178,35 @@ async def test_json_arrow_and_npy_say_the_same(http: httpx.AsyncClient, rows: Ro
             np.testing.assert_array_equal(matrix[at], np.array(expected, np.float32))
 
 
+@pytest.mark.parametrize("prices", [(1.5e308, 1.0e308), (1.7e308, 1.7e308), (1e39, 1e39)])
+async def test_numbers_beyond_a_formats_range_are_null_in_it_and_counted(
+    http: httpx.AsyncClient, rows: Rows, plan: Plan, redis_url: str, clock: Clock, prices: tuple[float, float]
+) -> None:
+    """Beyond float64's in every format, beyond float32's in npy alone; never infinite, which a model can't take."""
+    events = [{"t": NOW_MS - 1_000, "user_id": "rich", "item_id": "i1", "price": price} for price in prices]
+    rows.write_all({"clicks": events})
+    body = {"service": "ranking_v1", "user_id": "rich", "item_ids": ["i1"]}
+    values = values_of((await http.post("/v1/features", json=body)).json(), 0)
+    arrow = await http.post("/v1/features", json=body, headers={"Accept": ARROW})
+    npy = await http.post("/v1/features", json=body, headers={"Accept": NPY})
+    matrix = np.load(io.BytesIO(npy.content), allow_pickle=False)
+    assert not np.isinf(matrix).any()
+    at = dict(zip(npy.headers["x-feature-names"].split(","), matrix[0].tolist(), strict=True))
+    with pa.ipc.open_stream(arrow.content) as reader:
+        (batch,) = list(reader)
+    assert {name: batch[name][0].as_py() for name in values} == values
+    assert values["user_activity__price_max_7d"] == max(prices)
+    assert np.isnan(at["user_activity__price_max_7d"])
+    without = plan.features["user_activity__price_std_7d"].default
+    assert values["user_activity__price_std_7d"] == (without if prices[0] != prices[1] else 0.0)
+    read = Reader(plan, list(values)).read(
+        rows.client.mget, {"user_id": ["rich"], "item_id": ["i1"]}, NOW_MS, full=True
+    )
+    assert {name: value[0] for name, value in read.to_dict().items() if name in values} == values
+    counted = (await http.get("/metrics")).text.split("\nheadrace_values_beyond_range_total ")[1].split()[0]
+    assert float(counted) > 0
+
+
 async def test_matrices_hold_numbers_and_truth_values_in_service_order(http: httpx.AsyncClient) -> None:
     listed = (await http.get("/v1/services/ranking_v1")).json()
     numeric = [each["name"] for each in listed["features"] if each["type"] in ("int", "float", "bool")]
@@ -297,6 +330,42 @@ async def test_ids_of_any_characters_are_read_by_path_and_by_body(
     assert values_of(posted)["user_item__clicked"] is True
 
 
+def test_each_id_that_an_event_may_carry_is_read_by_every_interface(plan: Plan, redis_url: str) -> None:
+    r"""An id is any text but an empty one, of any characters but NUL: what the stream has kept, each call finds.
+
+    Every event has a time and a price of its own, so that no other's row can pass. A path whose `.` or `$` is Python's
+    own answers 404 for `a\nb`, and for `a\n` the row of `a`; a client that leaves `..`, `/` or `?` as they are asks
+    for something else.
+    """
+    alone = [chr(code) for code in [*range(1, 0x100), 0x2028, 0x2029, 0xFEFF, 0xFFFF, 0x1F9E5, 0x10FFFF]]
+    # All others: 256 characters are the most that an id may have.
+    starts = [*range(0x100, 0xD800, 256), *range(0xE000, 0x10000, 256), *range(0x10000, 0x110000, 0x10000)]
+    whole = ["".join(map(chr, range(start, start + 256))) for start in starts]
+    odd = ["a", "a\r\nb", "\na", "..", "../a", "a/..", "//", "//a", "a//", " a ", "%0A", "a%", "?x=1#y", "a\u0301"]
+    ids = list(dict.fromkeys([*odd, *alone, *(f"a{each}" for each in alone), *whole]))
+    now_ms = int(time.time() * 1000)  # The server's own clock is the real one.
+    fields = [{"t": now_ms - n, "user_id": each, "item_id": each, "price": n + 1.0} for n, each in enumerate(ids)]
+    Rows(plan, redis_url, Clock(now_ms)).write("clicks", fields)
+    with listening(settings_of(redis_url), plan) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
+        with Client(f"http://127.0.0.1:{port}", timeout_s=60) as client:
+            for n, each in enumerate(ids):
+                found = client.entity("user", each)
+                assert (found["id"], found["last_event_at"]) == (each, now_ms - n), ascii(each)
+                body = {**RANKING, "user_id": each, "item_ids": [each]}
+                answer = http.post("/v1/features", json=body, timeout=60).json()
+                assert answer["user"]["last_event_at"] == now_ms - n, ascii(each)
+                assert values_of(answer)["item_activity__price"] == n + 1, ascii(each)
+        feast = {"features": ["item_activity:price"], "entities": {"item_id": ids}}
+        results = http.post("/get-online-features", json=feast, timeout=60).json()["results"]
+        assert [column["values"] for column in results] == [ids, [n + 1 for n in range(len(ids))]]
+
+
+@pytest.mark.parametrize("path", ["/healthz%0A", "/v1/features%0A"])
+async def test_a_path_with_a_line_feed_is_no_other_path(http: httpx.AsyncClient, path: str) -> None:
+    """Python's `$` would take one at the end for nothing."""
+    problem(await http.request("GET" if "health" in path else "POST", path), 404)
+
+
 async def test_an_entity_is_read_by_service_or_whole(http: httpx.AsyncClient, plan: Plan) -> None:
     whole = (await entity(http, "item", "i1"))["features"]
     of_ranking = (await entity(http, "item", "i1", service="ranking_v1"))["features"]
@@ -311,7 +380,10 @@ async def test_an_explanation_changes_no_value(http: httpx.AsyncClient, rows: Ro
     rows.write_all(random_events(8, users=3, items=6, n=120))
     plain = await ranking(http, user_id=user_id, item_ids=["i1", "nothing"])
     explained = await ranking(http, user_id=user_id, item_ids=["i1", "nothing"], explain=True)
-    assert explained["user"].pop("explain")
+    assert (how := explained["user"].pop("explain"))
+    # What has a bound says how near it is.
+    assert any({"buckets", "buckets_max"} <= each.keys() for each in how.values())
+    assert "buckets" not in how["user_activity__clicks_1h"]
     assert all(item.pop("explain") for item in explained["items"])
     assert explained == plain
     refused = await http.post("/v1/features", json={**RANKING, "explain": True}, headers={"Accept": NPY})
@@ -420,6 +492,51 @@ async def test_a_format_that_there_is_not_is_a_406_with_those_there_are(http: ht
 async def test_the_first_format_there_is_is_taken(http: httpx.AsyncClient, accept: str, got: str) -> None:
     answer = await http.post("/v1/features", json=RANKING, headers={"Accept": accept})
     assert answer.headers["content-type"] == got
+
+
+@pytest.mark.parametrize(
+    ("accept", "got"),
+    [
+        (f"text/html;q=0.9, {NPY};q=0.1, application/json;q=0.8", "application/json"),
+        (f"application/json;q=0.2, {NPY}", NPY),
+        (f"application/json ; Q=0.2 , {NPY.upper()} ; q=0.3", NPY),
+        (f"application/json;q=0.001,{ARROW};q=0.002", ARROW),
+        (f"{NPY};q=0, */*", "application/json"),
+        ("application/json;q=0, */*;q=0.1", ARROW),
+        (f"*/*, application/json;q=0.5, {ARROW};q=0.4", NPY),
+        (f"application/*;q=0.2, */*;q=0.9, {NPY};q=0.3", NPY),
+        (f"application/*;q=0, */*, {NPY};q=0.1", NPY),
+        (f"{ARROW};q=0.5, {NPY};q=0.5", ARROW),
+        (f"{NPY};q=0.5, {ARROW};q=0.5", NPY),
+        (f"application/json;charset=utf-8;q=0.1, {NPY};q=0.2", NPY),
+        (f'text/html;x="a, {ARROW}, \\"b", {NPY}', NPY),
+        (f"{NPY};q=nan, application/json;q=0.9", NPY),
+        (f"{NPY};q=7, application/json;q=0.9", NPY),
+    ],
+)
+async def test_the_format_is_the_one_wanted_most(http: httpx.AsyncClient, accept: str, got: str) -> None:
+    """Not the first that there is: weights count, 0 excludes, and a range that says more overrides one that says less.
+
+    A weight that is no weight counts as none; as a number, `nan` would be neither more nor less than any.
+    """
+    answer = await http.post("/v1/features", json=RANKING, headers={"Accept": accept})
+    assert answer.headers["content-type"] == got
+
+
+@pytest.mark.parametrize("accept", [f"{NPY};q=0", "*/*;q=0", "application/*;q=0.0, */*", "text/html, */*;q=0.000"])
+async def test_a_weight_of_zero_is_a_refusal(http: httpx.AsyncClient, accept: str) -> None:
+    """Taken for a small number, it would still win where nothing else is named."""
+    problem(await http.post("/v1/features", json=RANKING, headers={"Accept": accept}), 406, "application/json", NPY)
+
+
+async def test_several_accept_headers_are_one_list(http: httpx.AsyncClient) -> None:
+    """Who reads the first alone answers with what the client wants less; who needs one fails without."""
+    headers = [("Accept", "application/json;q=0.1"), ("Accept", NPY)]
+    answer = await http.post("/v1/features", json=RANKING, headers=headers)
+    assert answer.headers["content-type"] == NPY
+    request = http.build_request("POST", "/v1/features", json=RANKING)
+    del request.headers["accept"]
+    assert (await http.send(request)).headers["content-type"] == "application/json"
 
 
 async def test_a_service_without_items_says_where_to_read_it(http: httpx.AsyncClient) -> None:

@@ -267,6 +267,7 @@ def test_the_file_holds_no_secret_and_is_its_owners_alone(path: Path) -> None:
 
 def test_keys_are_made_listed_and_revoked_by_the_command_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADRACE_API_KEYS_FILE", str(path))
+    monkeypatch.setattr("config.logs.set_up_logs", lambda **_: None)  # It is for a whole process.
     commands, time = CliRunner(), Time()
     with structlog.testing.capture_logs() as logs:
         made = commands.invoke(cli.app, ["keys", "add", "ranking", "--rate", "9"])

@@ -258,6 +258,81 @@ async def test_connections_beyond_the_most_are_told_so_but_operators_are_not(
             assert (await each.answer()).status_code == 200
 
 
+async def test_half_a_head_makes_room_for_who_comes(connect: Connect, plan: Plan, redis: EmbeddedRedis) -> None:
+    """The oldest goes first, and with an answer; whoever comes is answered, however many were there before.
+
+    Without, a hundred are let in beyond the limit to be refused, and who comes then, a liveness probe too, is dropped.
+    """
+    ask = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
+    with listening(settings_of(redis.url, connections_max=20, deadline_s=LONG_S, idle_s=LONG_S), plan) as port:
+        operator = await connect(port)
+        halves = []
+        for _ in range(19 + 150):
+            halves.append(await connect(port, ask))
+            assert (await halves[-1].answer()).status_code == 200
+            halves[-1].send(ask[:9])
+            operator.send(ask)  # Its answer says that the half before it was read.
+            assert (await operator.answer()).status_code == 200
+        for each in halves[:150]:
+            problem(await each.answer(), 408, "HEADRACE_CONNECTIONS_MAX")
+            assert await each.rest() == b""
+        for each in halves[151:]:
+            each.send(ask[9:])
+            assert (await each.answer()).status_code == 200
+            each.send(ask[:9])
+        operator.send(ask)
+        assert (await operator.answer()).status_code == 200
+        newcomer = await connect(port, post(json.dumps(RANKING).encode()))
+        assert (await newcomer.answer()).status_code == 200
+        problem(await halves[150].answer(), 408, "HEADRACE_CONNECTIONS_MAX")
+
+
+@pytest.mark.parametrize("first", [b"", b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"], ids=["nothing", "once"])
+async def test_who_asks_nothing_makes_room_for_who_comes(
+    connect: Connect, plan: Plan, redis: EmbeddedRedis, first: bytes
+) -> None:
+    """The oldest goes first: at once if it never asked, and otherwise before somebody would be dropped unheard.
+
+    A thousand that connect and send nothing, or no more, kept out a liveness probe until HEADRACE_IDLE_S was over.
+    """
+    ask = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
+    with listening(settings_of(redis.url, connections_max=20, deadline_s=LONG_S, idle_s=LONG_S), plan) as port:
+        operator = await connect(port, ask)
+        assert (await operator.answer()).status_code == 200
+        silent = []
+        for _ in range(20 + 150):
+            silent.append(await connect(port, first))
+            if first:
+                assert (await silent[-1].answer()).status_code == 200
+            operator.send(ask)  # Its answer says that the one before it was seen.
+            assert (await operator.answer()).status_code == 200
+        probe = await connect(port, ask)
+        assert (await probe.answer()).status_code == 200
+        assert await silent[0].rest() == b""
+        silent[-1].send(ask)
+        assert (await silent[-1].answer()).status_code == 200
+
+
+async def test_who_is_owed_an_answer_makes_no_room(connect: Connect, plan: Plan, redis: EmbeddedRedis) -> None:
+    """Half a second head does not end the first request; a 408 now would be taken for its answer."""
+    ask = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
+    long = {"request_timeout_s": LONG_S, "redis_timeout_s": LONG_S, "deadline_s": LONG_S, "idle_s": LONG_S}
+    with listening(settings_of(redis.url, connections_max=2, **long), plan) as port:
+        operator, busy = await connect(port, ask), await connect(port, ask)
+        assert [(await each.answer()).status_code for each in (operator, busy)] == [200, 200]
+        os.kill(redis.pid, signal.SIGSTOP)
+        try:
+            busy.send(post(json.dumps(RANKING).encode()) + ask[:9])
+            operator.send(ask)
+            assert (await operator.answer()).status_code == 200
+            assert (await (await connect(port, ask)).answer()).status_code == 200
+        finally:
+            os.kill(redis.pid, signal.SIGCONT)
+        assert (await busy.answer()).status_code == 200
+        busy.send(ask[9:])
+        assert (await busy.answer()).status_code == 200
+
+
 async def test_idle_connections_are_closed(connect: Connect, plan: Plan, redis: EmbeddedRedis) -> None:
     with listening(settings_of(redis.url, idle_s=1), plan) as port:
         never, once = await connect(port), await connect(port, b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")

@@ -7,24 +7,25 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
 import pytest
-from feast import FeatureStore
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
+from config.settings import Settings
 from features.plan import Derived, Plan
 from headrace.embedded import EmbeddedBroker, end, spawn
 from registry.apply import apply
-from registry.settings import Settings
-from registry.store import register
 from serving import run as running
 from store.connect import connect
+from store.plans import append_plan
 from tests.support.served import ROOT, SHARDS, catalogue, project_folder
 from tests.support.stack import wait_for
 
@@ -111,8 +112,8 @@ class Server:
 @pytest.fixture
 def serve(settings: Settings, tmp_path: Path) -> Callable[[], object]:
     @contextmanager
-    def start() -> Iterator[Server]:
-        server = Server(settings, tmp_path)
+    def start(**more: Any) -> Iterator[Server]:
+        server = Server(settings.model_copy(update=more), tmp_path)
         try:
             yield server
         finally:
@@ -158,6 +159,29 @@ def test_two_processes_share_a_port_and_one_set_of_metrics_and_a_killed_one_is_r
         assert min(second.values()) > 0
         assert server.counted(ROUTE)["headrace_requests_total"] == sum(second.values()) == 3 * sent
         assert f"pid={killed} status=-9" in server.log
+        # The kernel says of one that it ends before it has ended: looks at the others meanwhile took no time, and
+        # counted as time once.
+        assert "server_process_hangs" not in server.log
+
+
+def test_a_process_that_hangs_is_replaced(serve) -> None:
+    """The kernel goes on giving it connections, which nobody answers; the others and their supervisor are well."""
+    with serve(hang_s=2) as server:
+        server.wait_until_both_answer()
+        hung, other = server.counts("/healthz")
+        os.kill(hung, signal.SIGSTOP)
+        wait_for("it is gone", lambda: not Path(f"/proc/{hung}").exists())
+        server.wait_until_both_answer()
+        assert is_there(other)
+        assert f"pid={hung}" in server.log.split("server_process_hangs")[1].splitlines()[0]
+        # All of them, with who watches: that is a machine that slept, and no reason to kill.
+        pids = [pid for pid in server.counts("/healthz") if is_there(pid)]
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in (server.process.pid, *pids):
+                os.kill(pid, number)
+            time.sleep(3 if number == signal.SIGSTOP else 0)
+        server.wait_until_both_answer()
+        assert [is_there(pid) for pid in pids] == [True, True]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, -9)])
@@ -175,7 +199,7 @@ def test_whatever_ends_the_server_no_process_and_no_file_stays(serve, number: si
 
 def test_processes_that_can_not_start_are_not_started_for_ever(serve, settings: Settings) -> None:
     """The code of the derived features is another than when the plan was applied."""
-    register(FeatureStore(str(settings.repo)), with_other_code(catalogue()), settings.kafka)
+    append_plan(connect(settings.redis_url.get_secret_value(), 10), with_other_code(catalogue()), 0)
     with serve() as server:
         assert server.process.wait(120) == 1
         assert "headrace apply" in server.log

@@ -19,10 +19,10 @@ import httpx
 import pytest
 import redis
 
+from config.settings import Settings
 from features.plan import Plan
 from headrace.embedded import EmbeddedBroker, EmbeddedRedis, end, free_port, spawn
 from registry.apply import apply
-from registry.settings import Settings
 from store.connect import connect
 from tests.support.served import NOW_MS, ROOT, SHARDS, Clock, Rows, catalogue, project_folder, served, settings_of
 from tests.support.stack import wait_for

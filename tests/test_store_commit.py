@@ -366,6 +366,29 @@ def test_a_claim_keeps_the_offsets_and_replaces_the_token(client: Any) -> None:
     assert second.claim("user", 0) == claimed  # Again: nothing changes.
 
 
+def test_a_topic_is_accepted_once_and_only_if_it_is_another(client: Any) -> None:
+    """What was read of it since, and of other topics, stays: forgotten again, the new topic would count twice."""
+    writer = a_writer(client)
+    kept = {"likes/0": Position(5, 0), "more/clicks/0": Position(1, 0)}
+    read = {"clicks/0": Position(42, 7), "clicks/1": Position(9, 0), **kept}
+    old = writer.claim("user", 0).advanced(writer.token, read, {"clicks": "one", "likes": "other"})
+    writer.commit([ShardCommit(key_of(0), writer.claim("user", 0), old)])
+    assert not a_writer(client).accept_topic("user", 0, "clicks", "one")
+    assert read_record(client, key_of(0)) == old
+    assert a_writer(client).accept_topic("user", 0, "clicks", "two")
+    accepted = read_record(client, key_of(0))
+    assert accepted.positions == kept
+    assert accepted.topics == {"clicks": "two", "likes": "other"}
+    with pytest.raises(FencedError) as fenced:
+        writer.commit([ShardCommit(key_of(0), old, next_of(old, writer, 50))])
+    assert not fenced.value.superseded  # It starts again, and goes on from there.
+    successor = a_writer(client)
+    further = next_of(successor.claim("user", 0), successor, 3)
+    successor.commit([ShardCommit(key_of(0), successor.claim("user", 0), further)])
+    assert not a_writer(client).accept_topic("user", 0, "clicks", "two")
+    assert read_record(client, key_of(0)) == further
+
+
 def test_a_claim_wins_over_a_commit_that_comes_between(client: Any) -> None:
     """A writer that commits between the claim's read and its write is fenced next time, and loses nothing."""
     first = a_writer(client)

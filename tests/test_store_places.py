@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from features.definitions import compile_definitions
 from features.layout import families_of
-from registry.definitions import compile_definitions
 from store.keys import Keyspace
 from store.places import PlaceIndex
 from store.resp import Arguments, command

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import redis
 from confluent_kafka import KafkaError
 
+from config.settings import Settings
 from features import agg
 from features.compile import compile_plan
 from features.events import Event
@@ -22,11 +24,19 @@ from features.language import Entity, view
 from features.layout import families_of
 from features.plan import Plan
 from headrace.embedded import EmbeddedRedis
-from registry.online import Reader
-from registry.settings import Settings
-from store.commit import CommitRecord, FencedError, NotAppliedError, Position, ShardCommit, initialise, read_record
+from store.commit import (
+    CommitRecord,
+    FencedError,
+    NotAppliedError,
+    Position,
+    ShardCommit,
+    Writer,
+    initialise,
+    read_record,
+)
 from store.connect import connect
 from store.keys import Keyspace, shard_of
+from store.reader import Reader
 from streams import kafka
 from streams import lane as lane_module
 from streams.chunk import Chunk, Part, Partition
@@ -418,10 +428,16 @@ NOW_MS = time.time_ns() // 1_000_000 // 1000 * 1000
 
 
 def parts_of(
-    start: int, users: Sequence[str], *, lanes: int = 1, at_ms: int = NOW_MS - 60_000, record_ms: int = NOW_MS
+    start: int,
+    users: Sequence[str],
+    *,
+    lanes: int = 1,
+    at_ms: int = NOW_MS - 60_000,
+    record_ms: int = NOW_MS,
+    plan: Plan = PLAN,
 ) -> list[Part]:
     """The parts of a chunk with a click of each user."""
-    decoder = Decoder(PLAN, lanes, HORIZON_MS)
+    decoder = Decoder(plan, lanes, HORIZON_MS)
     values: list[bytes | None] = [
         json.dumps({"event_id": f"e{start + n}", "occurred_at": at_ms, "user_id": name}).encode()
         for n, name in enumerate(users)
@@ -445,6 +461,50 @@ def nexts(client: redis.Redis) -> set[int | None]:
     """The offsets at which shards are."""
     keys = [SPACE.commit_record(entity, shard) for entity in ("user", "item") for shard in range(SHARDS)]
     return {at.next if (at := read_record(client, key).position(*CLICKS)) else None for key in keys}
+
+
+def topic_ids(client: redis.Redis) -> set[str]:
+    """Of which topics of clicks the shards are."""
+    keys = [SPACE.commit_record(entity, shard) for entity in ("user", "item") for shard in range(SHARDS)]
+    return {topics["clicks"] for key in keys if (topics := read_record(client, key).topics)}
+
+
+def test_evictions_are_told_apart_by_view_and_feature(client: redis.Redis) -> None:
+    """One number for all says that some bound is too tight, and not which."""
+    lane, _ = a_lane(client)
+    values: list[bytes | None] = [
+        json.dumps(
+            {
+                "event_id": f"e{n}",
+                "occurred_at": NOW_MS - 60_000 + n,
+                "user_id": "u1",
+                "item_id": "i1",
+                "category": f"c{n}",
+            }
+        ).encode()
+        for n in range(40)
+    ]
+    chunk = Chunk(CLICKS, 0, 40, 0, values, [None] * 40, np.arange(40), np.full(40, NOW_MS, np.int64))
+    written = lane.write(Decoder(PLAN, 1, HORIZON_MS).decode(chunk).parts)
+    assert written.evicted == {("popularity", "top"): 24, ("activity", "taste"): 24}
+    assert lane.write([empty_range(40, 41)]).evicted == {}
+
+
+def test_a_chunk_of_a_topic_that_is_no_more_is_refused(client: redis.Redis) -> None:
+    """It may have been read before the new topic was accepted: at its offsets there are other events now."""
+    lane, _ = a_lane(client)
+    old, new = (replace(parts_of(0, ["u1"])[0], topic_id=topic_id) for topic_id in ("old", "new"))
+    lane.write([old])
+    assert topic_ids(client) == {"old"}
+    for shard in range(SHARDS):
+        for entity in ("user", "item"):
+            Writer(client, SPACE).accept_topic(entity, shard, "clicks", "new")
+    lane, _ = a_lane(client)
+    with pytest.raises(GapError, match="a chunk of clicks is of the topic old, but the shards are of new"):
+        lane.write([old])
+    lane, _ = a_lane(client)
+    lane.write([new])
+    assert topic_ids(client) == {"new"}
 
 
 def everything(client: Any) -> dict[bytes, bytes]:
@@ -561,7 +621,9 @@ def test_several_chunks_in_one_write_are_merged_once(client: redis.Redis) -> Non
     assert lane.write([]).rows == 0
 
 
-@pytest.mark.parametrize(("clock_ms", "record_ms"), [(NOW_MS, NOW_MS - 5000), (NOW_MS - 5000, NOW_MS)])
+@pytest.mark.parametrize(
+    ("clock_ms", "record_ms"), [(NOW_MS, NOW_MS - 5000), (NOW_MS - 5000, NOW_MS)], ids=["ahead", "behind"]
+)
 def test_merge_stays_behind_both_clocks(
     client: redis.Redis, monkeypatch: pytest.MonkeyPatch, clock_ms: int, record_ms: int
 ) -> None:
@@ -598,6 +660,102 @@ def test_rows_expire_after_their_last_event_and_retention(redis7_server: Embedde
                     assert family.retention_ms == 90 * 86_400_000
 
 
+@view(Entity("user", key="user_id", forget_after="2d"))
+class Ever:
+    clicks = agg.count(Click, over="all")
+
+
+FORGETFUL = compile_plan([{"Ever": Ever}], "forgetful", SHARDS)
+TWO_DAYS_MS = 2 * 86_400_000
+
+
+@pytest.fixture
+def ever(client: redis.Redis) -> Callable[[], Any]:
+    """What is served of u1, who is forgotten after two days; None if it is not found."""
+    initialise(client, Keyspace("forgetful", SHARDS), ["user"])
+    key = Keyspace("forgetful", SHARDS).rows(families_of(FORGETFUL, FORGETFUL.views[0])[0], [b"u1"])[0]
+
+    def served() -> Any:
+        found = Reader(FORGETFUL, ["ever__clicks_all"]).read(client.mget, {"user_id": ["u1"]}, now_ms(), full=True)
+        return found.to_dict()["ever__clicks_all"][0] if client.exists(key) else None
+
+    return served
+
+
+def now_ms() -> int:
+    """By the clock of Redis, which decides when a row expires."""
+    return time.time_ns() // 1_000_000
+
+
+def forgetful(client: redis.Redis, clock: Clock) -> Lane:
+    return Lane(FORGETFUL, 0, 1, client, clock, cache_bytes_max=1_000_000)
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("left_ms", [-TWO_DAYS_MS // 2, 700, 5_000])
+def test_what_is_forgotten_does_not_depend_on_what_a_worker_remembers(
+    client: redis.Redis, ever: Callable[[], Any], left_ms: int, restarts: bool
+) -> None:
+    """A row that Redis never kept, let expire, or is about to: a new event begins a new one.
+
+    A lane that goes on from a row it remembers counts 2 until it is killed; and one that goes by the moment of expiry
+    does so while Redis's clock is ahead, or between its reading the clock and the commit.
+    """
+    clock = Clock(now_ms() - 60_000)
+    lane = forgetful(client, clock)
+    old_ms = now_ms() - TWO_DAYS_MS + left_ms
+    lane.write(parts_of(0, ["u1"], at_ms=old_ms, plan=FORGETFUL))
+    assert ever() == (1 if left_ms > 0 else None)
+    if left_ms < 1_000:
+        while ever() is not None:
+            time.sleep(0.05)
+    clock.now_ms = now_ms()
+    if restarts:
+        lane = forgetful(client, clock)
+    lane.write(parts_of(1, ["u1"], at_ms=clock.now_ms - 1_000, plan=FORGETFUL))
+    assert ever() == 1
+    lane.write(parts_of(2, ["u1"], at_ms=clock.now_ms - 1_000, plan=FORGETFUL))
+    assert ever() == 2
+
+
+@pytest.mark.parametrize(
+    "order", [("old", "new"), ("new", "old"), ("old", "restart", "new"), ("new", "restart", "old")]
+)
+@pytest.mark.parametrize("together", [False, True])
+def test_an_event_older_than_its_entity_is_kept_never_counts(
+    client: redis.Redis, ever: Callable[[], Any], order: Sequence[str], together: bool
+) -> None:
+    """However a worker happens to cut the log, and whichever partition it reads first.
+
+    Counted if it meets the row of a later event, in Redis or in the same merge, the answer would depend on both.
+    """
+    clock = Clock(now_ms())
+    lane = forgetful(client, clock)
+    parts: list[Part] = []
+    for each in order:
+        if each == "restart":
+            lane.write(parts)
+            lane, parts = forgetful(client, clock), []
+            continue
+        at_ms = clock.now_ms - (TWO_DAYS_MS + 1 if each == "old" else 1_000)
+        start = sum(other != "restart" for other in order[: order.index(each)])
+        parts += parts_of(start, ["u1"], at_ms=at_ms, plan=FORGETFUL)
+        if not together:
+            lane.write(parts)
+            parts = []
+    lane.write(parts)
+    assert ever() == 1
+
+
+def test_an_event_within_what_its_entity_is_kept_counts(client: redis.Redis, ever: Callable[[], Any]) -> None:
+    """Also a late one; one that forgets too much would leave it out."""
+    clock = Clock(now_ms())
+    lane = forgetful(client, clock)
+    for start, age_ms in enumerate((1_000, TWO_DAYS_MS - 20_000, 1_000)):
+        lane.write(parts_of(start, ["u1"], at_ms=clock.now_ms - age_ms, plan=FORGETFUL))
+    assert ever() == 3
+
+
 def test_a_zombie_is_fenced_and_changes_nothing(client: redis.Redis) -> None:
     zombie, _ = a_lane(client)
     zombie.write(parts_of(0, ["u1"]))
@@ -618,7 +776,7 @@ def test_a_zombie_that_reads_before_its_last_commit_is_done_is_superseded_not_ro
     class Held(Committer):
         """Commits nothing."""
 
-        def submit(self, commits: Sequence[ShardCommit]) -> Future[None]:
+        def submit(self, commits: Sequence[ShardCommit], confirmed: object = None) -> Future[None]:
             return Future()
 
     shard = shard_of(b"u1", SHARDS)

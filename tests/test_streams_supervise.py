@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from registry.settings import Settings
+from config.settings import Settings
 from streams import supervise as module
-from streams.dataflow import SUPERSEDED_STATUS
-from streams.supervise import supervise
+from streams.supervise import SUPERSEDED_STATUS, supervise
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -212,7 +211,7 @@ def test_workers_get_the_settings_and_know_of_each_other(monkeypatch: pytest.Mon
 
 SCRIPT = """
 import subprocess, sys
-from registry.settings import Settings
+from config.settings import Settings
 from streams import supervise
 
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN);"

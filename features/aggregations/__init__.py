@@ -1,6 +1,6 @@
 """Every aggregation, one file each."""
 
-from features.aggregations.base import Aggregation, Measure, Part, Slot, Table
+from features.aggregations.base import Aggregation, Measure, Slot, SlotTotals, Table
 from features.aggregations.count import Count
 from features.aggregations.decayed import Decayed
 from features.aggregations.distinct import Distinct
@@ -29,10 +29,10 @@ __all__ = [
     "Mean",
     "Measure",
     "Min",
-    "Part",
     "Ratio",
     "SecondsSince",
     "Slot",
+    "SlotTotals",
     "Std",
     "Sum",
     "Table",

@@ -58,7 +58,7 @@ class Slot:
     measure: Measure
 
 
-class Part(Protocol):
+class SlotTotals(Protocol):
     """A slot's state for many rows, as the kernel hands it to `Aggregation.values`.
 
     Its unit is the group: a row, or a (row, bucket) pair of a table with buckets.
@@ -121,7 +121,7 @@ class Aggregation(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", omi
     @property
     def without_events(self) -> float:
         """What a bucket that is not there stands for."""
-        return self.nothing
+        return self.nothing if self.default is None else float(self.default)
 
     @property
     def windows(self) -> tuple[Window, ...]:
@@ -165,7 +165,7 @@ class Aggregation(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", omi
         """The constants p and q of its formula."""
         return 0.0, 0.0
 
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> Sequence[Values]:
+    def values(self, slots: tuple[SlotTotals, ...], now_ms: int) -> Sequence[Values]:
         """The feature over each of its windows, shortest first, for all rows: of one that has no formula."""
         raise NotImplementedError
 

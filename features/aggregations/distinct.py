@@ -8,9 +8,9 @@ from typing import Final
 import numpy as np
 
 from features import sketch
-from features.aggregations.base import Aggregation, Part, Slot, Table
+from features.aggregations.base import Aggregation, Slot, SlotTotals, Table
 from features.partials import SeenTick
-from features.values import Floats, Type, Values
+from features.values import Type, Values
 
 EXACT_MAX: Final = 64
 
@@ -39,20 +39,10 @@ class Distinct(Aggregation, frozen=True, kw_only=True, tag="distinct"):
         cells = Table(self.name, self.windows, starts=False, by=self.field, bucket="cell")
         return Slot(exact, SeenTick(), self.measure), Slot(cells, SeenTick(), self.measure)
 
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> Sequence[Values]:
+    def values(self, slots: tuple[SlotTotals, ...], now_ms: int) -> Sequence[Values]:
         """See `Aggregation.values`."""
-        exact, cells = parts
-        return [self._over(window.tail_ticks(now_ms), exact, cells) for window in self.windows]
-
-    def _over(self, tail: int, exact: Part, cells: Part) -> Floats:
-        latest = exact.totals[0, 0] >= tail
-        counts = np.bincount(exact.rows[latest], minlength=exact.n_rows).astype(float)
-        many = np.flatnonzero(counts > EXACT_MAX)
-        if len(many):
-            spilled = cells.totals[0, 0] >= tail
-            rows = np.concatenate([exact.rows[latest], cells.rows[spilled]])
-            found = np.concatenate([sketch.cells(exact.buckets[latest]), cells.buckets[spilled]])
-            of_many = np.isin(rows, many)
-            estimate = sketch.estimate(np.searchsorted(many, rows[of_many]), found[of_many], len(many))
-            counts[many] = np.maximum(np.rint(estimate), EXACT_MAX + 1)
-        return counts
+        exact, cells = slots
+        tails = np.array([window.tail_ticks(now_ms) for window in self.windows])
+        kept = (exact.rows, exact.totals[0, 0], exact.buckets)
+        spilled = (cells.rows, cells.totals[0, 0], cells.buckets)
+        return list(sketch.counts(*kept, *spilled, tails, EXACT_MAX, exact.n_rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from features.aggregations.base import Aggregation, Part, Slot, Table
+from features.aggregations.base import Aggregation, Slot, SlotTotals, Table
 from features.partials import Seen
 from features.times import ALL, Window
 from features.values import Type, Values
@@ -35,6 +35,6 @@ class LastK(Aggregation, frozen=True, kw_only=True, tag="last_k"):
         table = Table(self.name, (Window.parse(ALL),), starts=False, by=self.field, bucket="text", bound=self.k)
         return (Slot(table, Seen(), self.measure),)
 
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> Sequence[Values]:
+    def values(self, slots: tuple[SlotTotals, ...], now_ms: int) -> Sequence[Values]:
         """See `Aggregation.values`."""
-        return [parts[0].ranked(0, begin_ms, self.k, ties=1) for begin_ms in self.begins_ms(now_ms)]
+        return [slots[0].ranked(0, begin_ms, self.k, ties=1) for begin_ms in self.begins_ms(now_ms)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from features.aggregations.base import Aggregation, Part, Slot
+from features.aggregations.base import Aggregation, Slot, SlotTotals
 from features.partials import Tally
 from features.values import Type, Values
 
@@ -31,6 +31,6 @@ class TopK(Aggregation, frozen=True, kw_only=True, tag="top_k"):
         """See `Aggregation.slots`."""
         return (Slot(self.tiles(by=self.field), Tally(), self.measure),)
 
-    def values(self, parts: tuple[Part, ...], now_ms: int) -> Sequence[Values]:
+    def values(self, slots: tuple[SlotTotals, ...], now_ms: int) -> Sequence[Values]:
         """See `Aggregation.values`."""
-        return [parts[0].ranked(window, 1, self.k, ties=-1) for window in range(len(self.windows))]
+        return [slots[0].ranked(window, 1, self.k, ties=-1) for window in range(len(self.windows))]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from headrace.embedded import free_port
@@ -130,6 +131,34 @@ def test_it_runs_for_so_long_and_sums_up(start: Callable[..., Demo]) -> None:
     assert 3 <= len(figures) <= 6
     assert re.search(r"hottest i\d+", figures[-1])
     demo.check_nothing_is_left()
+
+
+def test_events_of_ones_own_can_be_tried_on_it(start: Callable[..., Demo], tmp_path: Path) -> None:
+    """By the line that it prints, in another shell: kafka-python can't ask the demo's broker for its versions."""
+    demo = start("--port", "0")
+    demo.wait_until_shopping()
+    (said,) = [line for line in demo.lines if "events of your own" in line]
+    variables = dict(re.findall(r"(HEADRACE_\w+)=(\S+)", said))
+    event = {"user_id": "newcomer", "item_id": "i1", "category": "coats", "price": 30, "occurred_at": 1763719200000}
+    (tmp_path / "events.jsonl").write_text(json.dumps(event))
+
+    def headrace(command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "headrace", *command.split()],
+            cwd=tmp_path,
+            env=os.environ | variables | {"HEADRACE_REPO": str(ROOT), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "clicks" in headrace(said.rpartition("headrace ")[2])
+    url = f"{demo.lines[0].split()[0]}/v1/entities/user/newcomer"
+    assert "user_activity__search_clicks_24h" in headrace("show user newcomer")  # However long a value is.
+    demo.wait_for("it counts", lambda: httpx.get(url).json()["features"]["user_activity__clicks_1h"] == 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

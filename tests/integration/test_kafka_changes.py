@@ -9,26 +9,25 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from confluent_kafka import KafkaException, Producer, TopicPartition
+from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions  # type: ignore[attr-defined]  # where it is documented
 from prometheus_client.parser import text_string_to_metric_families
 
 from headrace.embedded import free_port
-from tests.integration.test_faults import an_event, differences
+from tests.support.feed import Feed, an_event, differences
 from tests.support.kafka import KafkaCluster, RealKafka
 from tests.support.stack import Stack, children_of, wait_for
 
 pytestmark = pytest.mark.kafka
 
 PASSWORD = "hunter2-and-more"
-SOON_S = 10
+SOON_S = 25
 """Within which the stream ends when told to, whatever is away."""
 
 
@@ -36,51 +35,6 @@ SOON_S = 10
 def kafka() -> Iterator[RealKafka]:
     with RealKafka(PASSWORD) as server:
         yield server
-
-
-class Feed:
-    """Sends events, each to the partition that is named, and knows at which offset each is."""
-
-    def __init__(self, stack: Stack, seed: int | None = None) -> None:
-        seed = random.randrange(1 << 32) if seed is None else seed
-        print("seed", seed)
-        self._rng = random.Random(seed)
-        self._servers = stack.kafka.bootstrap_servers
-        self._sent: dict[tuple[str, int, int], dict[str, Any]] = {}
-        self._number = 0
-
-    def send(self, count: int, topic: str = "clicks", partition: int = -1, **more: Any) -> None:
-        """Returns when the broker has them."""
-
-        def delivered(event: dict[str, Any]) -> Callable[[Any, Any], None]:
-            def put(error: Any, message: Any) -> None:
-                assert error is None, error
-                self._sent[message.topic(), message.partition(), message.offset()] = event
-
-            return put
-
-        # A new one knows of new partitions.
-        producer = Producer({"bootstrap.servers": self._servers, "acks": "all", "log_level": 0})
-        for _ in range(count):
-            event = an_event(self._rng, self._number)
-            self._number += 1
-            value = json.dumps(event | more)
-            callback = delivered({**event, "t": event["occurred_at"]})
-            producer.produce(topic, value, event["user_id"], partition=partition, on_delivery=callback)
-            producer.poll(0)
-        assert producer.flush(120) == 0
-
-    def lose(self, topic: str, partition: int, first: int, last: int) -> None:
-        """These will not have been seen."""
-        for offset in range(first, last + 1):
-            del self._sent[topic, partition, offset]
-
-    @property
-    def events(self) -> dict[str, list[dict[str, Any]]]:
-        found: dict[str, list[dict[str, Any]]] = {topic: [] for topic in ("impressions", "clicks", "likes")}
-        for (topic, _, _), event in self._sent.items():
-            found[topic].append(event)
-        return found
 
 
 @contextmanager
@@ -133,7 +87,7 @@ def test_partitions_that_a_topic_gains_are_read_at_once(kafka: RealKafka) -> Non
         )
         worker = stack.start("stream", "-c", script)
         address = stack.start_server()
-        feed = Feed(stack)
+        feed = Feed(stack.kafka.bootstrap_servers)
         feed.send(500)
         stack.wait_until_committed()
         admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
@@ -164,7 +118,7 @@ def test_records_deleted_before_they_were_read_are_reported_and_the_rest_is_exac
 
         stream = stack.start_stream(1)
         address = stack.start_server()
-        feed = Feed(stack)
+        feed = Feed(stack.kafka.bootstrap_servers)
         feed.send(1_000)
         stack.wait_until_committed()
         assert stop(stream) == 0
@@ -207,7 +161,7 @@ def test_a_stream_that_falls_behind_says_so_needs_no_more_memory_and_catches_up(
         stream = stack.start_stream(1)
         address = stack.start_server()
         claimed(stack)
-        feed = Feed(stack)
+        feed = Feed(stack.kafka.bootstrap_servers)
         feed.send(500)
         stack.wait_until_committed()
         (worker,) = children_of(stream)
@@ -248,7 +202,7 @@ def test_a_hanging_redis_ends_the_worker_and_nothing_holds_up_the_end(kafka: Rea
         stream = stack.start_stream(1)
         address = stack.start_server()
         claimed(stack)
-        feed = Feed(stack)
+        feed = Feed(stack.kafka.bootstrap_servers)
         with suspended(stack.redis.pid):
             feed.send(200)
             wait_for("the worker has ended", lambda: "workers_stopped" in stack.log("stream"))
@@ -284,7 +238,7 @@ def test_every_client_of_kafka_gets_in_by_the_options(kafka: RealKafka, tls: boo
     with Stack(broker=kafka, shared=True, kafka=servers, kafka_options=options, shards=4) as stack:
         stack.start_stream(1)
         address = stack.start_server()
-        feed = Feed(stack)
+        feed = Feed(stack.kafka.bootstrap_servers)
         feed.send(300)
         stack.produce([("clicks", "u1", b"{not json")])
         event = an_event(random.Random(0), 0) | {"event_id": "replayed", "user_id": "u-replayed"}
@@ -337,7 +291,7 @@ def test_one_of_three_brokers_is_killed_and_nothing_is_missed() -> None:
     with Stack(broker=cluster, shards=8, replication=3, partitions=3) as stack:
         stack.start_stream(1)
         address = stack.start_server()
-        feed = Feed(stack)
+        feed = Feed(stack.kafka.bootstrap_servers)
         for node in cluster.nodes[:2]:
             feed.send(500)
             node.kill()

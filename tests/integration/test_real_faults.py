@@ -17,18 +17,18 @@ from typing import Any, Self
 
 import httpx
 import pytest
-from confluent_kafka import Producer
 from redis import Redis
 
 from headrace.embedded import EmbeddedRedis
-from tests.integration.test_faults import an_event, differences
 from tests.support import aof
+from tests.support.effort import effort
+from tests.support.feed import Sender, an_event, differences
 from tests.support.stack import Stack, children_of, wait_for
 
 pytestmark = pytest.mark.kafka
 
 USERS, ITEMS = 60, 40
-ROUNDS = 10
+ROUNDS = effort(3, 10)
 """With each number of processes."""
 
 
@@ -39,19 +39,10 @@ class Shoppers(threading.Thread):
         super().__init__(daemon=True)
         self.events: dict[str, list[dict[str, Any]]] = {topic: [] for topic in ("impressions", "clicks", "likes")}
         self.twice = 0
-        self.failed: list[Any] = []
         self._rng = rng
         self._stopped = threading.Event()
         self._sent: list[tuple[float, str, dict[str, Any]]] = []
-        self._producer = Producer(
-            {
-                "bootstrap.servers": kafka,
-                "enable.idempotence": True,
-                "acks": "all",
-                "message.timeout.ms": 150_000,
-                "log_level": 0,
-            }
-        )
+        self._sender = Sender(kafka, **{"enable.idempotence": True})
 
     def run(self) -> None:
         number = 0
@@ -61,22 +52,14 @@ class Shoppers(threading.Thread):
                 event = an_event(self._rng, number, USERS, ITEMS)
                 number += 1
                 self.events[topic].append({**event, "t": event["occurred_at"]})
-                self._send(topic, event)
+                self._sender.send(topic, event["user_id"], event)
                 if self._rng.random() < 0.05:
                     self._sent.append((time.monotonic() + self._rng.uniform(0, 30), topic, event))
             due = [each for each in self._sent if each[0] <= time.monotonic()]
             self._sent = [each for each in self._sent if each not in due]
             for _, topic, event in due:
                 self.twice += 1
-                self._send(topic, event)
-            self._producer.poll(0)
-
-    def _send(self, topic: str, event: dict[str, Any]) -> None:
-        self._producer.produce(topic, json.dumps(event), event["user_id"], on_delivery=self._delivered)
-
-    def _delivered(self, error: Any, _: Any) -> None:
-        if error is not None:
-            self.failed.append(error)
+                self._sender.send(topic, event["user_id"], event)
 
     @property
     def count(self) -> int:
@@ -86,8 +69,7 @@ class Shoppers(threading.Thread):
         """Returns when the broker has all events."""
         self._stopped.set()
         self.join()
-        assert self._producer.flush(150) == 0
-        assert not self.failed, self.failed[:3]
+        self._sender.flush()
 
 
 class Readers(threading.Thread):
@@ -155,6 +137,8 @@ class Trial:
 
     def __enter__(self) -> Self:
         self.stack.__enter__()
+        # What is written while the file is synced may wait; the plan is the last that `apply` writes.
+        wait_for("all is in the file", lambda: self.stack.client.info("persistence")["aof_buffer_length"] == 0)
         self.applied_bytes = self.file.stat().st_size
         self.readers = Readers(self.stack.start_server(), random.Random(self.rng.random()))
         self.shoppers = Shoppers(self.stack.kafka.bootstrap_servers, random.Random(self.rng.random()))
@@ -257,6 +241,7 @@ class Trial:
         with EmbeddedRedis(appendonly=True) as replica, Redis.from_url(replica.url) as client:
             client.replicaof("127.0.0.1", str(self.stack.redis.port))
             wait_for("the replica follows", lambda: client.info("replication")["master_link_status"] == "up")
+            wait_for("its file has what it was sent", lambda: is_written(client.info("persistence"), aof.file(replica)))
             os.kill(replica.pid, signal.SIGSTOP)
             before = self.shoppers.count
             wait_for("more events", lambda: self.shoppers.count > before + 1_000)
@@ -269,7 +254,7 @@ class Trial:
         self.up()
 
 
-def test_20_rounds_of_kill_9_and_two_rollbacks_leave_every_feature_as_brute_force_has_it() -> None:
+def test_rounds_of_kill_9_and_two_rollbacks_leave_every_feature_as_brute_force_has_it() -> None:
     """Workers, Redis and the broker are killed while events flow, with 2 and then 3 workers; Redis is rolled back, too.
 
     Offsets kept apart from rows, a row cache that outlives what Redis has, duplicates remembered only in memory, or a
@@ -292,7 +277,7 @@ def test_20_rounds_of_kill_9_and_two_rollbacks_leave_every_feature_as_brute_forc
                 trial.wait_for_progress()
                 trial.replica_promoted()
                 trial.wait_for_progress()
-            assert stopped_within_10_s(trial.supervisor) == 0
+            assert stopped(trial.supervisor) == 0
         trial.stream(3)
         trial.shoppers.stop()
         trial.stack.wait_until_committed()
@@ -304,12 +289,19 @@ def test_20_rounds_of_kill_9_and_two_rollbacks_leave_every_feature_as_brute_forc
         )
         assert not wrong, (len(wrong), wrong[:5])
         assert not trial.readers.wrong, (len(trial.readers.wrong), trial.readers.wrong[:5])
-        assert trial.readers.statuses[200] > 1_000
+        assert trial.readers.statuses[200] > 0
         assert trial.faults.total() == 2 * ROUNDS
-        assert trial.shoppers.twice > 100
+        assert trial.shoppers.twice > 0
 
 
-def stopped_within_10_s(process: subprocess.Popen[bytes]) -> int:
+def stopped(process: subprocess.Popen[bytes]) -> int:
     """The exit status after SIGTERM."""
     process.send_signal(signal.SIGTERM)
-    return process.wait(10)
+    return process.wait(120)
+
+
+def is_written(persistence: Any, file: Path) -> bool:
+    """Whether a replica's file has what it got when it began to follow: it is rewritten then, and empty until it is."""
+    return file.stat().st_size > 0 and not (
+        persistence["aof_rewrite_in_progress"] or persistence["aof_rewrite_scheduled"]
+    )

@@ -13,19 +13,21 @@ from features.compile import compile_plan
 from features.events import Event
 from features.language import Entity, view
 from features.plan import Plan
-from registry.online import Reader
+from store.reader import Reader
 from streams.chunk import Partition
 from tests import oracle
 from tests.support.log import Message
 
 HORIZON_MS: Final = 60_000
+FORGOTTEN_MS: Final = 3 * 86_400_000
+"""The age of some events: whenever a worker comes to them, `forget_after` has passed, and for all others it has not."""
 BASE_MS: Final = 1_763_683_200_000
 USERS, ITEMS, SELLERS = (tuple(f"{kind}{n}" for n in range(count)) for kind, count in (("u", 4), ("i", 3), ("s", 2)))
 PARTITIONS: Final = (Partition("clicks", 0), Partition("clicks", 1), Partition("likes", 0))
 
-user = Entity("user", key="user_id", forget_after="90d")
+user = Entity("user", key="user_id", forget_after="2d")
 item = Entity("item", key="item_id")
-seller = Entity("seller", key="seller_id", forget_after="90d")
+seller = Entity("seller", key="seller_id", forget_after="2d")
 
 
 class Click(Event, topic="clicks"):
@@ -105,7 +107,7 @@ def a_log(rng: random.Random) -> list[Record]:
 
 
 def _an_event(rng: random.Random, topic: str, event_id: str, at_ms: int) -> dict[str, Any]:
-    occurred_ms = at_ms - rng.choice([0, 3, 3, 900, 90_000, 1_000_000]) + rng.choice([0, 0, 0, 5_000])
+    occurred_ms = at_ms - rng.choice([0, 3, 3, 900, 90_000, 1_000_000, FORGOTTEN_MS]) + rng.choice([0, 0, 0, 5_000])
     event: dict[str, Any] = {"event_id": event_id, "occurred_at": occurred_ms}
     event |= {"user_id": rng.choice(USERS), "item_id": rng.choice(ITEMS)}
     if topic == "clicks":
@@ -115,15 +117,15 @@ def _an_event(rng: random.Random, topic: str, event_id: str, at_ms: int) -> dict
 
 
 def counted(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
-    """The events that count, by topic: those with no earlier record of their partition, id and horizon."""
+    """The events that count, by topic: not too old, and with no earlier record of their partition, id and horizon."""
     found: dict[str, list[dict[str, Any]]] = {"clicks": [], "likes": []}
     earlier: dict[tuple[Partition, str], list[int]] = {}
     for record in records:
         if record.event is not None:
             ms = record.message.ms
             seen = earlier.setdefault((record.partition, record.event["event_id"]), [])
-            if not any(ms - each <= HORIZON_MS for each in seen):
-                t = min(record.event["occurred_at"], ms)
+            t = min(record.event["occurred_at"], ms)
+            if not any(ms - each <= HORIZON_MS for each in seen) and t > BASE_MS - 2 * 86_400_000:
                 found[record.partition.topic].append({**record.event, "t": t})
             seen.append(ms)
     return found

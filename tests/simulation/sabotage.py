@@ -151,9 +151,15 @@ BREAKS: Final = (
         "return Start(fresh, fresh, (behind, low) if behind < low else None)",
     ),
     Break(
+        "an event that is forgotten counts if it meets a later one",
+        lane.Lane.start,
+        "late = (each.take(each.times_ms > forgotten_ms) for each in read)",
+        "late = iter(read)",
+    ),
+    Break(
         "duplicates count",
         decode.Decoder._of_topic,
-        "repeated = dedupe.duplicates(chunk.start, hashes[mine], record_ms[mine])",
-        "repeated = dedupe.duplicates(chunk.start, hashes[mine], record_ms[mine]) & False",
+        "repeated = dedupe.duplicates(offsets[mine], hashes[mine], record_ms[mine])",
+        "repeated = dedupe.duplicates(offsets[mine], hashes[mine], record_ms[mine]) & False",
     ),
 )

@@ -12,10 +12,11 @@ from redis.exceptions import NoScriptError, ResponseError
 from store.commit import _COMMIT_LUA
 from store.connect import connect
 from tests.simulation.store import Client, Command, SimulatedRedis
+from tests.support.effort import effort
 
 KEYS = [f"{{t:user:{shard}}}:{name}".encode() for shard in range(2) for name in ("commit", "a:1", "a:2", "b:{}\0")]
 VALUES = [b"", b"x", b"\x00\xff\r\n", b"1", b"record one", b"record two"]
-ROUNDS = 1_500
+ROUNDS = effort(500, 1_500)
 
 
 def test_random_commands_do_the_same_as_on_a_real_redis(redis_url: str) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from tests.simulation.sabotage import BREAKS, Break
 from tests.simulation.world import simulate
+from tests.support.effort import effort
 
-SEEDS = 1_000
+SEEDS = effort(200, 1_000)
 """As many are fixed, and as many are new each time."""
 SEEDS_TO_NOTICE_MAX = 400
 FAULTS = (

@@ -22,7 +22,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from structlog.testing import capture_logs
 
-from registry.settings import Settings
+from config.settings import Settings
 from store.commit import FencedError, ShardCommit, Writer, initialise, read_record
 from store.keys import Keyspace
 from streams.chunk import Chunk, Part, Partition
@@ -430,7 +430,7 @@ class Later(Committer):
         self._commit = commit
         self._last: _Deferred | None = None
 
-    def submit(self, commits: Sequence[ShardCommit]) -> _Deferred:
+    def submit(self, commits: Sequence[ShardCommit], confirmed: object = None) -> _Deferred:
         self._last = _Deferred(partial(self._commit, commits))
         return self._last
 

@@ -16,12 +16,15 @@ def file(redis: EmbeddedRedis) -> Path:
 
 def bring_back(redis: EmbeddedRedis) -> None:
     """Starts it again, its file cut where the last whole transaction ends: redis-check-aof is redis-server renamed."""
-    subprocess.run(
+    done = subprocess.run(
         ["redis-check-aof", "--fix", str(file(redis))],
         executable=redis.binary,
-        input=b"y\n",
-        stdout=subprocess.DEVNULL,
-        check=True,
+        input="y\n",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
         timeout=60,
     )
+    assert done.returncode == 0, done.stdout  # It says why there: an empty file, for one.
     redis.start()

@@ -13,8 +13,8 @@ import feast
 import httpx
 
 from registry.online import as_of
-from tests.integration.test_faults import an_event, differences
 from tests.support import compare
+from tests.support.feed import an_event, differences
 from tests.support.stack import Stack
 
 TOPICS = ("impressions", "clicks", "clicks", "likes")

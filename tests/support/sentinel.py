@@ -20,7 +20,7 @@ port {port}
 bind 127.0.0.1
 dir {folder}
 sentinel monitor {name} 127.0.0.1 {master} 2
-sentinel down-after-milliseconds {name} 1000
+sentinel down-after-milliseconds {name} 2000
 sentinel failover-timeout {name} 5000
 """
 

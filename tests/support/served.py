@@ -14,10 +14,10 @@ import numpy as np
 import orjson
 import uvicorn
 
+from config.settings import Settings
+from features.definitions import compile_definitions
 from features.plan import Plan
 from headrace.embedded import free_port
-from registry.definitions import compile_definitions
-from registry.settings import Settings
 from serving import run
 from serving.app import create_app
 from store.commit import initialise
@@ -61,7 +61,7 @@ class Rows:
         self._clock = clock
         self._sent: dict[str, int] = {}
         self._decoder = Decoder(plan, 1, 0)
-        initialise(self.client, Keyspace(plan.project, plan.shards), plan.stored_entities)
+        initialise(self.client, Keyspace.of(plan), plan.stored_entities)
         self._lane = Lane(plan, 0, 1, self.client, clock)
 
     def write(self, topic: str, events: Sequence[Event]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -16,15 +15,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from config.settings import Settings
 from headrace.embedded import EmbeddedRedis, end, free_port, spawn
 from registry.apply import apply
-from registry.settings import Settings
 from store.commit import read_record
 from store.connect import connect
 from store.keys import Keyspace
+from tests.support.feed import Sender
 from tests.support.kafka import KafkaCluster, RealKafka
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -91,6 +91,12 @@ class Stack:
             else:
                 self.kafka.__enter__()
             shutil.copy(ROOT / "feature_store.yaml", self.folder)
+            # What runs has no registry file in reach, and neither Feast nor what comes with it.
+            self._bare = self.folder / "bare"
+            self._bare.mkdir()
+            shutil.copy(ROOT / "feature_store.yaml", self._bare)
+            for name in ("feast", "typeguard"):
+                (self._bare / f"{name}.py").write_text("raise ImportError('it is not for streams and servers')")
             options = {"kafka": self.kafka.bootstrap_servers, **self._options}
             self.settings = Settings(repo=self.folder, redis_url=self.redis.url, **options)
             self.client: Any = connect(self.redis.url, 10)
@@ -143,7 +149,8 @@ class Stack:
 
     def start(self, name: str, *argv: str) -> subprocess.Popen[bytes]:
         """Starts a process; its output is in `{name}.log`."""
-        process = spawn([sys.executable, *argv], log=self.folder / f"{name}.log", env=self.environment)
+        bare = {"HEADRACE_REPO": str(self._bare), "PYTHONPATH": f"{self._bare}:{ROOT}"}
+        process = spawn([sys.executable, *argv], log=self.folder / f"{name}.log", env=self.environment | bare)
         self._processes.append(process)
         return process
 
@@ -177,16 +184,10 @@ class Stack:
 
     def produce(self, records: Iterable[tuple[str, str, Mapping[str, Any] | bytes]]) -> None:
         """Sends (topic, key, event or raw bytes), acknowledged by the broker when it returns."""
-        failed: list[Any] = []
-        producer = Producer({"bootstrap.servers": self.kafka.bootstrap_servers, "linger.ms": 5, "acks": "all"})
+        sender = Sender(self.kafka.bootstrap_servers)
         for topic, key, value in records:
-            raw = value if isinstance(value, bytes) else json.dumps(value).encode()
-            producer.produce(
-                topic, key=key, value=raw, on_delivery=lambda error, _: failed.append(error) if error else None
-            )
-            producer.poll(0)
-        assert producer.flush(60) == 0
-        assert not failed
+            sender.send(topic, key, value)
+        sender.flush()
 
     def ends(self, topic: str) -> list[int]:
         """The offset after the last record of each partition."""

@@ -53,7 +53,7 @@ class State:
         """Merges one batch into every family."""
         for name, (family, rows) in self.rows.items():
             merged = merge(family, rows, batches, now_ms)
-            self.evicted += merged.evicted
+            self.evicted += int(merged.evicted.sum())
             new = merged.rows
             if self.packed:
                 new = decode(family, [blob or None for blob in encode(family, new)])

@@ -9,7 +9,7 @@ from typing import Any
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
-from registry.settings import Settings
+from config.settings import Settings
 
 # confluent_kafka's public constants have these names. Neither passes by itself.
 _REFUSED = (KafkaError._AUTHENTICATION, KafkaError._SSL)
@@ -48,6 +48,15 @@ def topics_there(settings: Settings, timeout_s: float, topics: Iterable[str] | N
             patience_s = max(0.1, min(2 * patience_s, until - time.monotonic()))
 
 
+def is_embedded(client: AdminClient, timeout_s: float) -> bool:
+    """Whether the broker is librdkafka's mock, as the demo's, which does less than Kafka.
+
+    Raises:
+        KafkaException: if the broker can't be reached.
+    """
+    return str(client.list_topics(timeout=timeout_s).cluster_id).startswith("mockCluster")
+
+
 def unreachable(settings: Settings, error: Exception) -> str:
     """What to say when Kafka can't be reached, or does not let us in."""
     return (
@@ -56,11 +65,13 @@ def unreachable(settings: Settings, error: Exception) -> str:
     )
 
 
-def kafka_python(settings: Settings) -> dict[str, Any]:
-    """HEADRACE_KAFKA_OPTIONS, which are librdkafka's, under kafka-python's names.
+def kafka_python(settings: Settings, timeout_s: float) -> dict[str, Any]:
+    """HEADRACE_KAFKA_OPTIONS, which are librdkafka's, under kafka-python's names, once the broker has let us in.
 
     Raises:
         ValueError: if one of them says how to connect and has no equal there: to go on without could be unsafe.
+        KafkaException: as `topics_there`: kafka-python itself tries until its time is over, whatever a broker says of
+            a password.
     """
     names = {
         "security.protocol": "security_protocol",
@@ -87,4 +98,8 @@ def kafka_python(settings: Settings) -> dict[str, Any]:
     found |= {names[name]: value for name, value in options.items() if name in names}
     if "security_protocol" in found:
         found["security_protocol"] = found["security_protocol"].upper()
+    topics_there(settings, timeout_s)
+    if is_embedded(AdminClient(settings.librdkafka()), timeout_s):
+        # Asked for its versions, it answers what kafka-python can't read.
+        found["api_version"] = (2, 1)
     return found

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
+import yaml  # type: ignore[import-untyped]  # its stubs are not among our dependencies
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
 
-from store.address import FORMS, Address
+from config.address import FORMS, Address
 
 DEAD_LETTER_SUFFIX: Final = ".dead-letter"
 """What a contract refuses goes to the topic's name with this."""
@@ -72,6 +74,11 @@ class Settings(BaseSettings):
         description="Deadline of a request's head, of its body and answer, and of the client's taking it, seconds each",
     )
     idle_s: int = Field(75, ge=1, description="How long a connection may be idle, seconds")
+    hang_s: float = Field(
+        30,
+        ge=2,
+        description="A server process of several that does nothing for so long is killed and replaced, seconds",
+    )
     connections_max: int = Field(1000, ge=1, description="Most connections of each server process")
     requests_max: int = Field(
         8,
@@ -134,3 +141,26 @@ class Settings(BaseSettings):
     def librdkafka(self, **options: Any) -> dict[str, Any]:
         """Options of a confluent_kafka client."""
         return {"bootstrap.servers": self.kafka, **self.kafka_options, **options}
+
+
+def project_of(repo: Path) -> str:
+    """The project's name, from feature_store.yaml.
+
+    Raises:
+        FileNotFoundError: if the folder has none.
+        ValueError: if it names no project.
+    """
+    path = repo / "feature_store.yaml"
+    if not path.exists():
+        msg = f"no feature_store.yaml in {repo.resolve()}: run in the project's folder, or set HEADRACE_REPO to it"
+        raise FileNotFoundError(msg)
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        msg = f"{path} is no YAML: {' '.join(str(error).split())}"
+        raise ValueError(msg) from error
+    project = settings.get("project") if isinstance(settings, dict) else None
+    if not isinstance(project, str) or re.fullmatch(r"[a-z][a-z0-9_]{0,63}", project) is None:
+        msg = f"{path}: project is {project!r}; give it a name of small letters, digits and underscores"
+        raise ValueError(msg)
+    return project

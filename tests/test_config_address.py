@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from registry.settings import Settings
-from store.address import Address
+from config.address import Address
+from config.settings import Settings
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""The applied plans: a list in Redis, the newest last, that streams and servers read and only `apply` adds to.
+
+An entry says what was applied, when and by whom. A plan that is applied again after another, as a roll-back is, is
+added again: the list is the history, and its last entry is what runs.
+"""
+
+from __future__ import annotations
+
+import getpass
+import socket
+from typing import Any
+
+import msgspec
+import redis
+import structlog
+
+from config.settings import Settings, project_of
+from features.changes import changes
+from features.definitions import compile_definitions
+from features.plan import Plan
+from store.connect import connect
+from store.keys import plans_key
+
+log = structlog.get_logger()
+
+
+class NotAppliedPlanError(RuntimeError):
+    """There is no applied plan."""
+
+
+class ApplyError(RuntimeError):
+    """What is declared can't be applied over what is."""
+
+
+class Applied(msgspec.Struct, frozen=True):
+    """An entry of the list. The plan is kept as it was encoded: one of a later version must not hide the others."""
+
+    fingerprint: str
+    at_ms: int
+    by: str
+    plan: msgspec.Raw
+
+    def decoded(self) -> Plan:
+        """The plan.
+
+        Raises:
+            ValueError: if it is one of another version of Headrace.
+        """
+        return Plan.decode(bytes(self.plan))
+
+
+def append_plan(client: redis.Redis, plan: Plan, now_ms: int) -> None:
+    """Makes `plan` the one that runs."""
+    by = f"{getpass.getuser()}@{socket.gethostname()}"
+    entry = Applied(plan.fingerprint, now_ms, by, msgspec.Raw(plan.encode().encode()))
+    _execute(client, "RPUSH", plans_key(plan.project), msgspec.json.encode(entry))
+
+
+def applied_plans(client: redis.Redis, project: str) -> list[Applied]:
+    """All that were ever applied, oldest first."""
+    entries = _execute(client, "LRANGE", plans_key(project), 0, -1)
+    return [_decoded(entry) for entry in entries]
+
+
+def applied_plan(client: redis.Redis, project: str) -> Plan | None:
+    """The plan that runs; None before the first `apply`.
+
+    Raises:
+        ValueError: if it is one of another version of Headrace.
+    """
+    entry = _execute(client, "LINDEX", plans_key(project), -1)
+    return None if entry is None else _decoded(entry).decoded()
+
+
+def plan_changes(settings: Settings, client: redis.Redis | None = None) -> tuple[Plan, list[str]]:
+    """The declared plan, and what applying it would change.
+
+    Raises:
+        ApplyError: if it would change the number of shards, which decides where every row is.
+    """
+    declared = compile_definitions(settings.definitions, project_of(settings.repo), settings.shards)
+    before = applied_plan(client or _connected(settings), declared.project)
+    if before is not None and before.shards != declared.shards:
+        msg = (
+            f"HEADRACE_SHARDS={declared.shards}, but this project was applied with {before.shards} and its rows are "
+            f"kept so; set it to {before.shards}, or start a new project"
+        )
+        raise ApplyError(msg)
+    return declared, changes(before, declared)
+
+
+def load_plan(settings: Settings, client: redis.Redis | None = None) -> Plan:
+    """The plan for those who run it; says so when the definitions are not what is applied.
+
+    Raises:
+        NotAppliedPlanError: if nothing was applied.
+    """
+    project = project_of(settings.repo)
+    plan = applied_plan(client or _connected(settings), project)
+    if plan is None:
+        msg = (
+            f"nothing is applied in Redis for project {project!r}: run `headrace apply` first "
+            "(if it ran before, Redis has lost its data)"
+        )
+        raise NotAppliedPlanError(msg)
+    if different := changes(plan, compile_definitions(settings.definitions, plan.project, plan.shards)):
+        remedy = "the applied plan runs; see `headrace plan`, then `headrace apply`"
+        log.warning("definitions_differ", plan=plan.fingerprint, changes=different[:10], remedy=remedy)
+    return plan
+
+
+def _execute(client: Any, *words: Any) -> Any:
+    """A command by its words: a cluster's client has no method for each."""
+    return client.execute_command(*words)
+
+
+def _connected(settings: Settings) -> redis.Redis:
+    return connect(settings.redis_url.get_secret_value(), settings.redis_timeout_s)
+
+
+def _decoded(entry: bytes) -> Applied:
+    try:
+        return msgspec.json.decode(entry, type=Applied)
+    except msgspec.MsgspecError as error:
+        msg = f"Redis holds {entry[:100]!r} in place of an applied plan: what else writes to this database?"
+        raise ValueError(msg) from error
