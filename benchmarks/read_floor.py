@@ -22,6 +22,7 @@ from benchmarks.ranking import SERVICE, hit_rate, keys_read
 from serving import wire
 from serving.lookup import Lookup, pairs_of
 from store.keys import Keyspace
+from store.layouts import Layouts
 from store.read import Request
 
 
@@ -39,7 +40,7 @@ async def in_process(project: Project, mirror_rows: int) -> AsyncIterator[Path]:
     lookup = Lookup.connect(project.plan, project.redis.url, 60, mirror_rows)
     lookup.warm_up()
     program = lookup.service(SERVICE)
-    keyspace = Keyspace.of(project.plan)
+    keyspace, layouts = Keyspace.of(project.plan), Layouts(project.plan)
     try:
 
         async def ask(asked: Asked) -> bytes:
@@ -51,7 +52,7 @@ async def in_process(project: Project, mirror_rows: int) -> AsyncIterator[Path]:
         def keys(asked: Asked) -> list[bytes]:
             ids = {"user": pa.array([asked.user_id]), "item": pa.array(asked.item_ids)}
             wanted = tuple((bundle, ids[bundle.entity]) for bundle in program.bundles)
-            return list(Request(keyspace, wanted).keys)
+            return list(Request(keyspace, layouts, wanted).keys)
 
         yield Path(ask, keys)
     finally:

@@ -7,18 +7,19 @@ from typing import Any
 
 import msgspec
 
+from features.evolve import as_declared
 from features.plan import Plan
 
 
 def changes(applied: Plan | None, declared: Plan) -> list[str]:
     """What applying `declared` would change, a line each; none when it is what is applied."""
-    before, after = (_items(plan) if plan else {} for plan in (applied, declared))
+    before, after = (_items(as_declared(plan)) if plan else {} for plan in (applied, declared))
     lines = [f"+ {name}" for name in after if name not in before]
     lines += [f"- {name}" for name in before if name not in after]
     for name in after:
         if name in before and before[name] != after[name]:
             lines += [f"~ {name}: {difference}" for difference in _differences(before[name], after[name])]
-    if applied is not None and not lines and applied.fingerprint != declared.fingerprint:
+    if applied is not None and not lines and as_declared(applied) != as_declared(declared):
         lines.append("~ plan: the features of a view are in another order")
     return lines
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from features.fold import operations
 from features.partials import DTYPES, AnyPartial, LatestText, Physical, Seen
 from features.plan import Plan, ViewSpec, digest, features_of
 from features.times import MINUTE_MS, duration_ms, hop_ms
+
+_ROW_FORMAT: Final = 2
+"""Of what `store.codec` writes: whoever changes that counts on."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Family:
     retention_ms: int
 
     def __hash__(self) -> int:
-        return self.tag
+        return hash(self.tag)
 
     @cached_property
     def alone(self) -> Bundle:
@@ -153,9 +156,9 @@ class Family:
         return tuple(dict.fromkeys(measure.event for layout in self.tables for _, measure in layout.partials))
 
     @cached_property
-    def tag(self) -> int:
-        """Sixteen bits that a row carries, so that one of another layout is never misread."""
-        return int(digest(repr((self.name, self.tables)).encode())[:4], 16)
+    def tag(self) -> bytes:
+        """Four bytes that a row carries, so that one of another layout is never misread."""
+        return bytes.fromhex(digest(repr((_ROW_FORMAT, self.name, self.tables)).encode())[:8])
 
 
 @dataclass(frozen=True)
@@ -316,6 +319,12 @@ def _only(family: Family) -> Family:
 def family_name(view: str, row: str) -> str:
     """The name of a view's family: the view's own, or with the long aggregation's after a dot."""
     return f"{view}.{row}" if row else view
+
+
+def view_of(plan: Plan, family: str) -> ViewSpec | None:
+    """The view that a family is of, by its name; None where the plan has no such view."""
+    name = family.partition(".")[0]
+    return next((view for view in plan.views if view.name == name), None)
 
 
 def slots_of(plan: Plan) -> dict[str, tuple[Family, list[tuple[int, int]]]]:

@@ -122,8 +122,20 @@ class Feature(msgspec.Struct, frozen=True):
         return f"{self.view}__{self.name}"
 
 
+class Known(msgspec.Struct, frozen=True, array_like=True):
+    """That a feature knows all its events since `lead_ms` before streams took up the plan of this number."""
+
+    plan: int
+    lead_ms: int
+
+
 class Plan(msgspec.Struct, frozen=True, dict=True):
-    """What is applied."""
+    """What is applied.
+
+    `number` says how many were applied before it. `known` is of the features that
+    lacked something when it was applied, by full name: each knows its events since the latest of these. Both, and the
+    aggregations' `origin`, come from the plan before: see `features.evolve.succeed`.
+    """
 
     project: str
     shards: int
@@ -131,6 +143,8 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
     events: tuple[EventSpec, ...]
     views: tuple[ViewSpec, ...]
     services: tuple[ServiceSpec, ...]
+    number: int = 0
+    known: dict[str, tuple[Known, ...]] = {}
     version: int = VERSION
 
     @cached_property

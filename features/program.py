@@ -149,7 +149,7 @@ class Program:
                     "entries": int(inside.sum()),
                     **_buckets(stage.bundle.tables[slots[0][0]].table, entries, row),
                     "last_event_at": last_ms if last_ms >= 0 else None,
-                    "row": f"{family.name}:{family.tag:04x}",
+                    "row": f"{family.name}:{family.tag.hex()}",
                 }
         return found
 

@@ -220,7 +220,7 @@ def show(
 ) -> None:
     """Show an entity's features as they are now."""
     from config.imports import keep_pandas_out
-    from store.plans import load_plan
+    from store.plans import layouts_of, load_plan
     from store.reader import Reader
 
     keep_pandas_out()
@@ -235,8 +235,9 @@ def show(
     if not names:
         message = f"{service} has no feature of {entity} alone; leave out --service for all"
         raise typer.BadParameter(message)
-    response = Reader(applied, names).read(
-        _redis(settings).mget, {known[entity].key: [entity_id]}, time.time_ns() // 1_000_000, full=True
+    client = _redis(settings)
+    response = Reader(applied, names, layouts_of(client, applied)).read(
+        client.mget, {known[entity].key: [entity_id]}, time.time_ns() // 1_000_000, full=True
     )
     values = response.to_dict()
     named = Column("feature", no_wrap=True)  # Whatever else is long: names are what is looked for, and piped to grep.

@@ -37,7 +37,7 @@ def apply(settings: Settings, client: redis.Redis, clock: Callable[[], float] = 
 
     Redis gets the plan last: who runs it finds all that it needs, and an `apply` that was stopped is done again.
     """
-    plan, changed = plan_changes(settings, client)
+    plan, changed = plan_changes(settings, client, clock)
     topics = create_topics(settings, plan)
     store = FeatureStore(repo_path=str(settings.repo))
     catalogued = registered_plan(store)

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from config.settings import Settings, project_of
-from features.definitions import compile_definitions
+from config.settings import Settings
 from registry.compile import compile_to_feast
+from store.plans import plan_changes
 
 _settings = Settings(repo=Path(__file__).resolve().parent.parent)
-_plan = compile_definitions(_settings.definitions, project_of(_settings.repo), _settings.shards)
 # Feast looks at a module's attributes.
-globals().update(compile_to_feast(_plan, _settings.kafka))
+globals().update(compile_to_feast(plan_changes(_settings)[0], _settings.kafka))

@@ -27,6 +27,7 @@ from config.settings import Settings
 from features.plan import Plan
 from registry.compile import PLAN_TAG
 from store.connect import connect
+from store.plans import layouts_of
 from store.reader import Reader, Response
 
 _AS_OF_MS: ContextVar[int | None] = ContextVar("headrace_as_of_ms", default=None)
@@ -70,7 +71,7 @@ class HeadraceOnlineStore(OnlineStore):
         """All features of all entities in one round trip; see `feast.FeatureStore.get_online_features`."""
         plan = _plan(registry, project)
         full_names = _full_names(plan, features)
-        reader = self._reader(plan, full_names)
+        reader = self._reader(config, plan, full_names)
         return LazyResponse(
             reader.read(self._redis(config).mget, _columns(entity_rows), self._now_ms(), full=full_feature_names)
         )
@@ -98,7 +99,7 @@ class HeadraceOnlineStore(OnlineStore):
         if not entity_keys:
             return []
         plan = _plan(_registry_at(str(config.repo_path)), config.project)
-        reader = self._reader(plan, [f"{table.name}__{name}" for name in names])
+        reader = self._reader(config, plan, [f"{table.name}__{name}" for name in names])
         return LazyResponse(reader.read(self._redis(config).mget, rows, self._now_ms(), full=False)).by_row()
 
     def online_write_batch(self, *args: Any, **kwargs: Any) -> None:
@@ -125,10 +126,10 @@ class HeadraceOnlineStore(OnlineStore):
             self._client = connect(url, settings.redis_timeout_s)
         return self._client
 
-    def _reader(self, plan: Plan, full_names: Sequence[str]) -> Reader:
+    def _reader(self, config: RepoConfig, plan: Plan, full_names: Sequence[str]) -> Reader:
         key = (plan.fingerprint, tuple(full_names))
         if key not in self._readers:
-            self._readers[key] = Reader(plan, full_names)
+            self._readers[key] = Reader(plan, full_names, layouts_of(self._redis(config), plan))
         return self._readers[key]
 
 

@@ -29,7 +29,9 @@ from serving.keys import Scope as KeyScope
 from serving.lookup import Lookup, pairs_of
 from serving.metrics import Metrics
 from serving.problems import Problem, invalid, unavailable
+from store.connect import connect
 from store.keys import Keyspace
+from store.plans import layouts_of
 from store.read import ForeignValueError
 from store.reader import Reader
 
@@ -143,17 +145,19 @@ class _Routes:
     async def running(self, _app: FastAPI) -> AsyncIterator[None]:
         """Ready to answer: connected, every service compiled."""
         settings = self._settings
+        layouts = layouts_of(connect(settings.redis_url.get_secret_value(), settings.request_timeout_s), self._plan)
         self._lookup = Lookup.connect(
             self._plan,
             settings.redis_url.get_secret_value(),
             settings.request_timeout_s,
             settings.mirror_rows,
             self._metrics.mirrored,
+            layouts,
         )
         self._redis = self._lookup.connection
         self._of_entity = cache(self._lookup.of_entity)  # It raises where there is no such, so it holds what there is.
         self._ranking = cache(self._ranking_of)
-        self._reader = lru_cache(maxsize=256)(partial(Reader, self._plan))
+        self._reader = lru_cache(maxsize=256)(partial(Reader, self._plan, layouts=layouts))
         self._lookup.warm_up()
         yield
         await self._redis.aclose()

@@ -24,6 +24,7 @@ from serving.problems import Problem, invalid, unavailable
 from store.cluster import Cluster
 from store.connection import Connection
 from store.keys import Keyspace
+from store.layouts import Layouts
 from store.mirror import Mirror, Reading
 from store.read import ForeignValueError, Request
 
@@ -153,6 +154,7 @@ class Lookup:
         connection: to Redis, or a `Cluster`, which reads as one does; see `connect`.
         mirrors: by family name.
         mirrored: is told of each request how many rows a mirror had, and how many not.
+        layouts: of rows, those of other plans too.
     """
 
     def __init__(
@@ -161,12 +163,13 @@ class Lookup:
         connection: Connection,
         mirrors: Mapping[str, Mirror],
         mirrored: Callable[[int, int], None] = lambda *_: None,
+        layouts: Layouts | None = None,
     ) -> None:
         self.plan = plan
         self.connection = connection
         self.mirrors = mirrors
         self._mirrored = mirrored
-        self._keyspace = Keyspace.of(plan)
+        self._keyspace, self._layouts = Keyspace.of(plan), layouts or Layouts(plan)
         self._families = [family.name for view in plan.views for family in families_of(plan, view)]
         self._programs: dict[tuple[tuple[str, ...], bool], Program] = {}
         self._open: dict[tuple[Program, tuple[str, ...]], _Together] = {}
@@ -180,6 +183,7 @@ class Lookup:
         timeout_s: float,
         mirror_rows: int,
         mirrored: Callable[[int, int], None] = lambda *_: None,
+        layouts: Layouts | None = None,
     ) -> Lookup:
         """A lookup of its own connection, with mirrors of up to `mirror_rows` items (0 for none)."""
         mirrors = {family.name: Mirror(family, mirror_rows) for family in mirrored_families(plan) if mirror_rows}
@@ -196,7 +200,7 @@ class Lookup:
 
         kind = Cluster if Address.parse(url).kind == "cluster" else Connection
         connection: Any = kind(url, timeout_s, on_invalidated=forget if mirrors else None)
-        return cls(plan, connection, mirrors, mirrored)
+        return cls(plan, connection, mirrors, mirrored, layouts)
 
     def warm_up(self) -> None:
         """Compiles every service, and the loops that evaluate it: the first request shall wait for nothing."""
@@ -367,7 +371,8 @@ class Lookup:
                     readings[bundle.name] = reading
                     self._mirrored(reading.hits, len(ids) - reading.hits)
                     tracked.append((bundle, reading.missing))
-            known, remembered = Request(self._keyspace, tuple(plain)), Request(self._keyspace, tuple(tracked))
+            where = (self._keyspace, self._layouts)
+            known, remembered = Request(*where, tuple(plain)), Request(*where, tuple(tracked))
             blobs = await self.connection.mget(known.keys, tracked=remembered.keys)
             rows = known.rows(blobs) | remembered.rows(blobs[len(known.keys) :])
             return {name: readings[name].totals(state) if name in readings else state for name, state in rows.items()}

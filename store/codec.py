@@ -1,9 +1,8 @@
 """The packed row: bytes to `Rows` and back, for thousands of rows at once.
 
-    byte 0      version of this format
-    1-2         tag of the family's layout
-    3-8         time of the last event: seconds (u4), milliseconds (u2)
-    9-10        number of texts
+    byte 0-3    tag: of this format and the family's layout
+    4-9         time of the last event: seconds (u4), milliseconds (u2)
+    10-11       number of texts
     5 a table   number of entries (u4), width of its small integers and whether its ticks are near (u1)
     …           the tables' entries, one packed record each
     …           the texts: their lengths (u2 each), then their UTF-8 bytes
@@ -31,19 +30,21 @@ from features.partials import Physical
 from features.texts import NO_TEXTS, buffers, from_buffers
 from store import packing
 
-VERSION: Final = 1
-
 Ints = NDArray[np.int64]
 
 
 class CorruptRowError(ValueError):
-    """Bytes that are no row of the family; `position` is the place of the bytes in what was decoded."""
+    """Bytes that are no row of the family; `position` is the place of the bytes in what was decoded.
 
-    def __init__(self, family: Family, position: int, reason: str) -> None:
+    `other` says that they may be one of another layout.
+    """
+
+    def __init__(self, family: Family, position: int, reason: str, *, other: bool = False) -> None:
         super().__init__(f"not a row of {family.name}: {reason}")
         self.family = family
         self.position = position
         self.reason = reason
+        self.other = other
 
 
 def decode(rows_of: Family | Bundle, blobs: Sequence[bytes | None]) -> Rows:
@@ -52,7 +53,7 @@ def decode(rows_of: Family | Bundle, blobs: Sequence[bytes | None]) -> Rows:
     Of a bundle, all rows of its first family, then all of the next.
 
     Raises:
-        CorruptRowError: if bytes have another version, layout or length than they should.
+        CorruptRowError: if bytes have another layout or length than they should.
     """
     bundle = rows_of.alone if isinstance(rows_of, Family) else rows_of
     n, shape = len(blobs) // len(bundle.families), _shape(bundle)
@@ -63,8 +64,8 @@ def decode(rows_of: Family | Bundle, blobs: Sequence[bytes | None]) -> Rows:
     lengths = np.fromiter(map(len, there), np.int64, len(there))
     bad, reason, latest_ms, pool, entries, offsets, text_data, text_counts = packing.unpack(data, lengths, n, *shape)
     if bad >= 0:
-        first_bytes = shape.first_bytes[bad // n].tobytes()
-        raise CorruptRowError(bundle.families[bad // n], bad, _reason(first_bytes, there[bad], reason))
+        family = bundle.families[bad // n]
+        raise CorruptRowError(family, bad, _reason(family, there[bad], reason), other=reason == packing.OTHER_LAYOUT)
     return Rows.of_pool(bundle, latest_ms, pool, entries, _texts(bundle, offsets, text_data, text_counts))
 
 
@@ -76,10 +77,15 @@ def encode(rows_of: Family | Bundle, rows: Rows) -> list[bytes]:
     return [whole[start:end] for start, end in zip([0, *ends_at], ends_at, strict=False)]
 
 
+def tag_of(blob: bytes) -> bytes:
+    """What a row says of its layout."""
+    return blob[: packing.TAG_BYTES]
+
+
 class _Shape(NamedTuple):
     """A bundle as `store.packing.unpack` takes it."""
 
-    first_bytes: NDArray[np.uint8]
+    tags: NDArray[np.uint8]
     parts: Ints
     sizes: Ints
     places: Ints
@@ -109,7 +115,7 @@ def _shape(bundle: Bundle) -> _Shape:
         fields.append([*own, *(_KINDS[kind] for kind in layout.physical)])
     longest = max(map(len, fields))
     return _Shape(
-        np.array([[VERSION, *family.tag.to_bytes(2, "little")] for family in bundle.families], np.uint8),
+        np.array([list(family.tag) for family in bundle.families], np.uint8),
         np.cumsum([len(family.tables) for family in bundle.families]),
         np.array(
             [
@@ -122,12 +128,11 @@ def _shape(bundle: Bundle) -> _Shape:
     )
 
 
-def _reason(first_bytes: bytes, blob: bytes, reason: int) -> str:
+def _reason(family: Family, blob: bytes, reason: int) -> str:
     if reason == packing.TOO_SHORT:
         return f"{len(blob)} bytes are too few"
     if reason == packing.OTHER_LAYOUT:
-        found, expected = (f"{head[0]}, {int.from_bytes(head[1:3], 'little'):04x}" for head in (blob, first_bytes))
-        return f"version and layout {found} where version and layout {expected} is expected"
+        return f"layout {tag_of(blob).hex()} where layout {family.tag.hex()} is expected"
     return packing.REASONS[reason]
 
 

@@ -21,7 +21,8 @@ Bytes = NDArray[np.uint8]
 
 START, COUNT, TIME, WORD, TEXT, BUCKET, CELL, TICK = range(8)
 """Kinds of fields: u4; small; seconds u4 and ms u2; 8 bytes; small, 0 for null; small, never null; small; u4."""
-HEAD_BYTES: Final = 11
+TAG_BYTES: Final = 4
+HEAD_BYTES: Final = 12
 TABLE_BYTES: Final = 5
 WIDTHS: Final = (1, 2, 4, 8)
 NEAR: Final = 4
@@ -105,7 +106,7 @@ def _write_8(data: Bytes, at: int, value: int) -> None:
 def _scan(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
     data: Bytes,
     lengths: Ints,
-    first_bytes: Bytes,
+    tags: Bytes,
     parts: Ints,
     sizes: Ints,
     latest_ms: Ints,
@@ -128,11 +129,11 @@ def _scan(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
         at = begin + HEAD_BYTES + (last_table - first_table) * TABLE_BYTES
         if at > end:
             return blob, _SHORT, 0
-        for index in range(3):
-            if data[begin + index] != first_bytes[part, index]:
+        for index in range(TAG_BYTES):
+            if data[begin + index] != tags[part, index]:
                 return blob, _OTHER, 0
-        latest_ms[part, row] = _read_time(data, begin + 3)
-        n_texts = _read(data, begin + 9, 2)
+        latest_ms[part, row] = _read_time(data, begin + TAG_BYTES)
+        n_texts = _read(data, begin + TAG_BYTES + 6, 2)
         text_counts[blob] = n_texts
         for table in range(first_table, last_table):
             head = begin + HEAD_BYTES + (table - first_table) * TABLE_BYTES
@@ -231,7 +232,7 @@ def _unpack_field(  # noqa: PLR0911, PLR0912, PLR0913, PLR0917  # cases, one a k
 
 @compiled
 def unpack(
-    data: Bytes, lengths: Ints, n_rows: int, first_bytes: Bytes, parts: Ints, sizes: Ints, places: Ints, lines: Ints
+    data: Bytes, lengths: Ints, n_rows: int, tags: Bytes, parts: Ints, sizes: Ints, places: Ints, lines: Ints
 ) -> tuple[int, int, Ints, Ints, Ints, NDArray[np.int32], Bytes, Ints]:
     """Reads rows.
 
@@ -239,7 +240,7 @@ def unpack(
         data: uint8[bytes], all rows of the first part (family), then all of the next …
         lengths: int64[parts * rows], the bytes of each.
         n_rows: how many rows there are.
-        first_bytes: uint8[parts, 3], the version and layout that are expected.
+        tags: uint8[parts, 4], the tag of the layout that is expected.
         parts: int64[parts], the tables up to the end of each part.
         sizes: int64[tables, 8].
         places: int64[tables, fields].
@@ -256,7 +257,7 @@ def unpack(
     counts = np.zeros((n_tables, n_rows), np.int64)
     widths = np.zeros((n_tables, n_rows), np.int64)
     totals = np.zeros(n_tables, np.int64)
-    bad, reason, text_bytes = _scan(data, lengths, first_bytes, parts, sizes, latest_ms, text_counts, counts, widths)
+    bad, reason, text_bytes = _scan(data, lengths, tags, parts, sizes, latest_ms, text_counts, counts, widths)
     slots = np.zeros(n_tables, np.int64)
     slot = 0
     if bad < 0:
@@ -305,7 +306,7 @@ def unpack(
 
 @compiled
 def pack(  # noqa: PLR0912, PLR0913, PLR0915, PLR0917  # one pass over all rows; slices of it would cost as much
-    first_bytes: Bytes,
+    tags: Bytes,
     parts: Ints,
     sizes: Ints,
     places: Ints,
@@ -319,7 +320,7 @@ def pack(  # noqa: PLR0912, PLR0913, PLR0915, PLR0917  # one pass over all rows;
     """The inverse of `unpack`: the arguments are its arguments and answers.
 
     Args:
-        first_bytes: uint8[parts, 3].
+        tags: uint8[parts, 4].
         parts: int64[parts].
         sizes: int64[tables, 8].
         places: int64[tables, fields].
@@ -379,10 +380,10 @@ def pack(  # noqa: PLR0912, PLR0913, PLR0915, PLR0917  # one pass over all rows;
         used[:n_used].sort()
         for number in range(n_used):
             numbers[used[number]] = number + 1
-        data[end : end + 3] = first_bytes[part]
+        data[end : end + TAG_BYTES] = tags[part]
         latest = max(latest_ms[part, row], 0)
-        _write_time(data, end + 3, latest)
-        _write_2(data, end + 9, n_used)
+        _write_time(data, end + TAG_BYTES, latest)
+        _write_2(data, end + TAG_BYTES + 6, n_used)
         at = end + HEAD_BYTES + (last_table - first_table) * TABLE_BYTES
         for table in range(first_table, last_table):
             head = end + HEAD_BYTES + (table - first_table) * TABLE_BYTES

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import getpass
 import socket
+import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,9 +19,11 @@ import structlog
 from config.settings import Settings, project_of
 from features.changes import changes
 from features.definitions import compile_definitions
+from features.evolve import succeed
 from features.plan import Plan
 from store.connect import connect
 from store.keys import plans_key
+from store.layouts import Layouts
 
 log = structlog.get_logger()
 
@@ -62,6 +66,23 @@ def applied_plans(client: redis.Redis, project: str) -> list[Applied]:
     return [_decoded(entry) for entry in entries]
 
 
+def layouts_of(client: redis.Redis, plan: Plan) -> Layouts:
+    """The layouts of the plan's rows and, read when they are needed, of those of all other applied plans."""
+
+    def fetch(first: int, last: int) -> list[Plan | None]:
+        entries = _execute(client, "LRANGE", plans_key(plan.project), first, last)
+        return [_readable(_decoded(entry)) for entry in entries]
+
+    return Layouts(plan, fetch)
+
+
+def _readable(entry: Applied) -> Plan | None:
+    try:
+        return entry.decoded()
+    except ValueError:
+        return None
+
+
 def applied_plan(client: redis.Redis, project: str) -> Plan | None:
     """The plan that runs; None before the first `apply`.
 
@@ -72,8 +93,10 @@ def applied_plan(client: redis.Redis, project: str) -> Plan | None:
     return None if entry is None else _decoded(entry).decoded()
 
 
-def plan_changes(settings: Settings, client: redis.Redis | None = None) -> tuple[Plan, list[str]]:
-    """The declared plan, and what applying it would change.
+def plan_changes(
+    settings: Settings, client: redis.Redis | None = None, clock: Callable[[], float] = time.time
+) -> tuple[Plan, list[str]]:
+    """What is declared as the plan that would come next, and what applying it would change.
 
     Raises:
         ApplyError: if it would change the number of shards, which decides where every row is.
@@ -86,7 +109,7 @@ def plan_changes(settings: Settings, client: redis.Redis | None = None) -> tuple
             f"kept so; set it to {before.shards}, or start a new project"
         )
         raise ApplyError(msg)
-    return declared, changes(before, declared)
+    return succeed(before, declared, now_ms=int(clock() * 1000)), changes(before, declared)
 
 
 def load_plan(settings: Settings, client: redis.Redis | None = None) -> Plan:

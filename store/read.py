@@ -12,9 +12,8 @@ from features.layout import Bundle
 from features.rows import Rows
 from store.codec import CorruptRowError, decode
 from store.keys import Keyspace
+from store.layouts import Blob, Layouts
 from store.resp import Arguments
-
-Blob = bytes | None
 
 
 class ForeignValueError(RuntimeError):
@@ -26,6 +25,7 @@ class Request:
     """Which rows are wanted: bundles of some entities, by the entities' ids."""
 
     keyspace: Keyspace
+    layouts: Layouts
     wanted: tuple[tuple[Bundle, pa.StringArray], ...]
 
     @cached_property
@@ -43,7 +43,7 @@ class Request:
         at = 0
         for bundle, ids in self.wanted:
             end = at + len(ids) * len(bundle.families)
-            found[bundle.name] = read_rows(bundle, blobs[at:end], partial(self._key, at))
+            found[bundle.name] = read_rows(bundle, blobs[at:end], partial(self._key, at), self.layouts)
             at = end
         return found
 
@@ -51,15 +51,20 @@ class Request:
         return self.keys[first + place]
 
 
-def read_rows(bundle: Bundle, blobs: Sequence[Blob], key_at: Callable[[int], bytes]) -> Rows:
-    """Rows of n entities: `store.codec.decode`, with an error that names the key by its place.
+def read_rows(bundle: Bundle, blobs: Sequence[Blob], key_at: Callable[[int], bytes], layouts: Layouts) -> Rows:
+    """Rows of n entities, whatever plan they were written by, with an error that names the key by its place.
 
     Raises:
         ForeignValueError: if a value is no row.
     """
     try:
-        return decode(bundle, blobs)
+        try:
+            return decode(bundle, blobs)
+        except CorruptRowError as error:
+            if not error.other:
+                raise
+            return decode(bundle, layouts.own(bundle, blobs))
     except CorruptRowError as error:
         key = key_at(error.position).decode(errors="backslashreplace")
-        msg = f"Redis key {key!r}: {error}; it was written by something else or by another version of its view"
+        msg = f"Redis key {key!r}: {error}; neither was it written by an applied plan: what else writes here?"
         raise ForeignValueError(msg) from error

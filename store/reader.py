@@ -12,17 +12,18 @@ from features.plan import Plan
 from features.program import Asked, Frame, Program
 from features.values import to_arrow, to_python
 from store.keys import Keyspace
+from store.layouts import Layouts
 from store.read import Request
 
 
 class Reader:
-    """Some features of a plan, for rows of entity ids as Feast gives them."""
+    """Some features of a plan, for rows of entity ids as Feast gives them; `layouts` are of rows of other plans too."""
 
-    def __init__(self, plan: Plan, full_names: Sequence[str]) -> None:
+    def __init__(self, plan: Plan, full_names: Sequence[str], layouts: Layouts | None = None) -> None:
         self.plan = plan
         self.full_names = tuple(full_names)
         self.program = Program(plan, full_names)
-        self._keyspace = Keyspace.of(plan)
+        self._keyspace, self._layouts = Keyspace.of(plan), layouts or Layouts(plan)
         self._keys = {entity: plan.entity(entity).key for entity in self.program.entities}
 
     def read(
@@ -42,7 +43,7 @@ class Reader:
         """
         asked, rows_of = self._ask(columns)
         wanted = tuple((bundle, asked.texts[bundle.entity]) for bundle in self.program.bundles)
-        request = Request(self._keyspace, wanted)
+        request = Request(self._keyspace, self._layouts, wanted)
 
         def respond(blobs: Sequence[bytes | None]) -> Response:
             frame = self.program.evaluate(request.rows(blobs), asked, now_ms)

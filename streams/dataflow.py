@@ -30,7 +30,7 @@ from config.settings import Settings
 from features.plan import Plan
 from store.commit import FencedError
 from store.connect import connect
-from store.plans import load_plan
+from store.plans import layouts_of, load_plan
 from streams.chunk import Chunk, Part, Partition
 from streams.decode import Decoder
 from streams.kafka import DeadLetters, TopicIds, WorkerReader
@@ -166,6 +166,7 @@ class LaneSink(FixedPartitionedSink[Part, None]):
                 int(for_part),
                 self._settings.lanes,
                 client,
+                layouts=layouts_of(client, self._plan),
                 cache_bytes_max=cache_bytes_max,
                 confirm=self._ids.ask,
             )

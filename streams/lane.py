@@ -26,6 +26,7 @@ from features.rows import Index, Rows
 from store.codec import encode
 from store.commit import CommitRecord, Position, RowWrite, ShardCommit, Writer
 from store.keys import Keyspace, expire_at_ms
+from store.layouts import Layouts
 from store.read import read_rows
 from streams.chunk import Happened, Ints, Part, Partition
 
@@ -83,6 +84,7 @@ class Lane:
         client: redis.Redis,
         clock: Callable[[], float] = time.time,
         *,
+        layouts: Layouts | None = None,
         cache_bytes_max: int = 0,
         writer: Writer | None = None,
         committer: Callable[[Commit], Committer] | None = None,
@@ -90,7 +92,7 @@ class Lane:
     ) -> None:
         self._redis: Any = client
         self._clock = clock
-        self._keyspace = Keyspace.of(plan)
+        self._keyspace, self._layouts = Keyspace.of(plan), layouts or Layouts(plan)
         self._writer = writer or Writer(client, self._keyspace)
         families = [family for view in plan.views for family in families_of(plan, view)]
         by_entity = {entity.name: [each for each in families if each.entity == entity.name] for entity in plan.entities}
@@ -241,10 +243,11 @@ class Lane:
         def key_at(place: int) -> bytes:
             return keys[int(np.searchsorted(places, place))]
 
-        rows = read_rows(bundle, blobs, key_at)
+        rows = read_rows(bundle, blobs, key_at, self._layouts)
         if len(gone := work.forgotten(rows)):
             without = set(gone.tolist())
-            rows = read_rows(bundle, [None if at in without else each for at, each in enumerate(blobs)], key_at)
+            left = [None if at in without else each for at, each in enumerate(blobs)]
+            rows = read_rows(bundle, left, key_at, self._layouts)
         merged = merge(bundle, rows, work.events, now_ms)
         every = encode(bundle, merged.rows)
         new = [every[place] for place in places.tolist()]

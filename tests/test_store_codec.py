@@ -215,8 +215,8 @@ def filled(family: Family, seed: int = 1) -> list[bytes]:
 
 
 def header_size(family: Family) -> int:
-    """Version, tag, time, number of texts, and five bytes a table: as the codec's docstring says."""
-    return 11 + 5 * len(family.tables)
+    """Tag, time, number of texts, and five bytes a table: as the codec's docstring says."""
+    return 12 + 5 * len(family.tables)
 
 
 @each_family
@@ -234,12 +234,12 @@ def test_a_row_cut_short_or_too_long_is_refused(family: Family) -> None:
 
 
 @each_family
-def test_another_version_or_layout_is_refused(family: Family) -> None:
-    """Each of the first three bytes, changed to anything else, names what was found and what is expected."""
+def test_another_layout_is_refused(family: Family) -> None:
+    """Each of the first four bytes, changed to anything else, names what was found and what is expected."""
     whole = filled(family)[0]
-    for index in range(3):
+    for index in range(4):
         for value in set(range(256)) - {whole[index]}:
-            with pytest.raises(CorruptRowError, match=r"version .* expected"):
+            with pytest.raises(CorruptRowError, match=r"layout .* expected"):
                 decode(family, [whole[:index] + bytes([value]) + whole[index + 1 :]])
 
 
@@ -259,7 +259,7 @@ def test_every_other_byte_of_the_header_is_refused_or_harmless(family: Family) -
     Computing the length in 16 bits would let 32,768 texts more pass the check, and read what is not there.
     """
     whole = filled(family)[0]
-    for index in range(3, header_size(family)):
+    for index in range(4, header_size(family)):
         for value in {*(whole[index] ^ 1 << bit for bit in range(8)), 0, 3, 4, 255} - {whole[index]}:
             refused_or_usable(family, [whole[:index] + bytes([value]) + whole[index + 1 :]])
 
@@ -269,9 +269,9 @@ def test_a_wrong_number_of_texts_is_refused(more: int) -> None:
     """Also one so large that twice as many overflow sixteen bits."""
     family = next(family for family in FAMILIES if family.name == "user_history.clicked")
     whole = filled(family)[0]
-    wrong = int.from_bytes(whole[9:11], "little") + more
+    wrong = int.from_bytes(whole[10:12], "little") + more
     with pytest.raises(CorruptRowError):
-        decode(family, [whole[:9] + wrong.to_bytes(2, "little") + whole[11:]])
+        decode(family, [whole[:10] + wrong.to_bytes(2, "little") + whole[12:]])
 
 
 @each_family
@@ -290,8 +290,8 @@ def test_changed_bytes_are_refused_or_harmless(family: Family, data: st.DataObje
 @settings(max_examples=25)
 @given(garbage=st.binary(min_size=1, max_size=300), headed=st.booleans())
 def test_garbage_is_refused_or_harmless(family: Family, garbage: bytes, headed: bool) -> None:
-    """Random bytes, also after the right version and layout."""
-    refused_or_usable(family, [filled(family)[0][:3] + garbage if headed else garbage])
+    """Random bytes, also after the right layout."""
+    refused_or_usable(family, [filled(family)[0][:4] + garbage if headed else garbage])
 
 
 def refused_or_usable(family: Family, blobs: list[bytes]) -> None:
@@ -364,7 +364,7 @@ def test_text_that_is_not_utf_8_is_refused() -> None:
 def test_refusing_takes_no_memory(family: Family) -> None:
     """A row of a few bytes that says it has four billion entries is refused before anything is allocated for them."""
     head = filled(family)[0][: header_size(family)]
-    claims = head[:9] + b"\xff\xff" + b"\xff\xff\xff\xff\x03" * len(family.tables)
+    claims = head[:10] + b"\xff\xff" + b"\xff\xff\xff\xff\x03" * len(family.tables)
     tracemalloc.start()
     try:
         for blob in (claims, claims + bytes(1000)):

@@ -28,6 +28,8 @@ class Measure:
     event: str
     field: str | None = None
     where: AnyCondition | None = None
+    origin: str = ""
+    """See `Aggregation.origin`."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class Aggregation(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", omi
     buckets: int | None = None
     default: float | str | None = None
     doc: str = ""
+    origin: str = ""
+    """The plan with which its state began, if that was not the first: see `features.evolve.succeed`."""
 
     @property
     def without_events(self) -> float:
@@ -131,7 +135,7 @@ class Aggregation(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", omi
     @property
     def measure(self) -> Measure:
         """The events that it is about."""
-        return Measure(self.event, self.field, self.where)
+        return Measure(self.event, self.field, self.where, self.origin)
 
     @property
     def measures(self) -> tuple[Measure, ...]:

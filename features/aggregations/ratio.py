@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from features.aggregations.base import Aggregation, Measure, Slot
@@ -38,12 +39,12 @@ class Ratio(Aggregation, frozen=True, kw_only=True, tag="ratio"):
     @property
     def counted(self) -> tuple[Measure, ...]:
         """See `Aggregation.counted`."""
-        return (self.measure, Measure(self.of, None, self.of_where))
+        return (*super().counted, Measure(self.of, None, self.of_where))
 
     def slots(self) -> tuple[Slot, ...]:
         """See `Aggregation.slots`."""
         tiles = self.tiles()
-        return tuple(Slot(tiles, Tally(), measure) for measure in self.counted)
+        return tuple(Slot(tiles, Tally(), replace(measure, origin=self.origin)) for measure in self.counted)
 
     @property
     def constants(self) -> tuple[float, float]:

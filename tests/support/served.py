@@ -23,6 +23,7 @@ from serving.app import create_app
 from store.commit import initialise
 from store.connect import connect
 from store.keys import Keyspace
+from store.plans import layouts_of
 from streams.chunk import Chunk, Partition
 from streams.decode import Decoder
 from streams.lane import Lane
@@ -56,18 +57,26 @@ class Rows:
     """Writes events into rows as the stream does: decoded, merged by a lane, committed."""
 
     def __init__(self, plan: Plan, redis_url: str, clock: Clock) -> None:
-        self.plan = plan
+        self.plan, self._redis_url = plan, redis_url
         self.client: Any = connect(redis_url, 10)
         self._clock = clock
-        self._sent: dict[str, int] = {}
+        self.sent: dict[str, int] = {}
         self._decoder = Decoder(plan, 1, 0)
         initialise(self.client, Keyspace.of(plan), plan.stored_entities)
-        self._lane = Lane(plan, 0, 1, self.client, clock)
+        self._lane = Lane(plan, 0, 1, self.client, clock, layouts=layouts_of(self.client, plan))
+
+    def under(self, plan: Plan) -> Rows:
+        """The stream of another plan, which goes on where this one is: it claims all shards."""
+        self._clock.now_ms += 1000  # Idle shards have their offsets committed after a second.
+        self._lane.write([])
+        successor = Rows(plan, self._redis_url, self._clock)
+        successor.sent = self.sent
+        return successor
 
     def write(self, topic: str, events: Sequence[Event]) -> None:
         """Commits events of one topic; each reaches the broker at its own time, the clock's at the latest."""
-        start = self._sent.get(topic, 0)
-        end = self._sent[topic] = start + len(events)
+        start = self.sent.get(topic, 0)
+        end = self.sent[topic] = start + len(events)
         chunk = Chunk(
             Partition(topic, 0),
             start,

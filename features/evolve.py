@@ -1,0 +1,333 @@
+"""From one plan to the next: what of a row's state goes on, and since when features know all their events.
+
+A row is read by the layout that it was written with, and its columns become those of another layout that hold the same:
+the same partial of the same events, whatever windows and neighbours it has. From a plan to one much later that goes
+step by step, as each plan in between says what went on. See docs/decisions/0018-rows-outlive-plans.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Final, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from features.aggregations.base import Aggregation, Slot
+from features.kernel import Rows, merge
+from features.layout import Family, TableLayout, families_of, view_of
+from features.partials import Decay, Seen
+from features.plan import FeatureSpec, Known, Plan, ViewSpec, features_of
+from features.times import Window, hop_ms
+
+Column = tuple[int, int]
+"""A table of a family, and a column of it."""
+
+_HALF_LIVES: Final = 64
+"""After so many, what a decayed sum lacks is less than 2^-64 of an event each."""
+
+
+class _Held(NamedTuple):
+    """A slot of an aggregation, and what tells it from others of its view, whatever their windows."""
+
+    spec: Aggregation
+    slot: Slot
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        table, measure = self.slot.table, self.slot.measure
+        return table.row, table.by, table.bucket, table.only, self.slot.partial, replace(measure, origin="")
+
+
+Sources = Mapping[str, Sequence[_Held | None]]
+"""By aggregation, what each of its slots goes on from."""
+
+
+def succeed(applied: Plan | None, declared: Plan, taken_ms: Mapping[int, int] | None = None, now_ms: int = 0) -> Plan:
+    """What is declared, as the plan that comes after the applied one: that one itself if nothing changes.
+
+    It is numbered, and says of each aggregation with which plan its state began (`origin`), so that state that lacks
+    what happened while nobody kept it is never taken for one without such a gap; and of each feature what it still
+    lacks (`known`).
+
+    Args:
+        applied: the plan that runs, if there is any.
+        declared: the plan of what is declared, never applied.
+        taken_ms: when streams took up each plan, by its number: see `complete_from_ms`.
+        now_ms: now, before any stream takes up the new plan.
+    """
+    if applied is None:
+        return declared
+    if as_declared(applied) == declared:
+        return applied
+    number = applied.number + 1
+    views = {view.name: view for view in applied.views}
+    successors: list[ViewSpec] = []
+    known: dict[str, tuple[Known, ...]] = {}
+    for view in declared.views:
+        before = views.get(view.name)
+        sources = _sources(before, view)
+        successors.append(_with_origins(view, sources, str(number)))
+        known.update(_Lacks(applied, before, number, dict(taken_ms or {}), now_ms).of_view(view, sources))
+    return msgspec.structs.replace(declared, number=number, views=tuple(successors), known=known)
+
+
+def as_declared(plan: Plan) -> Plan:
+    """A plan without what its predecessors gave it."""
+    views = [
+        msgspec.structs.replace(
+            view,
+            features=tuple(
+                msgspec.structs.replace(spec, origin="") if isinstance(spec, Aggregation) else spec
+                for spec in view.features
+            ),
+        )
+        for view in plan.views
+    ]
+    return msgspec.structs.replace(plan, number=0, views=tuple(views), known={})
+
+
+def complete_from_ms(plan: Plan, taken_ms: Mapping[int, int]) -> dict[str, int | None]:
+    """Since when each feature that lacks something is, or will be, what all its events give; None for never.
+
+    Args:
+        plan: the plan.
+        taken_ms: when streams took up each plan, by its number; one that none has taken up yet is not there.
+    """
+    found: dict[str, int | None] = {}
+    for name, known in plan.known.items():
+        span_ms = _span_ms(plan, name)
+        since_ms = [_since_ms(each, taken_ms) for each in known]
+        late = None in since_ms or span_ms is None
+        found[name] = None if late else max(each for each in since_ms if each is not None) + (span_ms or 0)
+    return found
+
+
+def _since_ms(known: Known, taken_ms: Mapping[int, int]) -> int | None:
+    # A plan that no stream ran was taken up when a later one was.
+    later = [at for number, at in taken_ms.items() if number >= known.plan]
+    return min(later) - known.lead_ms if later else None
+
+
+def _span_ms(plan: Plan, full_name: str) -> int | None:
+    """How long after the time since when a feature knows all its events it is complete; None for never."""
+    feature = plan.features[full_name]
+    assert isinstance(feature.spec, Aggregation)  # noqa: S101  # for the type checker: only these keep state
+    assert feature.window is not None  # noqa: S101  # as above
+    return _span_of(feature.spec, feature.window)
+
+
+def _span_of(spec: Aggregation, window: Window) -> int | None:
+    if not window.unbounded:
+        return window.width_ms + hop_ms(window.width_ms)
+    half_lives = [slot.partial.half_life_ms for slot in spec.slots() if isinstance(slot.partial, Decay)]
+    return _HALF_LIVES * max(half_lives) if half_lives else None
+
+
+def _sources(before: ViewSpec | None, after: ViewSpec) -> dict[str, list[_Held | None]]:
+    """For each aggregation of a view, which slot of its predecessor each of its slots goes on from.
+
+    First the aggregation's own, then that of any other: of several the one with the longest window.
+    """
+    held: dict[object, list[_Held]] = {}
+    for each in _held_by(before):
+        held.setdefault(each.key, []).append(each)
+    found = {}
+    for spec in after.aggregations:
+        found[spec.name] = [
+            max(
+                held.get(_Held(spec, slot).key, ()),
+                key=lambda each: (each.spec.name == spec.name, each.slot.table.windows[-1]),  # used here
+                default=None,
+            )
+            for slot in spec.slots()
+        ]
+    return found
+
+
+def _held_by(view: ViewSpec | None) -> Iterator[_Held]:
+    for spec in view.aggregations if view else ():
+        for slot in spec.slots():
+            yield _Held(spec, slot)
+
+
+def _with_origins(view: ViewSpec, sources: Sources, fresh: str) -> ViewSpec:
+    """The view, each aggregation with the origin of what it goes on from, or a fresh one.
+
+    Two that would share a column from now on, and go on from different ones, are kept apart by a fresh one as well.
+    """
+    feeds: dict[Slot, Slot | None] = {}
+    specs: list[FeatureSpec] = []
+    for spec in view.features:
+        if not isinstance(spec, Aggregation):
+            specs.append(spec)
+            continue
+        own = [source.slot if source else None for source in sources[spec.name]]
+        origins = {slot.measure.origin if slot else fresh for slot in own}
+        origin = origins.pop() if len(origins) == 1 else fresh
+        found = msgspec.structs.replace(spec, origin=origin)
+        if any(feeds.setdefault(*pair) != pair[1] for pair in zip(found.slots(), own, strict=True)):
+            found = msgspec.structs.replace(spec, origin=f"{fresh}.{spec.name}")
+        specs.append(found)
+    return msgspec.structs.replace(view, features=tuple(specs))
+
+
+class _Lacks:
+    """What features of a view lack that comes after one that is applied."""
+
+    def __init__(
+        self, applied: Plan, before: ViewSpec | None, number: int, taken_ms: dict[int, int], now_ms: int
+    ) -> None:
+        self._applied, self._number, self._now_ms = applied, number, now_ms
+        # The new plan will be taken up later, so that what can be complete now must be without it.
+        self._taken_ms = taken_ms | {number: now_ms}
+        self._names: dict[str, dict[Window, str]] = {}
+        for feature in features_of(before) if before else ():
+            if feature.window is not None:
+                self._names.setdefault(feature.spec.name, {})[feature.window] = feature.full_name
+
+    def of_view(self, view: ViewSpec, sources: Sources) -> Iterator[tuple[str, tuple[Known, ...]]]:
+        """The features that lack something, by full name."""
+        for feature in features_of(view):
+            spec, window = feature.spec, feature.window
+            if isinstance(spec, Aggregation) and window is not None:
+                slots = zip(spec.slots(), sources[spec.name], strict=True)
+                every = dict.fromkeys(known for slot, source in slots for known in self._of_slot(slot, source, window))
+                if every and not self._is_complete(every, _span_of(spec, window)):
+                    yield feature.full_name, tuple(every)
+
+    def _of_slot(self, slot: Slot, source: _Held | None, window: Window) -> tuple[Known, ...]:
+        nothing = (Known(self._number, 0),)
+        if source is None:
+            return nothing
+        before, bound = source.slot.table, slot.table.bound
+        if before.bound is not None and (bound is None or bound > before.bound):
+            return nothing
+        names = self._names[source.spec.name]
+        without_tiles = not before.starts and not before.windows[0].unbounded
+        if before.windows[0].unbounded and slot.table.windows == before.windows:
+            # One state, whatever windows the aggregation has.
+            return tuple(dict.fromkeys(known for name in names.values() for known in self._applied.known.get(name, ())))
+        ways = [nothing]
+        for each, name in names.items():
+            # Tiles that `each` holds are as fine as those of `window`; what keeps no tiles knows all times.
+            if each.hop_ticks > window.hop_ticks and not without_tiles:
+                continue
+            reach = () if each.width_ms >= window.width_ms else (Known(self._number, each.width_ms),)
+            ways.append((*self._applied.known.get(name, ()), *reach))
+        return min(ways, key=self._since_ms)
+
+    def _since_ms(self, known: Iterable[Known]) -> int:
+        since = [_since_ms(each, self._taken_ms) for each in known]
+        return max((each for each in since if each is not None), default=-1)
+
+    def _is_complete(self, known: Iterable[Known], span_ms: int | None) -> bool:
+        if span_ms is None or any(each.plan == self._number for each in known):
+            return False
+        return self._since_ms(known) + span_ms <= self._now_ms
+
+
+def columns_from(before: Plan, after: Plan, family: str) -> dict[Column, Column]:
+    """For each column of a family of `after` that goes on from one of `before`, which one that is.
+
+    The two are neighbours among the applied plans, in either order.
+    """
+    old, new = (_placed(plan, family) for plan in (before, after))
+    if old is None or new is None:
+        return {}
+    sources = _sources(old.view, new.view)
+    found: dict[Column, Column] = {}
+    for spec in new.view.aggregations:
+        for slot, source in zip(spec.slots(), sources[spec.name], strict=True):
+            if slot.table.row == new.row and source is not None:
+                target, origin = new.columns(slot), old.columns(source.slot)
+                found.update(zip(target, origin, strict=True))
+    for table, layout in enumerate(new.family.tables):
+        _add_recency(layout, table, old, found)
+    return found
+
+
+def _add_recency(layout: TableLayout, table: int, old: _Placed, found: dict[Column, Column]) -> None:
+    """When buckets were seen is no aggregation's: it goes on from any time that the same events have there."""
+    for index, (partial, measure) in enumerate(layout.partials):
+        place = (table, layout.slices[index].start)
+        if not isinstance(partial, Seen) or place in found:
+            continue
+        for other, (_, its_measure) in enumerate(layout.partials):
+            source = found.get((table, layout.slices[other].start))
+            if its_measure == measure and source is not None and (time := old.time_beside(source)) is not None:
+                found[place] = time
+
+
+class _Placed(NamedTuple):
+    """A family of a plan, with what finds a slot's columns in it."""
+
+    view: ViewSpec
+    row: str
+    family: Family
+
+    def columns(self, slot: Slot) -> list[Column]:
+        """The columns of a slot."""
+        for table, layout in enumerate(self.family.tables):
+            if layout.table == slot.table:
+                own = layout.slices[layout.partials.index((slot.partial, slot.measure))]
+                return [(table, column) for column in range(own.start, own.stop)]
+        raise AssertionError(slot)
+
+    def time_beside(self, column: Column) -> Column | None:
+        """The column that says when the events of a column were last seen."""
+        layout = self.family.tables[column[0]]
+        placed = list(zip(layout.partials, layout.slices, strict=True))
+        mine = next(measure for (_, measure), each in placed if each.start <= column[1] < each.stop)
+        times = (each.start for (partial, measure), each in placed if measure == mine and partial.physical[0] == "time")
+        return next(((column[0], time) for time in times), None)
+
+
+def family_of(plan: Plan, name: str) -> Family | None:
+    """The family of this name; None where the plan has no such."""
+    view = view_of(plan, name)
+    return next((each for each in families_of(plan, view) if each.name == name), None) if view else None
+
+
+def _placed(plan: Plan, name: str) -> _Placed | None:
+    view, family = view_of(plan, name), family_of(plan, name)
+    return _Placed(view, name.partition(".")[2], family) if view and family else None
+
+
+def move(rows: Rows, before: Family, after: Family, columns: Mapping[Column, Column]) -> Rows:
+    """Rows of one family as those of another: `columns` says where each of the other's columns comes from.
+
+    A merge without events, at a time before all others: it sorts entries and folds those that meet, and nothing ages.
+    """
+    tables = [_entries(rows, before, table, layout, columns) for table, layout in enumerate(after.tables)]
+    pool = np.concatenate([np.zeros(0, np.int64), *(lines.ravel() for lines in tables)])
+    sizes = np.array([lines.shape[1] for lines in tables], np.int64)
+    return merge(after, Rows.of_pool(after.alone, rows.latest_ms, pool, sizes, rows.texts), {}, now_ms=0).rows
+
+
+def _entries(
+    rows: Rows, before: Family, table: int, layout: TableLayout, columns: Mapping[Column, Column]
+) -> NDArray[np.int64]:
+    """int64[lines, entries]: a table, from all tables that any of its columns comes from, in no order."""
+    first = layout.n_lines - len(layout.physical)
+    mine = {column: source for (index, column), source in columns.items() if index == table}
+    parts = [np.zeros((layout.n_lines, 0), np.int64)]
+    for source in dict.fromkeys(each for each, _ in mine.values()):
+        old, lines = before.tables[source], rows.lines(source)
+        old_first = old.n_lines - len(old.physical)
+        part = np.zeros((layout.n_lines, lines.shape[1]), np.int64)
+        part[0] = lines[0]
+        if layout.table.starts and old.table.starts:
+            part[1] = lines[1]
+        if layout.table.bucket is not None:
+            part[first - 1] = lines[old_first - 1]
+        part[first:] = layout.empty[:, None]
+        holds = np.zeros(lines.shape[1], bool)
+        for column, (index, old_column) in mine.items():
+            if index == source:
+                part[first + column] = lines[old_first + old_column]
+                holds |= part[first + column] != layout.empty[column]
+        parts.append(part[:, holds])
+    return np.concatenate(parts, axis=1)
