@@ -132,14 +132,15 @@ def _sources(before: ViewSpec | None, after: ViewSpec) -> dict[str, list[_Held |
     First the aggregation's own, then that of any other: of several the one with the longest window.
     """
     held: dict[object, list[_Held]] = {}
-    for each in _held_by(before):
+    # A view of another entity has rows of its own.
+    for each in _held_by(before) if before and before.entities == after.entities else ():
         held.setdefault(each.key, []).append(each)
     found = {}
     for spec in after.aggregations:
         found[spec.name] = [
             max(
                 held.get(_Held(spec, slot).key, ()),
-                key=lambda each: (each.spec.name == spec.name, each.slot.table.windows[-1]),  # used here
+                key=lambda each: (each.spec.name == spec.name, each.slot.table.windows[-1]),
                 default=None,
             )
             for slot in spec.slots()
@@ -147,8 +148,8 @@ def _sources(before: ViewSpec | None, after: ViewSpec) -> dict[str, list[_Held |
     return found
 
 
-def _held_by(view: ViewSpec | None) -> Iterator[_Held]:
-    for spec in view.aggregations if view else ():
+def _held_by(view: ViewSpec) -> Iterator[_Held]:
+    for spec in view.aggregations:
         for slot in spec.slots():
             yield _Held(spec, slot)
 

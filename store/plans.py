@@ -10,7 +10,7 @@ import getpass
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import redis
@@ -24,6 +24,11 @@ from features.plan import Plan
 from store.connect import connect
 from store.keys import plans_key
 from store.layouts import Layouts
+
+_APPEND_LUA: Final = """
+if redis.call('LLEN', KEYS[1]) ~= tonumber(ARGV[1]) then return 0 end
+return redis.call('RPUSH', KEYS[1], ARGV[2])
+"""
 
 log = structlog.get_logger()
 
@@ -54,10 +59,17 @@ class Applied(msgspec.Struct, frozen=True):
 
 
 def append_plan(client: redis.Redis, plan: Plan, now_ms: int) -> None:
-    """Makes `plan` the one that runs."""
+    """Makes `plan` the one that runs.
+
+    Raises:
+        ApplyError: if another was applied since the one that it comes after.
+    """
     by = f"{getpass.getuser()}@{socket.gethostname()}"
     entry = Applied(plan.fingerprint, now_ms, by, msgspec.Raw(plan.encode().encode()))
-    _execute(client, "RPUSH", plans_key(plan.project), msgspec.json.encode(entry))
+    encoded = msgspec.json.encode(entry)
+    if not _execute(client, "EVAL", _APPEND_LUA, 1, plans_key(plan.project), plan.number, encoded):
+        msg = "another plan was applied meanwhile: see `headrace history`, then run `headrace apply` again"
+        raise ApplyError(msg)
 
 
 def applied_plans(client: redis.Redis, project: str) -> list[Applied]:

@@ -22,7 +22,7 @@ from headrace.embedded import EmbeddedBroker, EmbeddedRedis, free_port
 from registry.apply import apply
 from store.connect import connect
 from store.keys import Keyspace
-from store.plans import append_plan
+from store.plans import ApplyError, append_plan
 from tests.support.served import SHARDS, Clock, Rows, catalogue, project_folder
 from tests.support.stack import wait_for
 
@@ -129,12 +129,15 @@ def test_history_lists_the_applied_plans_the_newest_first(redis_url: str, settin
     client, plan = connect(redis_url, timeout_s=10), catalogue()
     without = msgspec.structs.replace(plan, services=())
     foreign = msgspec.structs.replace(plan, version=99)
-    for at_s, each in enumerate((plan, without, foreign, plan)):
+    every = [msgspec.structs.replace(each, number=number) for number, each in enumerate((plan, without, foreign, plan))]
+    for at_s, each in enumerate(every):
         append_plan(client, each, at_s * 1000)
+    with pytest.raises(ApplyError, match="another plan was applied"):
+        append_plan(client, every[-1], 4000)
     ran = run("history")
     lines = ran.out.splitlines()
     applied = [line.split(", ")[:2] for line in lines if line.startswith("plan ")]
-    expected = [(plan, 3), (foreign, 2), (without, 1), (plan, 0)]
+    expected = [(each, at_s) for at_s, each in reversed(list(enumerate(every)))]
     assert applied == [[f"plan {each.fingerprint}", f"1970-01-01T00:00:0{at_s}+00:00"] for each, at_s in expected]
     services = [f"service {spec.name}" for spec in plan.services]
     heads = [at for at, line in enumerate(lines) if line.startswith("plan ")]

@@ -199,7 +199,7 @@ def test_whatever_ends_the_server_no_process_and_no_file_stays(serve, number: si
 
 def test_processes_that_can_not_start_are_not_started_for_ever(serve, settings: Settings) -> None:
     """The code of the derived features is another than when the plan was applied."""
-    append_plan(connect(settings.redis_url.get_secret_value(), 10), with_other_code(catalogue()), 0)
+    append_plan(connect(settings.redis_url.get_secret_value(), 10), replace(with_other_code(catalogue()), number=1), 0)
     with serve() as server:
         assert server.process.wait(120) == 1
         assert "headrace apply" in server.log

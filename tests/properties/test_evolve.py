@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from features import aggregations as kinds
 from features.aggregations import Aggregation
 from features.evolve import as_declared, complete_from_ms, succeed
-from features.kernel import evaluate, merge
+from features.kernel import Rows, evaluate, merge
 from features.layout import Family, slots_of
-from features.plan import Plan
+from features.plan import EntitySpec, Plan
 from features.values import to_python
 from store.codec import decode, encode
 from store.layouts import Layouts
@@ -206,3 +206,19 @@ def test_without_a_window_nothing_waits_long_enough() -> None:
     )
     at = complete_from_ms(two, {1: BASE_MS})
     assert at == {"view__recent": None, "view__ever_all": None, "view__heat": BASE_MS + 64 * HOUR_MS}
+
+
+def test_a_view_of_another_entity_goes_on_from_nothing() -> None:
+    """Also when it is given back to the first: rows of the first plan lack what happened since."""
+    one = succeed(None, plan_of(kinds.Count(name="n", event="Click", over=("all",))))
+    view = msgspec.structs.replace(as_declared(one).views[0], entities=("item",))
+    entities = (*one.entities, EntitySpec("item", "item_id"))
+    two = succeed(one, msgspec.structs.replace(as_declared(one), entities=entities, views=(view,)))
+    three = succeed(two, as_declared(one))
+    assert complete_from_ms(two, {1: 0}) == complete_from_ms(three, {1: 0, 2: 0}) == {"view__n_all": None}
+    plans = [one, two, three]
+    layouts = Layouts(three, lambda first, last: plans[first : last + 1])
+    (family,) = {family for family, _ in slots_of(three).values()}
+    (old,) = {family for family, _ in slots_of(one).values()}
+    (blob,) = encode(old, merge(old, Rows.empty(old, 1), batches_of([{"t": BASE_MS}]), BASE_MS).rows)
+    assert layouts.own(family.alone, [blob]) == [b""]
