@@ -20,6 +20,7 @@ from store.slots import AGAIN_S, by_slot, is_elsewhere, is_moving, not_covered, 
 
 Words = tuple[Any, ...]
 
+_SCRIPTS: Final = ("EVAL", "EVALSHA")
 _LOST: Final = (RedisConnectionError, RedisTimeoutError, OSError)
 
 
@@ -144,7 +145,7 @@ class ClusterClient:
         return {str(master.script_load(script)) for master in self.masters()}.pop()
 
     def pipeline(self, *, transaction: bool = False) -> _Pipeline:
-        """As redis-py's, for commands whose second word is a key, or whose fourth, of EVALSHA; without transactions."""
+        """As redis-py's, for commands whose second word is a key, or whose fourth, of scripts; without transactions."""
         return _Pipeline(self)
 
     def execute_command(self, *words: Any) -> Any:
@@ -153,7 +154,7 @@ class ClusterClient:
 
     def execute(self, commands: Iterable[Words]) -> list[Any]:
         """The answers of commands, errors among them."""
-        calls = [_Call(words, slot_of(words[3 if words[0] == "EVALSHA" else 1])) for words in commands]
+        calls = [_Call(words, slot_of(words[3 if words[0] in _SCRIPTS else 1])) for words in commands]
         self._run(calls)
         return [call.answer for call in calls]
 
