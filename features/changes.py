@@ -13,13 +13,14 @@ from features.plan import Plan
 
 def changes(applied: Plan | None, declared: Plan) -> list[str]:
     """What applying `declared` would change, a line each; none when it is what is applied."""
-    before, after = (_items(as_declared(plan)) if plan else {} for plan in (applied, declared))
+    plans = [as_declared(plan) if plan else None for plan in (applied, declared)]
+    before, after = (_items(plan) if plan else {} for plan in plans)
     lines = [f"+ {name}" for name in after if name not in before]
     lines += [f"- {name}" for name in before if name not in after]
     for name in after:
         if name in before and before[name] != after[name]:
             lines += [f"~ {name}: {difference}" for difference in _differences(before[name], after[name])]
-    if applied is not None and not lines and as_declared(applied) != as_declared(declared):
+    if applied is not None and not lines and plans[0] != plans[1]:
         lines.append("~ plan: the features of a view are in another order")
     return lines
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from features.aggregations.base import Aggregation, Slot
 from features.kernel import Rows, merge
-from features.layout import Family, TableLayout, families_of, view_of
+from features.layout import Family, TableLayout, family_of, locate, view_of
 from features.partials import Decay, Seen
-from features.plan import FeatureSpec, Known, Plan, ViewSpec, features_of
+from features.plan import Feature, FeatureSpec, Known, Plan, ViewSpec, features_of
 from features.times import Window, hop_ms
 
 Column = tuple[int, int]
@@ -98,28 +98,28 @@ def complete_from_ms(plan: Plan, taken_ms: Mapping[int, int]) -> dict[str, int |
     """
     found: dict[str, int | None] = {}
     for name, known in plan.known.items():
-        span_ms = _span_ms(plan, name)
-        since_ms = [_since_ms(each, taken_ms) for each in known]
-        late = None in since_ms or span_ms is None
-        found[name] = None if late else max(each for each in since_ms if each is not None) + (span_ms or 0)
+        since_ms, span_ms = _since_ms(known, taken_ms), _span_ms(plan.features[name])
+        found[name] = None if since_ms is None or span_ms is None else since_ms + span_ms
     return found
 
 
-def _since_ms(known: Known, taken_ms: Mapping[int, int]) -> int | None:
-    # A plan that no stream ran was taken up when a later one was.
-    later = [at for number, at in taken_ms.items() if number >= known.plan]
-    return min(later) - known.lead_ms if later else None
+def _since_ms(known: Iterable[Known], taken_ms: Mapping[int, int]) -> int | None:
+    """Since when a feature knows all its events; None while no stream has taken up a plan that it names."""
+    found = []
+    for each in known:
+        # A plan that no stream ran was taken up when a later one was.
+        later = [at for number, at in taken_ms.items() if number >= each.plan]
+        if not later:
+            return None
+        found.append(min(later) - each.lead_ms)
+    return max(found, default=-1)
 
 
-def _span_ms(plan: Plan, full_name: str) -> int | None:
+def _span_ms(feature: Feature) -> int | None:
     """How long after the time since when a feature knows all its events it is complete; None for never."""
-    feature = plan.features[full_name]
-    assert isinstance(feature.spec, Aggregation)  # noqa: S101  # for the type checker: only these keep state
-    assert feature.window is not None  # noqa: S101  # as above
-    return _span_of(feature.spec, feature.window)
-
-
-def _span_of(spec: Aggregation, window: Window) -> int | None:
+    spec, window = feature.spec, feature.window
+    assert isinstance(spec, Aggregation)  # noqa: S101  # for the type checker: only these keep state
+    assert window is not None  # noqa: S101  # as above
     if not window.unbounded:
         return window.width_ms + hop_ms(window.width_ms)
     half_lives = [slot.partial.half_life_ms for slot in spec.slots() if isinstance(slot.partial, Decay)]
@@ -196,7 +196,7 @@ class _Lacks:
             if isinstance(spec, Aggregation) and window is not None:
                 slots = zip(spec.slots(), sources[spec.name], strict=True)
                 every = dict.fromkeys(known for slot, source in slots for known in self._of_slot(slot, source, window))
-                if every and not self._is_complete(every, _span_of(spec, window)):
+                if every and not self._is_complete(every, _span_ms(feature)):
                     yield feature.full_name, tuple(every)
 
     def _of_slot(self, slot: Slot, source: _Held | None, window: Window) -> tuple[Known, ...]:
@@ -221,8 +221,9 @@ class _Lacks:
         return min(ways, key=self._since_ms)
 
     def _since_ms(self, known: Iterable[Known]) -> int:
-        since = [_since_ms(each, self._taken_ms) for each in known]
-        return max((each for each in since if each is not None), default=-1)
+        since_ms = _since_ms(known, self._taken_ms)
+        assert since_ms is not None  # noqa: S101  # for the type checker: the new plan stands for any that none took up
+        return since_ms
 
     def _is_complete(self, known: Iterable[Known], span_ms: int | None) -> bool:
         if span_ms is None or any(each.plan == self._number for each in known):
@@ -271,11 +272,9 @@ class _Placed(NamedTuple):
 
     def columns(self, slot: Slot) -> list[Column]:
         """The columns of a slot."""
-        for table, layout in enumerate(self.family.tables):
-            if layout.table == slot.table:
-                own = layout.slices[layout.partials.index((slot.partial, slot.measure))]
-                return [(table, column) for column in range(own.start, own.stop)]
-        raise AssertionError(slot)
+        table, partial = locate(self.family, slot)
+        own = self.family.tables[table].slices[partial]
+        return [(table, column) for column in range(own.start, own.stop)]
 
     def time_beside(self, column: Column) -> Column | None:
         """The column that says when the events of a column were last seen."""
@@ -284,12 +283,6 @@ class _Placed(NamedTuple):
         mine = next(measure for (_, measure), each in placed if each.start <= column[1] < each.stop)
         times = (each.start for (partial, measure), each in placed if measure == mine and partial.physical[0] == "time")
         return next(((column[0], time) for time in times), None)
-
-
-def family_of(plan: Plan, name: str) -> Family | None:
-    """The family of this name; None where the plan has no such."""
-    view = view_of(plan, name)
-    return next((each for each in families_of(plan, view) if each.name == name), None) if view else None
 
 
 def _placed(plan: Plan, name: str) -> _Placed | None:

@@ -327,6 +327,12 @@ def view_of(plan: Plan, family: str) -> ViewSpec | None:
     return next((view for view in plan.views if view.name == name), None)
 
 
+def family_of(plan: Plan, name: str) -> Family | None:
+    """The family of this name; None where the plan has no such."""
+    view = view_of(plan, name)
+    return next((each for each in families_of(plan, view) if each.name == name), None) if view else None
+
+
 def slots_of(plan: Plan) -> dict[str, tuple[Family, list[tuple[int, int]]]]:
     """For each feature that keeps state, by full name: its family, and (table, partial) of each of its slots."""
     found = {}
@@ -335,7 +341,7 @@ def slots_of(plan: Plan) -> dict[str, tuple[Family, list[tuple[int, int]]]]:
         for feature in features_of(view):
             if isinstance(feature.spec, Aggregation):
                 family = families[family_name(view.name, _row_of(feature.spec))]
-                found[feature.full_name] = (family, [_locate(family, slot) for slot in feature.spec.slots()])
+                found[feature.full_name] = (family, [locate(family, slot) for slot in feature.spec.slots()])
     return found
 
 
@@ -343,7 +349,8 @@ def _row_of(spec: Aggregation) -> str:
     return spec.slots()[0].table.row
 
 
-def _locate(family: Family, slot: Slot) -> tuple[int, int]:
+def locate(family: Family, slot: Slot) -> tuple[int, int]:
+    """A slot's place in its family: the table, and which of the table's partials."""
     index = next(index for index, layout in enumerate(family.tables) if layout.table == slot.table)
     return index, family.tables[index].partials.index((slot.partial, slot.measure))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from features.evolve import Column, columns_from, family_of, move
-from features.layout import Bundle, Family
+from features.evolve import Column, columns_from, move
+from features.layout import Bundle, Family, family_of
 from features.plan import Plan
 from store.codec import CorruptRowError, decode, encode, tag_of
 
@@ -36,9 +36,8 @@ class Layouts:
     def __init__(self, plan: Plan, fetch: Fetch = lambda _first, _last: ()) -> None:
         self._plan = plan
         self._fetch = fetch
-        self._older: list[Plan] = []
-        self._all_older = plan.number == 0
-        self._found: dict[tuple[str, bytes], _Past] = {}
+        self._older: list[Plan | None] = []
+        self._found: dict[tuple[str, bytes], _Past | None] = {}
 
     def own(self, bundle: Bundle, blobs: Sequence[Blob]) -> list[Blob]:
         """The rows, those of other layouts as of this plan's; what is of none is left as it is.
@@ -67,15 +66,15 @@ class Layouts:
 
     def _past(self, family: Family, tag: bytes) -> _Past | None:
         key = (family.name, tag)
-        if key not in self._found:
-            newer = self._fetch(self._plan.number + 1, _LAST)
-            past = self._search(family, tag, newer) or self._search(family, tag, self._older_plans())
-            if past is None:
-                return None
+        past = self._found.get(key)
+        if past is None:
+            past = self._search(family, tag, self._fetch(self._plan.number + 1, _LAST))
+            if past is None and key not in self._found:  # Older plans stay what they were: they are searched once.
+                past = self._search(family, tag, self._older_plans())
             self._found[key] = past
-        return self._found[key]
+        return past
 
-    def _search(self, family: Family, tag: bytes, plans: Iterator[Plan | None] | Sequence[Plan | None]) -> _Past | None:
+    def _search(self, family: Family, tag: bytes, plans: Iterable[Plan | None]) -> _Past | None:
         """The layout with this tag in the first of the plans that has it; each is a neighbour of the one before."""
         nearer, near = self._plan, family_of(self._plan, family.name)
         columns = {column: column for column in _columns(family)}
@@ -92,25 +91,13 @@ class Layouts:
         return None
 
     def _older_plans(self) -> Iterator[Plan | None]:
-        at = 0
-        while True:
-            if at == len(self._older):
-                if self._all_older:
-                    return
-                self._fetch_older()
-                continue
-            yield self._older[at]
-            at += 1
-
-    def _fetch_older(self) -> None:
-        last = self._plan.number - 1 - len(self._older)
-        plans = self._fetch(max(last - _BLOCK + 1, 0), last)
-        for plan in reversed(plans):
-            if plan is None:
-                self._all_older = True
+        yield from self._older
+        while (last := self._plan.number - 1 - len(self._older)) >= 0:
+            block = list(reversed(self._fetch(max(last - _BLOCK + 1, 0), last)))
+            if not block:
                 return
-            self._older.append(plan)
-        self._all_older = len(plans) < _BLOCK
+            self._older += block
+            yield from block
 
 
 def _columns(family: Family) -> Iterator[Column]:

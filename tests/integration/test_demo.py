@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from headrace.embedded import free_port
+from tests.support.stack import run_headrace
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 120
@@ -143,17 +144,8 @@ def test_events_of_ones_own_can_be_tried_on_it(start: Callable[..., Demo], tmp_p
     (tmp_path / "events.jsonl").write_text(json.dumps(event))
 
     def headrace(command: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "headrace", *command.split()],
-            cwd=tmp_path,
-            env=os.environ | variables | {"HEADRACE_REPO": str(ROOT), "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        environment = os.environ | variables | {"HEADRACE_REPO": str(ROOT), "PYTHONPATH": str(ROOT)}
+        return run_headrace(command.split(), environment, tmp_path)
 
     assert "clicks" in headrace(said.rpartition("headrace ")[2])
     url = f"{demo.lines[0].split()[0]}/v1/entities/user/newcomer"

@@ -222,3 +222,30 @@ def test_a_view_of_another_entity_goes_on_from_nothing() -> None:
     (old,) = {family for family, _ in slots_of(one).values()}
     (blob,) = encode(old, merge(old, Rows.empty(old, 1), batches_of([{"t": BASE_MS}]), BASE_MS).rows)
     assert layouts.own(family.alone, [blob]) == [b""]
+
+
+def test_a_row_of_a_plan_long_ago_is_read() -> None:
+    """Older plans are read a block at a time, each once: also where one can't be read, and for a tag that none has."""
+    plans: list[Plan] = []
+    for at in range(100):
+        plans.append(succeed(plans[-1] if plans else None, plan_of(*twins(["1h"])[: 2 + at % 2])))
+    count = kinds.Count(name="other_count", event="Click", over=("1h", "2h"))
+    plans.append(succeed(plans[-1], plan_of(count)))
+    asked: list[tuple[int, int]] = []
+
+    def fetch(first: int, last: int) -> list[Plan | None]:
+        asked.append((first, last))
+        return [None if plan.number == 3 else plan for plan in plans[first : last + 1]]
+
+    layouts = Layouts(plans[-1], fetch)
+    (family,) = {family for family, _ in slots_of(plans[-1]).values()}
+    (old,) = {family for family, _ in slots_of(plans[0]).values()}
+    (blob,) = encode(old, merge(old, Rows.empty(old, 1), batches_of([{"t": BASE_MS}]), BASE_MS).rows)
+    (own,) = layouts.own(family.alone, [blob])
+    assert own is not None
+    assert own.startswith(family.tag)
+    foreign = b"\0\1\2\3" + blob[4:]
+    for _ in range(2):
+        assert layouts.own(family.alone, [foreign]) == [foreign]
+    older = [pair for pair in asked if pair[0] <= 100]
+    assert older == [(68, 99), (36, 67), (4, 35), (0, 3)]

@@ -32,6 +32,21 @@ TOPICS = ("impressions", "clicks", "likes")
 DEADLINE_S = 120.0
 
 
+def run_headrace(arguments: Iterable[str], environment: Mapping[str, str], folder: Path | None = None) -> str:
+    """Runs a command of the command line to its end; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "headrace", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def wait_for(
     what: str,
     condition: Callable[[], object],
@@ -136,16 +151,7 @@ class Stack:
 
     def headrace(self, *arguments: str) -> str:
         """Runs a command of the command line to its end; returns what it printed."""
-        done = subprocess.run(
-            [sys.executable, "-m", "headrace", *arguments],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return run_headrace(arguments, self.environment)
 
     def start(self, name: str, *argv: str) -> subprocess.Popen[bytes]:
         """Starts a process; its output is in `{name}.log`."""
