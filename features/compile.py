@@ -9,7 +9,17 @@ from typing import Any
 from features.checks import mistake
 from features.events import Event
 from features.language import VIEWS, Service, View
-from features.plan import At, Contains, Derived, EventSpec, Feature, Plan, arguments, contract_fingerprint
+from features.plan import (
+    At,
+    Contains,
+    Derived,
+    EventSpec,
+    Feature,
+    Plan,
+    arguments,
+    contract_fingerprint,
+    contract_schema,
+)
 from features.values import Type
 
 
@@ -73,6 +83,7 @@ def _event_spec(event: type[Event]) -> EventSpec:
         fields=dict(event.kinds()),
         code=f"{event.__module__}:{event.__qualname__}",
         fingerprint=contract_fingerprint(event),
+        schema=contract_schema(event),
         doc=inspect.cleandoc(event.__doc__ or ""),
     )
 

@@ -19,7 +19,7 @@ from features.aggregations.base import Aggregation, Slot
 from features.kernel import Rows, merge
 from features.layout import Family, TableLayout, family_of, locate, view_of
 from features.partials import Decay, Seen
-from features.plan import Feature, FeatureSpec, Known, Plan, ViewSpec, features_of
+from features.plan import Feature, FeatureSpec, Known, Plan, ViewSpec, arguments, features_of
 from features.times import Window, hop_ms
 
 Column = tuple[int, int]
@@ -63,11 +63,10 @@ def succeed(applied: Plan | None, declared: Plan, taken_ms: Mapping[int, int] | 
     if as_declared(applied) == declared:
         return applied
     number = applied.number + 1
-    views = {view.name: view for view in applied.views}
     successors: list[ViewSpec] = []
     known: dict[str, tuple[Known, ...]] = {}
     for view in declared.views:
-        before = views.get(view.name)
+        before = _predecessor(applied, declared, view)
         sources = _sources(before, view)
         successors.append(_with_origins(view, sources, str(number)))
         known.update(_Lacks(applied, before, number, dict(taken_ms or {}), now_ms).of_view(view, sources))
@@ -92,6 +91,8 @@ def as_declared(plan: Plan) -> Plan:
 def complete_from_ms(plan: Plan, taken_ms: Mapping[int, int]) -> dict[str, int | None]:
     """Since when each feature that lacks something is, or will be, what all its events give; None for never.
 
+    One that is computed of others is complete when they all are.
+
     Args:
         plan: the plan.
         taken_ms: when streams took up each plan, by its number; one that none has taken up yet is not there.
@@ -100,7 +101,17 @@ def complete_from_ms(plan: Plan, taken_ms: Mapping[int, int]) -> dict[str, int |
     for name, known in plan.known.items():
         since_ms, span_ms = _since_ms(known, taken_ms), _span_ms(plan.features[name])
         found[name] = None if since_ms is None or span_ms is None else since_ms + span_ms
+    for name in plan.features:
+        _add_computed(plan, name, found)
     return found
+
+
+def _add_computed(plan: Plan, name: str, found: dict[str, int | None]) -> None:
+    """Adds when a feature is complete that is computed of others, and when they are."""
+    for other in (others := arguments(plan.features[name].spec)):
+        _add_computed(plan, other, found)
+    if lacking := [found[other] for other in others if other in found]:
+        found[name] = None if None in lacking else max(at_ms for at_ms in lacking if at_ms is not None)
 
 
 def _since_ms(known: Iterable[Known], taken_ms: Mapping[int, int]) -> int | None:
@@ -126,14 +137,22 @@ def _span_ms(feature: Feature) -> int | None:
     return _HALF_LIVES * max(half_lives) if half_lives else None
 
 
+def _predecessor(applied: Plan, declared: Plan, view: ViewSpec) -> ViewSpec | None:
+    """The view that had this one's rows: of the same entities, by the same keys."""
+    before = next((each for each in applied.views if each.name == view.name), None)
+    if before is None or before.entities != view.entities:
+        return None
+    same = all(applied.entity(name).key == declared.entity(name).key for name in view.entities)
+    return before if same else None
+
+
 def _sources(before: ViewSpec | None, after: ViewSpec) -> dict[str, list[_Held | None]]:
     """For each aggregation of a view, which slot of its predecessor each of its slots goes on from.
 
     First the aggregation's own, then that of any other: of several the one with the longest window.
     """
     held: dict[object, list[_Held]] = {}
-    # A view of another entity has rows of its own.
-    for each in _held_by(before) if before and before.entities == after.entities else ():
+    for each in _held_by(before) if before else ():
         held.setdefault(each.key, []).append(each)
     found = {}
     for spec in after.aggregations:
@@ -239,7 +258,7 @@ def columns_from(before: Plan, after: Plan, family: str) -> dict[Column, Column]
     old, new = (_placed(plan, family) for plan in (before, after))
     if old is None or new is None:
         return {}
-    sources = _sources(old.view, new.view)
+    sources = _sources(_predecessor(before, after, new.view), new.view)
     found: dict[Column, Column] = {}
     for spec in new.view.aggregations:
         for slot, source in zip(spec.slots(), sources[spec.name], strict=True):

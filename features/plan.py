@@ -33,13 +33,14 @@ class EntitySpec(msgspec.Struct, frozen=True):
 
 
 class EventSpec(msgspec.Struct, frozen=True):
-    """A contract: its topic, its fields, and where its code is (`module:qualified.name`)."""
+    """A contract: its topic, its fields, where its code is (`module:qualified.name`), and its JSON schema."""
 
     name: str
     topic: str
     fields: dict[str, Kind]
     code: str
     fingerprint: str
+    schema: dict[str, Any] = {}
     doc: str = ""
 
 
@@ -282,9 +283,14 @@ def find_function(spec: Derived) -> Callable[..., Any]:
 
 def contract_fingerprint(contract: type[Event]) -> str:
     """What a contract accepts, condensed: its documentation does not matter."""
+    return digest(msgspec.json.encode([contract.topic, contract_schema(contract)], order="sorted"))
+
+
+def contract_schema(contract: type[Event]) -> dict[str, Any]:
+    """What a contract accepts, as JSON schema."""
     schema = contract.model_json_schema()
     schema.pop("description", None)
-    return digest(msgspec.json.encode([contract.topic, schema], order="sorted"))
+    return schema
 
 
 def find_code(path: str) -> Any:

@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import time
-from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +19,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from config.settings import Settings
+    from features.changes import Change
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,41 +48,65 @@ def _before_any() -> None:
     set_up_logs(as_json=_settings().log_json)
 
 
+Replace = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="VIEW.FEATURE",
+        help="What may change its meaning or break producers (also a view, entity, contract or service); repeat it",
+    ),
+]
+
+
 @app.command()
-def plan() -> None:
-    """Show what `apply` would change; nothing is changed."""
+def plan(
+    replace: Replace = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs")] = False,
+) -> None:
+    """Say what `apply` would change and what follows; nothing is changed.
+
+    Ends with status 2 if a change needs consent that --replace does not give, or is refused.
+    """
+    import msgspec
+
+    from features.changes import in_the_way
     from store.plans import plan_changes
 
     declared, changed = plan_changes(_settings())
-    _show_changes(changed)
-    out.print(f"plan {declared.fingerprint}: " + ("run `headrace apply`" if changed else "nothing to do"))
+    refused = in_the_way(declared, changed, replace or ())
+    if as_json:
+        said = {"plan": declared.fingerprint, "number": declared.number, "changes": changed, "refused": refused}
+        out.print_json(msgspec.json.encode(said).decode())
+    else:
+        _show_changes(changed)
+        rest = "`headrace apply` would refuse it" if refused else "run `headrace apply`"
+        out.print(f"plan {declared.fingerprint}: {rest if changed else 'nothing to do'}")
+    raise typer.Exit(2 if refused else 0)
 
 
 @app.command()
-def apply() -> None:
+def apply(replace: Replace = None) -> None:
     """Register the declarations in Feast, create their topics, initialise their commit records."""
     from registry.apply import apply as run
 
     settings = _settings()
-    done = run(settings, _redis(settings))
-    if done.changes or done.topics or done.records:
+    done = run(settings, _redis(settings), replace=replace or ())
+    if done:
         _audit("apply", plan=done.plan.fingerprint, changes=len(done.changes), topics=list(done.topics))
     _show_changes(done.changes)
+    if done.registered and not done.changes:
+        out.print("Feast's registry held another plan, or none")
     for topic in done.topics:
         out.print(f"+ topic {topic}")
     if done.records:
         out.print(f"+ {done.records} commit records")
-    out.print(
-        f"plan {done.plan.fingerprint} is applied"
-        + ("" if done.changes or done.topics or done.records else ": there was nothing to do")
-    )
+    out.print(f"plan {done.plan.fingerprint} is applied" + ("" if done else ": there was nothing to do"))
 
 
 @app.command()
 def history() -> None:
     """List the applied plans, the newest first: when, by whom, what each changed."""
     from config.settings import project_of
-    from features.changes import changes
+    from features.changes import changes, when
     from store.plans import applied_plans
 
     settings = _settings()
@@ -88,16 +114,17 @@ def history() -> None:
     for each in applied_plans(_redis(settings), project_of(settings.repo)):
         try:
             applied = each.decoded()
-            changed, before = changes(before, applied), applied
+            changed, before = changes(before, applied, each.at_ms), applied
         except ValueError:  # What follows it is compared with the last one that can be read.
-            changed = ["~ plan: it was applied by another version of Headrace, which can say more"]
+            changed = None
         found.append((each, changed))
     if not found:
         out.print("nothing is applied: run `headrace apply`")
     for each, changed in reversed(found):
-        at = datetime.fromtimestamp(each.at_ms / 1000, UTC).isoformat(timespec="seconds")
-        out.print(f"plan {each.fingerprint}, {at}, by {each.by}", highlight=False, markup=False)
-        _show_changes(changed)
+        out.print(f"plan {each.fingerprint}, {when(each.at_ms)}, by {each.by}", highlight=False, markup=False)
+        if changed is None:
+            out.print("it was applied by another version of Headrace, whose `headrace history` can say more")
+        _show_changes(changed or ())
 
 
 @app.command()
@@ -372,9 +399,18 @@ def _redis(settings: Settings) -> Any:
     return connect(settings.redis_url.get_secret_value(), settings.redis_timeout_s)
 
 
-def _show_changes(changed: list[str]) -> None:
-    for line in changed:
-        out.print(line, style={"+": "green", "-": "red", "~": "yellow"}[line[0]], highlight=False, markup=False)
+_STYLES = {
+    "adds": "green",
+    "describes": "dim",
+    "changes meaning": "yellow",
+    "removes": "red",
+    "breaks producers": "bold red",
+}
+
+
+def _show_changes(changed: Iterable[Change]) -> None:
+    for each in changed:
+        out.print(str(each), style=_STYLES[each.kind], highlight=False, markup=False)
 
 
 def _mendable() -> tuple[type[Exception], ...]:

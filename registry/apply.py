@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import redis
@@ -13,6 +13,7 @@ from feast import FeatureStore
 
 from config.brokers import topics_there, unreachable
 from config.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
+from features.changes import Change, in_the_way
 from features.plan import Plan
 from registry.register import register, registered_plan
 from store.commit import initialise
@@ -24,31 +25,57 @@ _KAFKA_TIMEOUT_S = 15.0
 
 @dataclass(frozen=True)
 class Applied:
-    """What `apply` did."""
+    """What `apply` did.
+
+    Attributes:
+        registered: whether Feast's registry held another plan, or none.
+    """
 
     plan: Plan
-    changes: list[str]
+    changes: list[Change]
+    registered: bool
     topics: list[str]
     records: int
 
+    def __bool__(self) -> bool:
+        """Whether there was anything to do."""
+        return bool(self.changes or self.registered or self.topics or self.records)
 
-def apply(settings: Settings, client: redis.Redis, clock: Callable[[], float] = time.time) -> Applied:
+
+def apply(
+    settings: Settings,
+    client: redis.Redis,
+    clock: Callable[[], float] = time.time,
+    *,
+    replace: Collection[str] = (),
+) -> Applied:
     """Applies what is declared; a second time there is nothing to do.
 
     Redis gets the plan last: who runs it finds all that it needs, and an `apply` that was stopped is done again.
+
+    Args:
+        settings: the settings.
+        client: Redis.
+        clock: seconds since the epoch.
+        replace: names of what may change its meaning or break producers: see `features.changes.Change.name`.
+
+    Raises:
+        ApplyError: if a change is refused or needs consent, another `apply` was quicker, or the broker is not there.
+        ValueError: if nothing has a name that is to be replaced.
     """
     plan, changed = plan_changes(settings, client, clock)
+    if refused := in_the_way(plan, changed, replace):
+        raise ApplyError("nothing is applied:\n" + "\n".join(f"  {each}" for each in refused))
     topics = create_topics(settings, plan)
     store = FeatureStore(repo_path=str(settings.repo))
     catalogued = registered_plan(store)
-    if catalogued is None or catalogued.fingerprint != plan.fingerprint:
+    registered = catalogued is None or catalogued.fingerprint != plan.fingerprint
+    if registered:
         register(store, plan, settings.kafka)
     records = initialise(client, Keyspace.of(plan), plan.stored_entities)
     if changed:
         append_plan(client, plan, int(clock() * 1000))
-    elif catalogued is None or catalogued.fingerprint != plan.fingerprint:
-        changed = ["~ registry: it held another plan, or none"]
-    return Applied(plan, changed, topics, records)
+    return Applied(plan, changed, registered, topics, records)
 
 
 def create_topics(settings: Settings, plan: Plan) -> list[str]:

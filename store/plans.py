@@ -17,7 +17,7 @@ import redis
 import structlog
 
 from config.settings import Settings, project_of
-from features.changes import changes
+from features.changes import Change, changes
 from features.definitions import compile_definitions
 from features.evolve import succeed
 from features.plan import Plan
@@ -107,7 +107,7 @@ def applied_plan(client: redis.Redis, project: str) -> Plan | None:
 
 def plan_changes(
     settings: Settings, client: redis.Redis | None = None, clock: Callable[[], float] = time.time
-) -> tuple[Plan, list[str]]:
+) -> tuple[Plan, list[Change]]:
     """What is declared as the plan that would come next, and what applying it would change.
 
     Raises:
@@ -121,7 +121,9 @@ def plan_changes(
             f"kept so; set it to {before.shards}, or start a new project"
         )
         raise ApplyError(msg)
-    return succeed(before, declared, now_ms=int(clock() * 1000)), changes(before, declared)
+    now_ms = int(clock() * 1000)
+    plan = succeed(before, declared, now_ms=now_ms)
+    return plan, changes(before, plan, now_ms)
 
 
 def load_plan(settings: Settings, client: redis.Redis | None = None) -> Plan:
@@ -138,9 +140,11 @@ def load_plan(settings: Settings, client: redis.Redis | None = None) -> Plan:
             "(if it ran before, Redis has lost its data)"
         )
         raise NotAppliedPlanError(msg)
-    if different := changes(plan, compile_definitions(settings.definitions, plan.project, plan.shards)):
+    declared = succeed(plan, compile_definitions(settings.definitions, plan.project, plan.shards))
+    if different := changes(plan, declared, 0):
         remedy = "the applied plan runs; see `headrace plan`, then `headrace apply`"
-        log.warning("definitions_differ", plan=plan.fingerprint, changes=different[:10], remedy=remedy)
+        names = [f"{each.kind} {each.what} {each.name}" for each in different[:10]]
+        log.warning("definitions_differ", plan=plan.fingerprint, changes=names, remedy=remedy)
     return plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from headrace import cli
 from headrace.embedded import EmbeddedBroker, EmbeddedRedis, free_port
 from registry.apply import apply
 from store.connect import connect
-from store.keys import Keyspace
+from store.keys import Keyspace, plans_key
 from store.plans import ApplyError, append_plan
 from tests.support.served import SHARDS, Clock, Rows, catalogue, project_folder
 from tests.support.stack import wait_for
@@ -111,16 +112,49 @@ def test_plan_apply_plan(settings: Settings, run: Run) -> None:
     fingerprint = catalogue().fingerprint
     announced = run("plan")
     assert announced.status == 0
-    assert "+ view user_activity" in announced.out.splitlines()
+    assert "adds view user_activity: " in announced.out
     assert f"plan {fingerprint}: run `headrace apply`" in announced.flat
     first = run("apply")
     assert first.status == 0
     assert f"+ {3 * SHARDS} commit records" in first.flat
     assert f"plan {fingerprint} is applied" in first.flat
-    changes = {line for line in announced.out.splitlines() if line.startswith(("+", "-", "~"))}
-    assert changes <= set(first.out.splitlines())
+    assert set(announced.out.splitlines()[:-1]) <= set(first.out.splitlines())
     assert run("plan").flat.strip() == f"plan {fingerprint}: nothing to do"
     assert run("apply").flat.strip() == f"plan {fingerprint} is applied: there was nothing to do"
+
+
+def test_what_needs_consent_ends_with_status_2_and_is_applied_once_it_is_named(
+    redis_url: str, settings: Settings, run: Run
+) -> None:
+    """For CI, and for who applies: nothing at all is applied before."""
+    plan = catalogue()
+    views = list(plan.views)
+    at = next(index for index, view in enumerate(views) if view.name == "user_activity")
+    features = [
+        msgspec.structs.replace(spec, default=30.0) if spec.name == "price_mean" else spec
+        for spec in views[at].features
+    ]
+    views[at] = msgspec.structs.replace(views[at], features=tuple(features), owner="feed")
+    client: Any = connect(redis_url, timeout_s=10)
+    append_plan(client, msgspec.structs.replace(plan, views=tuple(views)), 0)
+    ran = run("plan")
+    assert ran.status == 2
+    assert "changes meaning feature user_activity.price_mean: default 30.0 -> 25.0" in ran.flat
+    assert "would refuse it" in ran.flat
+    ran = run("plan", "--json")
+    said = json.loads(ran.out)
+    assert ran.status == 2
+    assert [each["kind"] for each in said["changes"]] == ["describes", "changes meaning"]
+    assert [each["name"] for each in said["refused"]] == ["user_activity.price_mean"]
+    refused(run("apply"), "nothing is applied", "--replace user_activity.price_mean")
+    refused(run("apply", "--replace", "user_activity.price"), "--replace user_activity.price: nothing")
+    assert client.llen(plans_key("headrace")) == 1
+    consent = ("--replace", "user_activity.price_mean")
+    ran = run("plan", "--json", *consent)
+    assert (ran.status, json.loads(ran.out)["refused"]) == (0, [])
+    assert "is applied" in run("apply", *consent).flat
+    assert run("plan").status == 0
+    assert "nothing to do" in run("apply", *consent).flat
 
 
 def test_history_lists_the_applied_plans_the_newest_first(redis_url: str, settings: Settings, run: Run) -> None:
@@ -138,15 +172,15 @@ def test_history_lists_the_applied_plans_the_newest_first(redis_url: str, settin
     lines = ran.out.splitlines()
     applied = [line.split(", ")[:2] for line in lines if line.startswith("plan ")]
     expected = [(each, at_s) for at_s, each in reversed(list(enumerate(every)))]
-    assert applied == [[f"plan {each.fingerprint}", f"1970-01-01T00:00:0{at_s}+00:00"] for each, at_s in expected]
+    assert applied == [[f"plan {each.fingerprint}", f"1970-01-01T00:00:0{at_s}Z"] for each, at_s in expected]
     services = [f"service {spec.name}" for spec in plan.services]
     heads = [at for at, line in enumerate(lines) if line.startswith("plan ")]
     pages = [lines[begin + 1 : end] for begin, end in pairwise([*heads, len(lines)])]
-    assert pages[0] == [f"+ {name}" for name in services]
+    assert [line.partition(":")[0] for line in pages[0]] == [f"adds {name}" for name in services]
     assert len(pages[1]) == 1
     assert "another version of Headrace" in pages[1][0]
-    assert pages[2] == [f"- {name}" for name in services]
-    assert "+ view user_activity" in pages[3]
+    assert [line.partition(":")[0] for line in pages[2]] == [f"removes {name}" for name in services]
+    assert any(line.startswith("adds view user_activity: ") for line in pages[3])
 
 
 def test_what_is_printed_into_a_pipe_is_not_wrapped(settings: Settings, run: Run) -> None:

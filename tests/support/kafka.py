@@ -208,7 +208,7 @@ class RealKafka:
         try:
             self.kill()  # Nobody needs what a clean shutdown would still write.
             if error is not None and (log := self.log_tail()):
-                error.add_note(f"Kafka's log ends:\n{log}")
+                print(f"--- {self!r}\n{log[-1500:]}")
         finally:
             self._remove()
 
