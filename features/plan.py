@@ -154,6 +154,11 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
         return digest(msgspec.json.encode(self, order="sorted"))
 
     @cached_property
+    def needs(self) -> frozenset[int]:
+        """The plans of which it matters when streams took them up: see `known`."""
+        return frozenset(known.plan for each in self.known.values() for known in each)
+
+    @cached_property
     def features(self) -> dict[str, Feature]:
         """Every servable feature by its full name, in order of declaration."""
         return {feature.full_name: feature for view in self.views for feature in features_of(view)}

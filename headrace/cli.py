@@ -247,6 +247,8 @@ def show(
 ) -> None:
     """Show an entity's features as they are now."""
     from config.imports import keep_pandas_out
+    from features.changes import when
+    from store.completeness import Completeness, look
     from store.plans import layouts_of, load_plan
     from store.reader import Reader
 
@@ -263,14 +265,21 @@ def show(
         message = f"{service} has no feature of {entity} alone; leave out --service for all"
         raise typer.BadParameter(message)
     client = _redis(settings)
-    response = Reader(applied, names, layouts_of(client, applied)).read(
-        client.mget, {known[entity].key: [entity_id]}, time.time_ns() // 1_000_000, full=True
+    now_ms = time.time_ns() // 1_000_000
+    completeness = Completeness(applied)
+    look(completeness, client, now_ms)
+    response = Reader(applied, names, layouts_of(client, applied), completeness).read(
+        client.mget, {known[entity].key: [entity_id]}, now_ms, full=True
     )
     values = response.to_dict()
     named = Column("feature", no_wrap=True)  # Whatever else is long: names are what is looked for, and piped to grep.
     table = Table(named, "value", "what it is", title=Text(f"{entity} {entity_id}: {response.statuses(0)[0]}"))
     for name in names:
-        table.add_row(name, Text(str(values[name][0])), Text(applied.features[name].doc))
+        doc = applied.features[name].doc
+        if name in response.incomplete:
+            at_ms = response.incomplete[name]
+            doc += f" (incomplete{'' if at_ms is None else f' until {when(at_ms)}'})"
+        table.add_row(name, Text(str(values[name][0])), Text(doc.strip()))
     out.print(table)
 
 

@@ -16,9 +16,9 @@ from config.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from features.changes import Change, in_the_way
 from features.plan import Plan
 from registry.register import register, registered_plan
-from store.commit import initialise
+from store.commit import initialise, join
 from store.keys import Keyspace
-from store.plans import ApplyError, append_plan, plan_changes
+from store.plans import ApplyError, append_plan, applied_plan, plan_changes
 
 _KAFKA_TIMEOUT_S = 15.0
 
@@ -72,10 +72,19 @@ def apply(
     registered = catalogued is None or catalogued.fingerprint != plan.fingerprint
     if registered:
         register(store, plan, settings.kafka)
-    records = initialise(client, Keyspace.of(plan), plan.stored_entities)
+    now_ms = int(clock() * 1000)
+    records = _initialise(client, plan, now_ms)
     if changed:
-        append_plan(client, plan, int(clock() * 1000))
+        append_plan(client, plan, now_ms)
     return Applied(plan, changed, registered, topics, records)
+
+
+def _initialise(client: redis.Redis, plan: Plan, now_ms: int) -> int:
+    """Gives every shard its commit record; returns how many had none, or not one to go on from."""
+    applied, keyspace = applied_plan(client, plan.project), Keyspace.of(plan)
+    new = set(plan.stored_entities) - set(applied.stored_entities) if applied else set()
+    joined = join(client, keyspace, new, plan, now_ms) if new else 0
+    return joined + initialise(client, keyspace, plan.stored_entities)
 
 
 def create_topics(settings: Settings, plan: Plan) -> list[str]:

@@ -26,6 +26,7 @@ from feast.repo_config import FeastConfigBaseModel
 from config.settings import Settings
 from features.plan import Plan
 from registry.compile import PLAN_TAG
+from store.completeness import Completeness, look
 from store.connect import connect
 from store.plans import layouts_of
 from store.reader import Reader, Response
@@ -57,6 +58,7 @@ class HeadraceOnlineStore(OnlineStore):
         self._clock = clock
         self._client: redis.Redis | None = None
         self._readers: dict[tuple[str, tuple[str, ...]], Reader] = {}
+        self._completeness: dict[str, Completeness] = {}
 
     def get_online_features(
         self,
@@ -128,8 +130,11 @@ class HeadraceOnlineStore(OnlineStore):
 
     def _reader(self, config: RepoConfig, plan: Plan, full_names: Sequence[str]) -> Reader:
         key = (plan.fingerprint, tuple(full_names))
+        client = self._redis(config)
+        completeness = self._completeness.setdefault(plan.fingerprint, Completeness(plan))
+        look(completeness, client, self._now_ms())
         if key not in self._readers:
-            self._readers[key] = Reader(plan, full_names, layouts_of(self._redis(config), plan))
+            self._readers[key] = Reader(plan, full_names, layouts_of(client, plan), completeness)
         return self._readers[key]
 
 

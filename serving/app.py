@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import orjson
+import structlog
 from fastapi import FastAPI, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -29,6 +31,7 @@ from serving.keys import Scope as KeyScope
 from serving.lookup import Lookup, pairs_of
 from serving.metrics import Metrics
 from serving.problems import Problem, invalid, unavailable
+from store.commit import RecordError
 from store.connect import connect
 from store.keys import Keyspace
 from store.plans import layouts_of
@@ -38,10 +41,15 @@ from store.reader import Reader
 Id = Annotated[str, StringConstraints(min_length=1, max_length=TEXT_LENGTH_MAX, pattern=r"^[^\x00]*$")]
 _NAMES_HEADER_BYTES_MAX = 4096
 _EXPLAINED_ITEMS_MAX = 5
+_LOOK_S = 1.0
+"""Features that lack something are looked at so often."""
 _ONE_ROW = np.zeros(1, np.intp)
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.?)*"?')  # Whatever follows a quote matches: never looked at twice.
 _WEIGHT = re.compile(r"\s*q=(0?\.\d+|0\.?|1(?:\.0*)?)\s*", re.ASCII)
 _RANGES = frozenset({*wire.FORMATS, "application/*", "*/*"})
+
+
+log = structlog.get_logger()
 
 
 class Item(BaseModel):
@@ -157,10 +165,25 @@ class _Routes:
         self._redis = self._lookup.connection
         self._of_entity = cache(self._lookup.of_entity)  # It raises where there is no such, so it holds what there is.
         self._ranking = cache(self._ranking_of)
-        self._reader = lru_cache(maxsize=256)(partial(Reader, self._plan, layouts=layouts))
+        given: Any = {"layouts": layouts, "completeness": self._lookup.completeness}
+        self._reader = lru_cache(maxsize=256)(partial(Reader, self._plan, **given))
         self._lookup.warm_up()
+        looking = asyncio.create_task(self._keep_looking())
         yield
+        looking.cancel()
         await self._redis.aclose()
+
+    async def _keep_looking(self) -> None:
+        """Learns what features lack, for as long as any does."""
+        completeness = self._lookup.completeness
+        while completeness.keys:
+            now_ms = self._now_ms()
+            if completeness.due(now_ms):
+                try:
+                    completeness.learn(await self._redis.mget(completeness.keys), now_ms)
+                except (RedisError, OSError, RecordError) as error:
+                    log.warning("completeness_unknown", error=str(error))
+            await asyncio.sleep(_LOOK_S)
 
     async def entity(
         self, _request: Request, entity: str, entity_id: str, query: Annotated[EntityQuery, Query()]
@@ -204,6 +227,9 @@ class _Routes:
             answer = await self._lookup.read(*given, overrides, defaults_on_error=defaults, explain=body.explain)
         if accepted == wire.NPY:
             named = [(b"x-feature-names", names)] if len(names) < _NAMES_HEADER_BYTES_MAX else []
+            if answer.incomplete:
+                lacking = [str(at) for at, name in enumerate(program.matrix_names) if name in answer.incomplete]
+                named.append((b"x-incomplete-columns", ",".join(lacking).encode()))
             return self._answer(wire.ranking_npy(answer), wire.NPY, named, answer.frame)
         if accepted == wire.ARROW:
             return self._answer(wire.ranking_arrow(answer, item_ids), wire.ARROW, frame=answer.frame)
@@ -228,7 +254,7 @@ class _Routes:
         if query.plan not in (None, runs):
             raise Problem(404, "Unknown plan", f"plan: {query.plan!r} is not what this server runs, which is {runs}")
         program = self._lookup.service(name)
-        document = {
+        document: dict[str, Any] = {
             "service": name,
             "plan": runs,
             "features": [
@@ -237,6 +263,9 @@ class _Routes:
             ],
             "matrix": program.matrix_names,
         }
+        names = (each.full_name for each in program.features)
+        if incomplete := self._lookup.completeness.incomplete(names, self._now_ms()):
+            document["incomplete"] = incomplete
         return self._answer(orjson.dumps(document))
 
     async def get_online_features(self, _request: Request, body: FeastRequest) -> Response:

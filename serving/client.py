@@ -42,11 +42,15 @@ class HeadraceError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranking:
-    """Features of candidate items: `matrix` is float32[items, features], NaN for null, its columns are `names`."""
+    """Features of candidate items: `matrix` is float32[items, features], NaN for null, its columns are `names`.
+
+    Those that are `incomplete` lack events of before they were applied.
+    """
 
     matrix: NDArray[np.float32]
     names: tuple[str, ...]
     plan: str
+    incomplete: frozenset[str] = frozenset()
 
     def column(self, name: str) -> NDArray[np.float32]:
         """float32[items]: one feature; ValueError if the service has none of that name."""
@@ -135,7 +139,12 @@ def _ranking(response: httpx.Response, names: tuple[str, ...], n_items: int) -> 
         raise _strange(response, f"no matrix ({error})") from error
     if header != ((n_items, len(names)), False, values.dtype):
         raise _strange(response, f"a matrix of {header}")
-    return Ranking(values.copy(), names, _plan(response))
+    lacking = response.headers.get("x-incomplete-columns", "")
+    try:
+        incomplete = frozenset(names[int(at)] for at in lacking.split(",") if at)
+    except (ValueError, IndexError) as error:
+        raise _strange(response, f"no columns by {lacking[:100]!r}") from error
+    return Ranking(values.copy(), names, _plan(response), incomplete)
 
 
 def _document(response: httpx.Response) -> dict[str, Any]:

@@ -33,6 +33,11 @@ _VALUE: Final[Schema] = {
 _FEATURES: Final[Schema] = {"type": "object", "additionalProperties": _VALUE}
 _STATUS: Final[Schema] = {"enum": ["PRESENT", "NOT_FOUND", "UNAVAILABLE"]}
 _EXPLAIN: Final[Schema] = {"type": "object", "description": "How each feature comes about, if that was asked"}
+_INCOMPLETE: Final[Schema] = {
+    "type": "object",
+    "description": "Features that lack earlier events: until when; null where waiting does not mend that",
+    "additionalProperties": _MS,
+}
 _DEGRADED: Final[Schema] = {"type": "integer", "description": "How many rows could not be read"}
 
 RANKING: Final = _object(
@@ -52,7 +57,7 @@ RANKING: Final = _object(
         "features": _list(_TEXT),
         "items": _list(_object({"id": _TEXT, "status": _STATUS, "values": _list(_VALUE)}, {"explain": _EXPLAIN})),
     },
-    {"degraded": _DEGRADED},
+    {"degraded": _DEGRADED, "incomplete": _INCOMPLETE},
 )
 
 ENTITY: Final = _object(
@@ -66,7 +71,7 @@ ENTITY: Final = _object(
         "service": {"type": ["string", "null"]},
         "features": _FEATURES,
     },
-    {"degraded": _DEGRADED},
+    {"degraded": _DEGRADED, "incomplete": _INCOMPLETE},
 )
 
 SERVICE: Final = _object(
@@ -75,7 +80,8 @@ SERVICE: Final = _object(
         "plan": _TEXT,
         "features": _list(_object({"name": _TEXT, "type": _TEXT, "entities": _list(_TEXT), "doc": _TEXT})),
         "matrix": _list(_TEXT),
-    }
+    },
+    {"incomplete": _INCOMPLETE},
 )
 
 FEAST: Final = _object(

@@ -22,6 +22,7 @@ from features.totals import Totals
 from features.values import to_arrow
 from serving.problems import Problem, invalid, unavailable
 from store.cluster import Cluster
+from store.completeness import Completeness
 from store.connection import Connection
 from store.keys import Keyspace
 from store.layouts import Layouts
@@ -51,6 +52,7 @@ class Answer:
         pairs: which of all pairs are.
         degraded: how many rows could not be read.
         made: values of all rows as JSON and Arrow have them, once somebody asked for them.
+        incomplete: see `store.completeness.Completeness.incomplete`.
     """
 
     program: Program
@@ -61,6 +63,7 @@ class Answer:
     pairs: slice
     degraded: int
     made: dict[tuple[str, Any], Any]
+    incomplete: Mapping[str, int | None]
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -96,8 +99,11 @@ class Answer:
         return matrix
 
     def explain(self, entity: str, row: int) -> dict[str, Any]:
-        """How the features of one row come about."""
-        return self.program.explain(self.states, entity, row, self.as_of_ms)
+        """How the features of one row come about; of what lacks something, until when."""
+        found = self.program.explain(self.states, entity, row, self.as_of_ms)
+        for name in found.keys() & self.incomplete.keys():
+            found[name]["complete_from"] = self.incomplete[name]
+        return found
 
     def statuses(self, entity: str) -> list[Status]:
         """Whether each row of an entity was found."""
@@ -155,6 +161,9 @@ class Lookup:
         mirrors: by family name.
         mirrored: is told of each request how many rows a mirror had, and how many not.
         layouts: of rows, those of other plans too.
+
+    Attributes:
+        completeness: what the plan's features lack, to be kept up to date.
     """
 
     def __init__(
@@ -166,6 +175,7 @@ class Lookup:
         layouts: Layouts | None = None,
     ) -> None:
         self.plan = plan
+        self.completeness = Completeness(plan)
         self.connection = connection
         self.mirrors = mirrors
         self._mirrored = mirrored
@@ -340,14 +350,14 @@ class Lookup:
         states = {bundle.name: Rows.empty(bundle, len(asked.ids[bundle.entity])) for bundle in program.bundles}
         return self._evaluate(program, states, asked, now_ms, degraded=sum(map(len, asked.ids.values())))
 
-    @staticmethod
     def _evaluate(
-        program: Program, states: Mapping[str, Rows | Totals], asked: Asked, now_ms: int, *, degraded: int = 0
+        self, program: Program, states: Mapping[str, Rows | Totals], asked: Asked, now_ms: int, *, degraded: int = 0
     ) -> Answer:
         frame = program.evaluate(states, asked, now_ms)
         rows = {entity: slice(0, len(own)) for entity, own in asked.ids.items()}
         pairs = slice(0, len(next(iter(asked.pairs.values()), ())))
-        return Answer(program, states, frame, now_ms, rows, pairs, degraded, {})
+        incomplete = self.completeness.incomplete((each.full_name for each in program.features), now_ms)
+        return Answer(program, states, frame, now_ms, rows, pairs, degraded, {}, incomplete)
 
     async def _states(
         self,

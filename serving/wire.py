@@ -44,6 +44,8 @@ def ranking_json(
     }
     if answer.degraded:
         document["degraded"] = answer.degraded
+    if answer.incomplete:
+        document["incomplete"] = answer.incomplete
     if explain:
         document["user"]["explain"] = answer.explain("user", 0)
         for index, item in enumerate(document["items"]):
@@ -65,18 +67,31 @@ def _npy_header(rows: int, columns: int) -> bytes:
 
 
 def ranking_arrow(answer: Answer, item_ids: list[str]) -> bytes:
-    """One record batch, a row an item: `item_id`, then every feature."""
+    """One record batch, a row an item: `item_id`, then every feature; those that lack something have metadata."""
     repeat = pa.array(np.zeros(len(item_ids), np.int64))
     columns = [pa.array(item_ids, pa.string())]
     for feature in answer.features:
         column = answer.arrow(feature)
         columns.append(column.take(repeat) if feature.entities == ("user",) else column)
-    batch = pa.record_batch(columns, ["item_id", *(feature.full_name for feature in answer.features)])
+    names = ["item_id", *(feature.full_name for feature in answer.features)]
+    fields = [
+        pa.field(name, column.type, metadata=_complete_from(answer, name))
+        for name, column in zip(names, columns, strict=True)
+    ]
+    batch = pa.record_batch(columns, schema=pa.schema(fields))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
     written: bytes = sink.getvalue().to_pybytes()
     return written
+
+
+def _complete_from(answer: Answer, name: str) -> dict[str, str] | None:
+    """A field's metadata: until when it is incomplete, if it is; empty where waiting does not mend that."""
+    if name not in answer.incomplete:
+        return None
+    at_ms = answer.incomplete[name]
+    return {"complete_from": "" if at_ms is None else str(at_ms)}
 
 
 def entity_json(answer: Answer, entity: str, entity_id: str, service: str | None, plan: str) -> bytes:
@@ -93,6 +108,8 @@ def entity_json(answer: Answer, entity: str, entity_id: str, service: str | None
     }
     if answer.degraded:
         document["degraded"] = answer.degraded
+    if answer.incomplete:
+        document["incomplete"] = answer.incomplete
     return orjson.dumps(document)
 
 

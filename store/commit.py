@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -24,9 +24,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from features.plan import Plan
 from store.keys import Keyspace
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Of the commit record's layout."""
 
 _COMMIT_LUA: Final = files("store").joinpath("commit.lua").read_text()
@@ -70,11 +71,22 @@ class Position(msgspec.Struct, frozen=True, array_like=True):
 
 
 class CommitRecord(msgspec.Struct, frozen=True, dict=True):
-    """A shard's commit record; `positions` by `topic/partition`, `topics` the ids of those whose broker gives any."""
+    """A shard's commit record.
+
+    Attributes:
+        writer: the token of who may write to the shard.
+        positions: by `topic/partition`.
+        topics: the ids of those whose broker gives any.
+        plan: the number of the plan that `writer` runs.
+        taken: numbers of plans, each with when a writer of it took the shard from one of another, ms since the epoch;
+            of those plans that `writer`'s needs to know of.
+    """
 
     writer: str
     positions: dict[str, Position] = {}
     topics: dict[str, str] = {}
+    plan: int = 0
+    taken: tuple[tuple[int, int], ...] = ()
     version: int = VERSION
 
     def encode(self) -> bytes:
@@ -93,7 +105,15 @@ class CommitRecord(msgspec.Struct, frozen=True, dict=True):
         self, writer: str, positions: dict[str, Position], topics: dict[str, str] | None = None
     ) -> CommitRecord:
         """The record under a writer's token, with some positions, and the ids of their topics, replaced."""
-        return CommitRecord(writer, self.positions | positions, self.topics | (topics or {}))
+        topics = self.topics | (topics or {})
+        return msgspec.structs.replace(self, writer=writer, positions=self.positions | positions, topics=topics)
+
+    def claimed(self, writer: str, plan: int, needs: Collection[int], now_ms: int) -> CommitRecord:
+        """The record in the hands of a writer of a plan, which needs to know when some plans were taken up."""
+        taken = dict(self.taken) if self.plan == plan else dict(self.taken) | {plan: now_ms}
+        wanted = {*needs, *(number for number in taken if number >= plan)}
+        found = tuple(sorted(_taken(taken, wanted).items()))
+        return msgspec.structs.replace(self, writer=writer, plan=plan, taken=found)
 
     def of_other_topic(self, topic: str, topic_id: str) -> str | None:
         """The id of the topic that its positions are of, if it is another one than `topic_id`."""
@@ -103,7 +123,19 @@ class CommitRecord(msgspec.Struct, frozen=True, dict=True):
     def from_the_start_of(self, topic: str, topic_id: str) -> CommitRecord:
         """The record with nothing read of the topic, which has this id."""
         positions = {name: at for name, at in self.positions.items() if name.rpartition("/")[0] != topic}
-        return CommitRecord(self.writer, positions, self.topics | {topic: topic_id})
+        return msgspec.structs.replace(self, positions=positions, topics=self.topics | {topic: topic_id})
+
+
+def _taken(taken: Mapping[int, int], numbers: Iterable[int]) -> dict[int, int]:
+    """When each plan was taken up, or else the first later one; nothing of those of which neither was."""
+    later = {number: [at_ms for other, at_ms in taken.items() if other >= number] for number in numbers}
+    return {number: min(times) for number, times in later.items() if times}
+
+
+def taken_by_all(records: Iterable[CommitRecord | None], numbers: Collection[int]) -> dict[int, int]:
+    """When the last shard's stream took up each plan, ms since the epoch; nothing of those that one has yet to."""
+    every = [_taken(dict(record.taken), numbers) if record else {} for record in records]
+    return {number: max(own[number] for own in every) for number in numbers if all(number in own for own in every)}
 
 
 class RowWrite(NamedTuple):
@@ -131,6 +163,7 @@ class Writer:
         client: redis, with socket timeouts set: every call has a deadline.
         keyspace: the project's keys.
         sleep, clock: for waiting between attempts; tests pass their own.
+        time_s: seconds since the epoch.
     """
 
     def __init__(
@@ -139,7 +172,9 @@ class Writer:
         keyspace: Keyspace,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
+        time_s: Callable[[], float] = time.time,
     ) -> None:
+        self._time_s = time_s
         self.token = secrets.token_hex(8)
         self._redis: Any = client
         self._keyspace = keyspace
@@ -148,8 +183,14 @@ class Writer:
         self._sha = ""
         self._predecessors: set[str] = set()
 
-    def claim(self, entity: str, shard: int) -> CommitRecord:
+    def claim(self, entity: str, shard: int, plan: int = 0, needs: Collection[int] = ()) -> CommitRecord:
         """Takes a shard over: replaces the token in its record, and returns the record.
+
+        Args:
+            entity: of the shard.
+            shard: its number.
+            plan: the number of the plan that the writer runs.
+            needs: of which plans it must be known when they were taken up.
 
         Raises:
             NotAppliedError: if there is no record: `apply` never ran, or Redis has lost it.
@@ -158,7 +199,8 @@ class Writer:
 
         def mine(stored: CommitRecord) -> CommitRecord:
             self._predecessors.add(stored.writer)
-            return stored.advanced(self.token, {})
+            # Later than all that the other writer has committed, or this claim would fail.
+            return stored.claimed(self.token, plan, needs, int(self._time_s() * 1000))
 
         return self._replace(key, mine)
 
@@ -274,6 +316,20 @@ class Writer:
         )
 
 
+def read_records(client: Any, keys: Sequence[bytes]) -> list[CommitRecord | None]:
+    """Several shards' commit records, None where there is none.
+
+    Raises:
+        RecordError: if one is not of this version.
+    """
+    return decoded_records(keys, client.mget(keys) if keys else [])
+
+
+def decoded_records(keys: Sequence[bytes], stored: Sequence[bytes | None]) -> list[CommitRecord | None]:
+    """As `read_records`, of what Redis has."""
+    return [None if each is None else _decoded(key, each) for key, each in zip(keys, stored, strict=True)]
+
+
 def read_record(client: redis.Redis, key: bytes) -> CommitRecord:
     """A shard's commit record.
 
@@ -307,8 +363,37 @@ def _decoded(key: bytes, stored: bytes) -> CommitRecord:
 
 def initialise(client: redis.Redis, keyspace: Keyspace, entities: Iterable[str]) -> int:
     """Creates the commit records that aren't there yet; returns how many. Their shards read topics from the start."""
-    record = CommitRecord(writer="apply").encode()
+    return _set_all(client, keyspace.commit_records(entities), CommitRecord(writer="apply"), "NX")
+
+
+def join(client: redis.Redis, keyspace: Keyspace, entities: Iterable[str], plan: Plan, now_ms: int) -> int:
+    """Has entities that a plan is the first to have go on from where the stream is; returns how many shards they have.
+
+    The records that there are say where that is; to read topics from their start would keep all others waiting.
+
+    Args:
+        client: Redis.
+        keyspace: the project's keys.
+        entities: those that are new.
+        plan: the one that comes next.
+        now_ms: now: what happens from then on is known of them.
+    """
+    others = keyspace.commit_records(each for each in plan.stored_entities if each not in entities)
+    there = read_records(client, others)
+    taken = taken_by_all(there, plan.needs) | {plan.number: now_ms}
+    record = CommitRecord("apply", plan=plan.number, taken=tuple(sorted(taken.items())))
+    for each in filter(None, there):
+        ahead = {
+            name: position
+            for name, position in each.positions.items()
+            if name not in record.positions or position.next > record.positions[name].next
+        }
+        record = record.advanced(record.writer, ahead, each.topics)
+    return _set_all(client, keyspace.commit_records(entities), record)
+
+
+def _set_all(client: redis.Redis, keys: Iterable[bytes], record: CommitRecord, *how: str) -> int:
     pipeline: Any = client.pipeline(transaction=False)
-    for key in keyspace.commit_records(entities):
-        pipeline.execute_command("SET", key, record, "NX")
-    return sum(bool(created) for created in pipeline.execute())
+    for key in keys:
+        pipeline.execute_command("SET", key, record.encode(), *how)
+    return sum(bool(done) for done in pipeline.execute())

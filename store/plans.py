@@ -21,8 +21,9 @@ from features.changes import Change, changes
 from features.definitions import compile_definitions
 from features.evolve import succeed
 from features.plan import Plan
+from store.commit import read_records, taken_by_all
 from store.connect import connect
-from store.keys import plans_key
+from store.keys import Keyspace, plans_key
 from store.layouts import Layouts
 
 _APPEND_LUA: Final = """
@@ -114,7 +115,8 @@ def plan_changes(
         ApplyError: if it would change the number of shards, which decides where every row is.
     """
     declared = compile_definitions(settings.definitions, project_of(settings.repo), settings.shards)
-    before = applied_plan(client or _connected(settings), declared.project)
+    client = client or _connected(settings)
+    before = applied_plan(client, declared.project)
     if before is not None and before.shards != declared.shards:
         msg = (
             f"HEADRACE_SHARDS={declared.shards}, but this project was applied with {before.shards} and its rows are "
@@ -122,8 +124,10 @@ def plan_changes(
         )
         raise ApplyError(msg)
     now_ms = int(clock() * 1000)
-    plan = succeed(before, declared, now_ms=now_ms)
-    return plan, changes(before, plan, now_ms)
+    records = read_records(client, Keyspace.of(before).commit_records(before.stored_entities)) if before else []
+    taken_ms = taken_by_all(records, before.needs) if before else {}
+    plan = succeed(before, declared, taken_ms, now_ms)
+    return plan, changes(before, plan, now_ms, taken_ms)
 
 
 def load_plan(settings: Settings, client: redis.Redis | None = None) -> Plan:

@@ -11,16 +11,31 @@ import pyarrow as pa
 from features.plan import Plan
 from features.program import Asked, Frame, Program
 from features.values import to_arrow, to_python
+from store.completeness import Completeness
 from store.keys import Keyspace
 from store.layouts import Layouts
 from store.read import Request
 
 
 class Reader:
-    """Some features of a plan, for rows of entity ids as Feast gives them; `layouts` are of rows of other plans too."""
+    """Some features of a plan, for rows of entity ids as Feast gives them.
 
-    def __init__(self, plan: Plan, full_names: Sequence[str], layouts: Layouts | None = None) -> None:
+    Args:
+        plan: the plan.
+        full_names: of the features.
+        layouts: of rows of other plans too.
+        completeness: what the plan's features lack, kept up to date by who reads.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        full_names: Sequence[str],
+        layouts: Layouts | None = None,
+        completeness: Completeness | None = None,
+    ) -> None:
         self.plan = plan
+        self._completeness = completeness or Completeness(plan)
         self.full_names = tuple(full_names)
         self.program = Program(plan, full_names)
         self._keyspace, self._layouts = Keyspace.of(plan), layouts or Layouts(plan)
@@ -47,7 +62,8 @@ class Reader:
 
         def respond(blobs: Sequence[bytes | None]) -> Response:
             frame = self.program.evaluate(request.rows(blobs), asked, now_ms)
-            return Response(self.plan, self.full_names, columns, frame, rows_of, full=full)
+            incomplete = self._completeness.incomplete(self.full_names, now_ms)
+            return Response(self.plan, self.full_names, columns, frame, rows_of, incomplete, full=full)
 
         return request.keys, respond
 
@@ -75,6 +91,7 @@ class Response:
     Attributes:
         columns: the request's ids, by entity key.
         names: of the features, full or short as asked.
+        incomplete: see `store.completeness.Completeness.incomplete`.
     """
 
     def __init__(
@@ -84,10 +101,12 @@ class Response:
         columns: Mapping[str, Sequence[Any]],
         frame: Frame,
         rows_of: Mapping[str, Any],
+        incomplete: Mapping[str, int | None],
         *,
         full: bool,
     ) -> None:
         self.columns = columns
+        self.incomplete = incomplete
         self._features = [plan.features[name] for name in full_names]
         self._frame = frame
         self._rows_of = rows_of
@@ -125,9 +144,10 @@ class Response:
         return np.minimum.reduce([latest[each][self._rows_of[each]] for each in entities if each in latest])
 
     def statuses(self, at: int) -> list[str]:
-        """PRESENT, NULL_VALUE or NOT_FOUND of every row, as Feast names them."""
+        """PRESENT, NULL_VALUE or NOT_FOUND of every row, as Feast names them; OUTSIDE_MAX_AGE of what is incomplete."""
         found = self.event_ms(at) >= 0
+        there = "OUTSIDE_MAX_AGE" if self._features[at].full_name in self.incomplete else "PRESENT"
         return [
-            "NOT_FOUND" if not seen else "NULL_VALUE" if value is None else "PRESENT"
+            "NOT_FOUND" if not seen else "NULL_VALUE" if value is None else there
             for seen, value in zip(found.tolist(), self.values(at), strict=True)
         ]

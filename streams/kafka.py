@@ -155,11 +155,14 @@ class TopicIds:
     def _answer(self, asked: dict[str, Future[Any]]) -> dict[str, str] | None:
         """The ids by topic; None if it has to be asked again."""
         try:
-            return {topic: str(each.result().topic_id) for topic, each in asked.items()}
+            return {topic: str(each.result(2 * _IDS_TIMEOUT_S).topic_id) for topic, each in asked.items()}
         except KafkaException as error:
-            if error.args[0].code() not in _PASSING:
+            # Who asked later may find that the client went because of who asked first.
+            if error.args[0].code() not in (*_PASSING, KafkaError._DESTROY):
                 raise
             log.warning("topics_unconfirmed", error=str(error))
+        except TimeoutError:
+            log.warning("topics_unconfirmed", error="no answer in time")
         # It asks the controller alone, and goes on to wait for one that is gone; a new client learns of another.
         self._client = AdminClient(self._settings.librdkafka())
         return None

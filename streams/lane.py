@@ -15,6 +15,7 @@ from threading import Thread
 from typing import Any
 from weakref import finalize
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import redis
@@ -102,8 +103,12 @@ class Lane:
         self._numbers = range(lane, plan.shards, lanes)
         self._shards: dict[tuple[str, int], _Shard] = {}
         for name in product((bundle.entity for bundle in self._bundles), self._numbers):
-            record = self._writer.claim(*name)
+            record = self._writer.claim(*name, plan.number, plan.needs)
             self._shards[name] = _Shard(self._keyspace.commit_record(*name), record, record, clock())
+        # All shards of a lane are to have one record: none was taken later than the last of them.
+        self._plan_number = plan.number
+        every = sorted(pair for shard in self._shards.values() for pair in shard.record.taken)
+        self._taken = tuple(dict(every).items())
         self._claimed: dict[tuple[str, Partition], Ints] = {}
         self._received: dict[Partition, Position] = {}
         self._topics: dict[str, str] = {}
@@ -271,7 +276,7 @@ class Lane:
         """Commits shards that have rows to write, and idle ones now and then."""
         now_s = self._clock()
         received = {str(partition): position for partition, position in self._received.items()}
-        whole = CommitRecord(self._writer.token, received, self._topics.copy())
+        whole = CommitRecord(self._writer.token, received, self._topics.copy(), self._plan_number, self._taken)
         commits: dict[tuple[str, int], ShardCommit] = {}
         for name, shard in self._shards.items():
             rows = writes.get(name, [])
@@ -437,7 +442,8 @@ def _advanced(record: CommitRecord, received: CommitRecord) -> CommitRecord:
         known = record.positions.get(partition)
         if known and known.next > position.next:
             positions[partition] = Position(known.next, position.horizon)
-    return record.advanced(received.writer, positions, received.topics)
+    advanced = record.advanced(received.writer, positions, received.topics)
+    return msgspec.structs.replace(advanced, taken=received.taken)
 
 
 def _spread(found: list[bytes | None], places: Ints, size: int) -> list[bytes | None]:
