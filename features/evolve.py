@@ -25,6 +25,7 @@ from features.times import Window, hop_ms
 Column = tuple[int, int]
 """A table of a family, and a column of it."""
 
+_ALWAYS_MS: Final = -1 << 62
 _HALF_LIVES: Final = 64
 """After so many, what a decayed sum lacks is less than 2^-64 of an event each."""
 
@@ -119,11 +120,11 @@ def _since_ms(known: Iterable[Known], taken_ms: Mapping[int, int]) -> int | None
     found = []
     for each in known:
         # A plan that no stream ran was taken up when a later one was.
-        later = [at for number, at in taken_ms.items() if number >= each.plan]
-        if not later:
+        later = [at_ms for number, at_ms in taken_ms.items() if number > each.plan]
+        if each.plan not in taken_ms and not later:
             return None
-        found.append(min(later) - each.lead_ms)
-    return max(found, default=-1)
+        found.append((taken_ms[each.plan] if each.plan in taken_ms else min(later)) - each.lead_ms)
+    return max(found, default=_ALWAYS_MS)
 
 
 def _span_ms(feature: Feature) -> int | None:

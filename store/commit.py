@@ -128,8 +128,8 @@ class CommitRecord(msgspec.Struct, frozen=True, dict=True):
 
 def _taken(taken: Mapping[int, int], numbers: Iterable[int]) -> dict[int, int]:
     """When each plan was taken up, or else the first later one; nothing of those of which neither was."""
-    later = {number: [at_ms for other, at_ms in taken.items() if other >= number] for number in numbers}
-    return {number: min(times) for number, times in later.items() if times}
+    later = {number: [at_ms for other, at_ms in taken.items() if other > number] for number in numbers}
+    return {number: taken.get(number) or min(later[number]) for number in numbers if number in taken or later[number]}
 
 
 def taken_by_all(records: Iterable[CommitRecord | None], numbers: Collection[int]) -> dict[int, int]:

@@ -94,7 +94,7 @@ class Lane:
         self._redis: Any = client
         self._clock = clock
         self._keyspace, self._layouts = Keyspace.of(plan), layouts or Layouts(plan)
-        self._writer = writer or Writer(client, self._keyspace)
+        self._writer = writer or Writer(client, self._keyspace, time_s=clock)
         families = [family for view in plan.views for family in families_of(plan, view)]
         by_entity = {entity.name: [each for each in families if each.entity == entity.name] for entity in plan.entities}
         self._bundles = [Bundle(tuple(own)) for own in by_entity.values() if own]

@@ -21,8 +21,10 @@ from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from features import catalog
+from features.aggregations import Count
 from features.compile import compile_plan
 from features.layout import families_of
+from features.plan import Plan, ViewSpec
 from headrace.embedded import EmbeddedRedis, ServerError
 from store import commit as commit_module
 from store.commit import (
@@ -35,7 +37,9 @@ from store.commit import (
     ShardCommit,
     Writer,
     initialise,
+    join,
     read_record,
+    taken_by_all,
 )
 from store.connect import connect
 from store.keys import Keyspace, expire_at_ms, shard_of
@@ -682,3 +686,42 @@ def test_the_client_repeats_no_call_by_itself() -> None:
     assert connection.retry.get_retries() == 0
     assert connection.socket_timeout == 1
     assert connection.socket_connect_timeout == 1
+
+
+# Plans
+
+
+def test_a_record_says_when_each_plan_was_taken_up(client: Any) -> None:
+    """One that no stream ran is when a later one was; one that got the shard back is when it did."""
+    now_s = iter([100.0, 200.0, 300.0, 400.0])
+
+    def claim(plan: int, *needs: int) -> dict[int, int]:
+        return dict(Writer(client, SPACE, time_s=lambda: next(now_s)).claim("user", 0, plan, needs).taken)
+
+    assert Writer(client, SPACE).claim("user", 0).taken == ()
+    assert claim(1) == {1: 100_000}
+    assert claim(1, 1) == {1: 100_000}
+    assert claim(3, 1, 2) == {1: 100_000, 2: 300_000, 3: 300_000}
+    assert claim(1) == {1: 400_000, 2: 300_000, 3: 300_000}
+
+
+def test_a_plan_is_taken_up_when_the_last_shard_is() -> None:
+    one, other = CommitRecord("w", taken=((1, 10), (2, 20))), CommitRecord("w", taken=((2, 30),))
+    assert taken_by_all([one, other], [1, 2, 3]) == {1: 30, 2: 30}
+    assert taken_by_all([one, None], [1]) == {}
+
+
+def test_a_new_entity_goes_on_from_where_the_others_are(client: Any) -> None:
+    """It reads no topic from its beginning, for which all others would have to wait."""
+    writer = a_writer(client)
+    for shard, at in ((0, 7), (1, 9)):
+        before = writer.claim("user", shard, 1)
+        positions = {"clicks/0": Position(at, at - 5), "likes/0": Position(20 - at, 0)}
+        writer.commit([ShardCommit(key_of(shard), before, before.advanced(writer.token, positions, {"clicks": "id"}))])
+    client.set(SPACE.commit_record("seller", 0), CommitRecord("w", {"clicks/0": Position(3, 0)}).encode())
+    view = ViewSpec("seller_view", ("seller",), (Count(name="clicks", event="Click"),))
+    plan = Plan("test", SPACE.shards, (), (), (view, ViewSpec("user_view", ("user",), view.features)), (), number=2)
+    assert join(client, SPACE, {"seller"}, plan, 5_000) == SPACE.shards
+    record = read_record(client, SPACE.commit_record("seller", 0))
+    assert record.positions == {"clicks/0": Position(9, 4), "likes/0": Position(13, 0)}
+    assert (record.topics, record.plan, record.taken) == ({"clicks": "id"}, 2, ((2, 5_000),))

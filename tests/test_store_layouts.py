@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
 import msgspec
+import pyarrow as pa
 import pytest
 
 from features.aggregations.base import Aggregation
 from features.evolve import succeed
 from features.plan import Plan
+from serving import wire
 from store.connect import connect
 from store.plans import append_plan
 from tests.support.served import NOW_MS, Clock, Rows, catalogue, random_events, served, settings_of
@@ -39,7 +42,7 @@ def clock() -> Clock:
 
 def applied(redis_url: str, before: Plan | None, declared: Plan) -> Plan:
     """The plan, applied after another."""
-    plan = succeed(before, declared)
+    plan = succeed(before, declared, now_ms=NOW_MS)
     append_plan(connect(redis_url, 10), plan, NOW_MS)
     return plan
 
@@ -104,6 +107,64 @@ async def test_a_server_reads_what_a_plan_writes_that_is_applied_while_it_runs(r
         answer = await http.get("/v1/entities/user/u1")
         assert answer.status_code == 200, answer.text
         assert answer.json()["features"]["user_activity__clicks_1h"] == 1
+
+
+async def test_what_a_new_feature_lacks_is_said_wherever_it_is_read(redis_url: str, clock: Clock) -> None:
+    """Until a stream takes the plan up, not when it will be complete; then until when; then nothing more."""
+    first = applied(redis_url, None, catalogue())
+    rows = Rows(first, redis_url, clock)
+    rows.write_all(random_events(1, users=1, items=2, n=100))
+    declared = with_windows(first, "2h", "30d")
+    new = ("user_activity__clicks_2h", "user_activity__clicks_30d", "item_activity__clicks_30d")
+    services = tuple(
+        msgspec.structs.replace(each, features=(*each.features, *new)) if each.name == "ranking_v1" else each
+        for each in declared.services
+    )
+    second = applied(redis_url, first, msgspec.structs.replace(declared, services=services))
+    body = {"service": "ranking_v1", "user_id": "u0", "item_ids": ["i0"]}
+    async with served(settings_of(redis_url), second, clock) as http:
+        assert (await http.post("/v1/features", json=body)).json()["incomplete"] == dict.fromkeys(new)
+        rows = rows.under(second)
+        taken_ms = clock.now_ms
+        clock.now_ms += 1000
+        # Of 30 days with a hop of one, 7 were known; of 2 hours with a hop of 5 minutes, one.
+        until_ms, soon_ms = taken_ms + 24 * 24 * HOUR_MS, taken_ms + HOUR_MS + 5 * 60_000
+
+        async def said() -> Any:
+            return (await http.post("/v1/features", json=body)).json()["incomplete"]
+
+        while (await said())[new[1]] is None:  # noqa: ASYNC110  # the server looks by itself
+            await asyncio.sleep(0.02)
+        expected = {new[0]: soon_ms, new[1]: until_ms, new[2]: until_ms}
+        assert await said() == expected
+        entity = (await http.get("/v1/entities/user/u0")).json()["incomplete"]
+        assert entity[new[1]] == until_ms
+        assert not {name for name in entity if name in first.features}
+        assert (await http.get("/v1/services/ranking_v1")).json()["incomplete"] == expected
+        explained = (await http.post("/v1/features", json=body | {"explain": True})).json()
+        assert explained["user"]["explain"][new[1]]["complete_from"] == until_ms
+        assert "complete_from" not in explained["user"]["explain"]["user_activity__clicks_1h"]
+        table = pa.ipc.open_stream(
+            (await http.post("/v1/features", json=body, headers={"Accept": wire.ARROW})).content
+        ).read_all()
+        of_fields = {field.name: field.metadata for field in table.schema if field.metadata}
+        assert of_fields == {name: {b"complete_from": str(at_ms).encode()} for name, at_ms in expected.items()}
+        npy = await http.post("/v1/features", json=body, headers={"Accept": wire.NPY})
+        names = (await http.get("/v1/services/ranking_v1")).json()["matrix"]
+        assert [names[int(at)] for at in npy.headers["x-incomplete-columns"].split(",")] == list(new)
+        feast = await http.post(
+            "/get-online-features",
+            json={
+                "entities": {"user_id": ["u0", "nobody"]},
+                "features": ["user_activity:clicks_2h", "user_activity:clicks_30d"],
+            },
+        )
+        statuses = [each["statuses"] for each in feast.json()["results"]]
+        assert statuses[1:] == [["OUTSIDE_MAX_AGE", "NOT_FOUND"]] * 2
+        clock.now_ms = soon_ms
+        assert await said() == dict.fromkeys(new[1:], until_ms)
+        clock.now_ms = until_ms
+        assert "incomplete" not in (await http.post("/v1/features", json=body)).json()
 
 
 async def test_a_row_of_no_applied_plan_is_named(redis_url: str, clock: Clock) -> None:
