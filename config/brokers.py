@@ -11,7 +11,9 @@ from confluent_kafka.admin import AdminClient
 
 from config.settings import Settings
 
-# confluent_kafka's public constants have these names. Neither passes by itself.
+# confluent_kafka's public constants have these names.
+PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
+"""What passes by itself, once the broker is back."""
 _REFUSED = (KafkaError._AUTHENTICATION, KafkaError._SSL)
 _CONNECTING = ("security.", "sasl.", "ssl.", "enable.ssl.", "enable.sasl.", "https.")
 

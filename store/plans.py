@@ -106,6 +106,11 @@ def applied_plan(client: redis.Redis, project: str) -> Plan | None:
     return None if entry is None else _decoded(entry).decoded()
 
 
+def newest_number(client: redis.Redis, project: str) -> int:
+    """The number of the plan that runs; -1 before the first `apply`."""
+    return int(_execute(client, "LLEN", plans_key(project))) - 1
+
+
 def plan_changes(
     settings: Settings, client: redis.Redis | None = None, clock: Callable[[], float] = time.time
 ) -> tuple[Plan, list[Change]]:

@@ -13,6 +13,7 @@ import gc
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -23,7 +24,12 @@ import structlog
 from bytewax.dataflow import Dataflow
 from bytewax.inputs import DynamicSource, StatelessSourcePartition
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
+from confluent_kafka import KafkaException
+from redis.exceptions import AuthenticationError, ClusterDownError, ReadOnlyError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from config.brokers import PASSING
 from config.imports import keep_pandas_out
 from config.logs import set_up_logs
 from config.settings import Settings
@@ -36,7 +42,7 @@ from streams.decode import Decoder
 from streams.kafka import DeadLetters, TopicIds, WorkerReader
 from streams.lane import Lane
 from streams.metrics import METRICS
-from streams.supervise import SUPERSEDED_STATUS
+from streams.supervise import SUPERSEDED_STATUS, WAITING_STATUS
 
 _WAIT_S = 0.002
 """An idle worker waits for records, and wakes with the first; other workers' parts wait for it no longer than this."""
@@ -48,21 +54,22 @@ _stopping: list[int] = []
 log = structlog.get_logger()
 
 
-def flow() -> Dataflow:
+def flow(on_claimed: Callable[[Plan], object] = lambda _: None) -> Dataflow:
     """The dataflow of the applied plan, with settings from HEADRACE_* variables.
 
-    SIGTERM or SIGINT ends it once what was read is committed.
+    SIGTERM or SIGINT ends it once what was read is committed. `on_claimed` is called for each lane whose shards it has.
     """
     keep_pandas_out()
     settings = Settings()
     set_up_logs(as_json=settings.log_json)
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
-    plan = load_plan(settings)
+    with _failures_said():
+        plan = load_plan(settings)
     dataflow = Dataflow("headrace")
     chunks = op.input("kafka", dataflow, ChunkSource(settings, plan))
     parts = op.flat_map_batch("decode", chunks, DecodeStep(settings, plan))
-    op.output("lanes", parts, LaneSink(settings, plan))
+    op.output("lanes", parts, LaneSink(settings, plan, on_claimed))
     # A chunk makes a hundred thousand objects, none of them in a cycle: looking for cycles took a tenth of the time.
     gc.collect()
     gc.freeze()
@@ -145,9 +152,10 @@ class DecodeStep:
 class LaneSink(FixedPartitionedSink[Part, None]):
     """A partition a lane."""
 
-    def __init__(self, settings: Settings, plan: Plan) -> None:
+    def __init__(self, settings: Settings, plan: Plan, on_claimed: Callable[[Plan], object]) -> None:
         self._settings = settings
         self._plan = plan
+        self._on_claimed = on_claimed
         self._ids: TopicIds | None = None
 
     def list_parts(self) -> list[str]:
@@ -171,6 +179,7 @@ class LaneSink(FixedPartitionedSink[Part, None]):
                 confirm=self._ids.ask,
             )
         log.info("lane_claimed", lane=for_part, plan=self._plan.fingerprint)
+        self._on_claimed(self._plan)
         return _LanePartition(lane)
 
 
@@ -200,9 +209,23 @@ def _failures_said() -> Iterator[None]:
         log.critical("writer_stops", reason=str(error))
         # At once, with a status that the supervisor knows: all that matters is in Redis.
         os._exit(SUPERSEDED_STATUS if error.superseded else 1)
-    except Exception as error:
-        log.critical("worker_fails", error=f"{type(error).__name__}: {error}")
-        raise
+    except Exception as error:  # noqa: BLE001  # whatever it is, there is nobody else to say it
+        what = f"{type(error).__name__}: {error}"
+        if _heals(error):
+            log.warning("worker_stops", error=what, reason="it will pass: others start when it has")
+            os._exit(WAITING_STATUS)
+        # A panic of Bytewax's would say all this three times over.
+        log.critical("worker_fails", error=what, trace=traceback.format_exc())
+        os._exit(1)
+
+
+def _heals(error: Exception) -> bool:
+    """Whether what failed goes by itself: Redis or Kafka are away, loading, or somebody else's just now."""
+    if isinstance(error, KafkaException):
+        return error.args[0].code() in PASSING or error.args[0].retriable()
+    return isinstance(
+        error, OSError | RedisConnectionError | RedisTimeoutError | ReadOnlyError | ClusterDownError
+    ) and (not isinstance(error, AuthenticationError))
 
 
 def _lane_key(lane: int) -> str:

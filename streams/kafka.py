@@ -14,7 +14,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from config.brokers import is_embedded, topics_there
+from config.brokers import PASSING, is_embedded, topics_there
 from config.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from features.plan import Plan
 from store.commit import Position, Writer, read_record
@@ -35,8 +35,6 @@ _NO_ID = "A" * 22
 """How a broker of before 2.8 is understood."""
 _LETTER_VALUE_BYTES_MAX = DEAD_LETTER_BYTES_MAX - 65_536
 """What is longer is cut, with its length in a header: a letter that can't be written would stop the stream for good."""
-# confluent_kafka's public constants have these names.
-_PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
 
 log = structlog.get_logger()
 
@@ -158,7 +156,7 @@ class TopicIds:
             return {topic: str(each.result(2 * _IDS_TIMEOUT_S).topic_id) for topic, each in asked.items()}
         except KafkaException as error:
             # Who asked later may find that the client went because of who asked first.
-            if error.args[0].code() not in (*_PASSING, KafkaError._DESTROY):
+            if error.args[0].code() not in (*PASSING, KafkaError._DESTROY):
                 raise
             log.warning("topics_unconfirmed", error=str(error))
         except TimeoutError:
@@ -421,7 +419,7 @@ def _usable(message: Any) -> bool:
         return True
     if _is_out_of_range(message):
         return False
-    if error.fatal() or error.code() not in _PASSING:
+    if error.fatal() or error.code() not in PASSING:
         raise KafkaException(error)
     log.warning("kafka_unavailable", error=str(error))
     return False

@@ -1,28 +1,44 @@
-"""Keeps the dataflow's workers running."""
+"""Keeps the dataflow's workers running, with others that stand ready: for when one dies, and when a plan is applied.
+
+All workers are one dataflow, so that the end of one is the end of all; those that stand ready have everything imported
+and take their places at once. Those of a newer plan begin beside the old ones, which write until theirs are claimed.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import structlog
 
 from config.settings import Settings
 from streams.metrics import metrics_served
 
+if TYPE_CHECKING:
+    # What it imports takes longer than all else that is done here.
+    from streams.services import Services
+
 SUPERSEDED_STATUS = 3
 """The exit status of a worker whose shards another one has claimed: it must not be started again."""
+WAITING_STATUS = 75
+"""The exit status of a worker that could not go on because of what heals by itself (EX_TEMPFAIL)."""
 _BACKOFF_S = (1, 2, 5, 10, 30)
 _STEADY_S = 60.0
 """Workers that ran this long were well: the next failure starts the back-off anew."""
 _STOP_S = 10.0
+_LOOK_S = 0.05
+_PLAN_LOOK_S = 0.5
+_SAID_S = 60.0
+"""What is waited for is said so often."""
 
 log = structlog.get_logger()
 
@@ -30,79 +46,257 @@ log = structlog.get_logger()
 def supervise(settings: Settings, processes: int, sleep: Callable[[float], None] = time.sleep) -> int:
     """Runs the workers until told to stop; returns the exit status.
 
-    One that stops takes the others with it, and all are started again, ever later; after the last of the back-off it
-    gives up. Workers whose shards another stream has claimed are not started again: the two would only take them from
-    each other for ever.
+    Workers that end are replaced: at once if they were killed or had been well, else ever later, and after the last of
+    the back-off no more; but for what heals by itself, such as a Redis that is away, it waits however long. Those whose
+    shards another stream has claimed are not replaced: the two would only take them from each other for ever.
     """
+    with _signals() as stopping, metrics_served(settings.host, settings.stream_metrics_port) as ended:
+        return _Supervisor(settings, processes, stopping, ended, sleep).run()
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that holds every signal to stop that came."""
     stopping: list[int] = []
 
     def stop(number: int, _frame: FrameType | None) -> None:
         stopping.append(number)
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    with metrics_served(settings.host, settings.stream_metrics_port) as ended:
-        return _run(settings, processes, stopping, ended, sleep)
+    before = [(number, signal.signal(number, stop)) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        yield stopping
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
-def _run(
-    settings: Settings,
-    processes: int,
-    stopping: list[int],
-    ended: Callable[[subprocess.Popen[bytes]], None],
-    sleep: Callable[[float], None],
-) -> int:
-    failures = 0
-    while True:
-        began = time.monotonic()
-        statuses: list[int] = []
+class _Supervisor:
+    """Who works, who stands ready, and who is about to take over for a newer plan."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        processes: int,
+        stopping: list[int],
+        ended: Callable[[subprocess.Popen[bytes]], None],
+        sleep: Callable[[float], None],
+    ) -> None:
+        self._settings, self._processes = settings, processes
+        self._stopping, self._ended, self._sleep = stopping, ended, sleep
+        self._ready: Crew | None = None
+        self._working: Crew | None = None
+        self._successor: Crew | None = None
+        self._failures = 0
+        self._looks_again_s = 0.0
+        self._services: Services | None = None
+
+    def run(self) -> int:
+        """See `supervise`."""
         try:
-            workers = _start(settings, processes)
+            while not self._stopping:
+                status = self._step()
+                if status is not None:
+                    return status
+            return 0
+        finally:
+            self._stop_all()
+
+    def _step(self) -> int | None:
+        """Does what there is to do, or waits for it; returns the exit status if that is the end."""
+        working = self._working
+        if working is None:
+            return self._begin()
+        if statuses := working.ended():
+            return self._replace(working, statuses)
+        self._look(working)
+        self._sleep(_LOOK_S)
+        return None
+
+    def _begin(self) -> int | None:
+        """Sets workers to work, once what they need is there."""
+        from streams.services import Services
+
+        self._services = self._services or Services(self._settings)
+        said_s = -_SAID_S
+        while not self._stopping and (away := self._services.away()):
+            if time.monotonic() - said_s >= _SAID_S:
+                said_s = time.monotonic()
+                log.warning("stream_waits", reason=away)
+            self._sleep(0.5)
+        if self._stopping:
+            return None
+        try:
+            self._working = self._take_ready()
         except OSError as error:
             log.error("workers_not_started", error=str(error))  # noqa: TRY400  # all that matters is in its text
-        else:
-            while not stopping and all(worker.poll() is None for worker in workers):
-                sleep(0.1)
-            statuses = _stop(workers)
-            for worker in workers:
-                ended(worker)
-        if stopping:
-            return 0
+            return self._again([1], claimed=False, lived_s=0.0)
+        return None
+
+    def _replace(self, working: Crew, statuses: list[int]) -> int | None:
+        """Goes on without workers of which some have ended."""
+        claimed = working.claimed
+        self._end(working)
+        self._working, self._successor = self._successor, None
+        if self._working is not None:
+            return None  # It has claimed their shards, or is about to.
         if SUPERSEDED_STATUS in statuses:
             log.critical("stream_superseded", reason="another stream has claimed these shards; this one stops")
             return SUPERSEDED_STATUS
-        failures = 0 if time.monotonic() - began > _STEADY_S else failures + 1
-        if failures > len(_BACKOFF_S):
+        return self._again(statuses, claimed=claimed, lived_s=time.monotonic() - working.began_s)
+
+    def _look(self, working: Crew) -> None:
+        """Sees to it that others stand ready, and that the newest plan is taken up."""
+        if self._successor is not None:
+            if failed := self._successor.ended():
+                self._end(self._successor)
+                self._successor, self._looks_again_s = None, time.monotonic() + _SAID_S
+                remedy = "see the errors above; what is applied before goes on"
+                log.error("plan_not_taken_up", statuses=failed, again_in_s=_SAID_S, remedy=remedy)
+        elif self._ready is None:
+            # Not before the others have begun: it would take the processor from them.
+            self._ready = self._crew() if working.claimed else None
+        elif self._is_newer(working):
+            log.info("plan_taken_up", beside=working.plan)
+            self._successor = self._take_ready()
+
+    def _take_ready(self) -> Crew:
+        """Sets those to work who stand ready."""
+        ready, self._ready = self._ready, None
+        if ready is not None and ready.ended():
+            self._end(ready)
+            ready = None
+        crew = ready or self._crew()
+        crew.go()
+        return crew
+
+    def _crew(self) -> Crew:
+        return Crew(self._settings, self._processes)
+
+    def _is_newer(self, working: Crew) -> bool:
+        """Whether a newer plan is applied than the one that runs; asked now and then."""
+        now_s = time.monotonic()
+        if working.plan is None or self._services is None or now_s < self._looks_again_s:
+            return False
+        self._looks_again_s = now_s + _PLAN_LOOK_S
+        return self._services.newest_plan() > working.plan
+
+    def _again(self, statuses: list[int], *, claimed: bool, lived_s: float) -> int | None:
+        """Waits until the workers are to be started again; returns the exit status if they are not to be."""
+        killed = any(status < 0 for status in statuses)
+        if (killed and claimed) or lived_s > _STEADY_S:
+            self._failures = 0
+            log.error("workers_stopped", statuses=statuses, again_in_s=0)
+            return None
+        heals = killed or WAITING_STATUS in statuses
+        self._failures += 1
+        if self._failures > len(_BACKOFF_S) and not heals:
             log.critical(
                 "stream_gives_up",
-                failures=failures,
+                failures=self._failures,
                 statuses=statuses,
                 remedy="see the errors above, and `headrace doctor`",
             )
             return 1
-        wait_s = _BACKOFF_S[max(failures - 1, 0)]
+        # Where it heals by itself, `_begin` has waited for it.
+        wait_s = _BACKOFF_S[min(self._failures, 2 if heals else len(_BACKOFF_S)) - 1]
         log.error("workers_stopped", statuses=statuses, again_in_s=wait_s)
-        until = time.monotonic() + wait_s
-        while not stopping and time.monotonic() < until:
-            sleep(0.1)
-        if stopping:
-            return 0
+        until_s = time.monotonic() + wait_s
+        while not self._stopping and time.monotonic() < until_s:
+            self._sleep(0.1)
+        return None
+
+    def _end(self, crew: Crew) -> None:
+        crew.stop(0.0)
+        for worker in crew.workers:
+            self._ended(worker)
+
+    def _stop_all(self) -> None:
+        crews = [crew for crew in (self._successor, self._ready, self._working) if crew is not None]
+        for crew in crews:
+            crew.terminate()
+        for crew in crews:
+            crew.stop(_STOP_S)
 
 
-def _start(settings: Settings, processes: int) -> list[subprocess.Popen[bytes]]:
-    lanes = max(settings.lanes, processes)
-    environment = os.environ | settings.model_copy(update={"lanes": lanes}).environment()
-    addresses = ";".join(f"127.0.0.1:{port}" for port in _free_ports(processes))
-    command = [sys.executable, "-m", "bytewax.run", "streams.dataflow:flow", "-s", "1"]
-    cluster = [["-i", str(number), "-a", addresses] if processes > 1 else [] for number in range(processes)]
-    started: list[subprocess.Popen[bytes]] = []
-    try:
-        for more in cluster:
-            started.append(subprocess.Popen([*command, *more], env=environment))  # noqa: PERF401  # one may fail
-    except BaseException:
-        _stop(started)
-        raise
-    return started
+class Crew:
+    """Worker processes that are one dataflow. They import all that they need, and then wait to be told to go.
+
+    Attributes:
+        workers: the processes.
+        began_s: when they were told, on the monotonic clock.
+        plan: the number of the plan that they run, once one of them has claimed shards for it.
+    """
+
+    def __init__(self, settings: Settings, processes: int) -> None:
+        self._lanes = max(settings.lanes, processes)
+        environment = os.environ | settings.model_copy(update={"lanes": self._lanes}).environment()
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self._links: list[socket.socket] = []
+        self._heard = [b""] * processes
+        self._n_claimed = 0
+        self.plan: int | None = None
+        self.began_s = time.monotonic()
+        try:
+            for _ in range(processes):
+                ours, theirs = socket.socketpair()
+                self._links.append(ours)
+                ours.setblocking(False)
+                with theirs:
+                    command = [sys.executable, "-m", "streams.worker"]
+                    self.workers.append(subprocess.Popen(command, env=environment, stdin=theirs.fileno()))
+        except BaseException:
+            self.stop(0.0)
+            raise
+
+    def go(self) -> None:
+        """Tells them to run the newest plan."""
+        self.began_s = time.monotonic()
+        n = len(self.workers)
+        addresses = [f"127.0.0.1:{port}" for port in _free_ports(n)] if n > 1 else None
+        for number, link in enumerate(self._links):
+            link.sendall(json.dumps({"number": number, "addresses": addresses}).encode() + b"\n")
+
+    @property
+    def claimed(self) -> bool:
+        """Whether they have claimed all shards."""
+        self._listen()
+        return self._n_claimed >= self._lanes
+
+    def ended(self) -> list[int]:
+        """The statuses of those that have ended; none while all run."""
+        self._listen()
+        return [worker.returncode for worker in self.workers if worker.poll() is not None]
+
+    def terminate(self) -> None:
+        """Has them commit what they have read, and end."""
+        for worker in self.workers:
+            if worker.poll() is None:
+                worker.terminate()
+
+    def stop(self, patience_s: float) -> None:
+        """Kills those that have not ended by then: all that matters is in Redis."""
+        deadline_s = time.monotonic() + patience_s
+        for worker in self.workers:
+            try:
+                worker.wait(max(0.0, deadline_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
+        for link in self._links:
+            link.close()
+
+    def _listen(self) -> None:
+        """Takes in what workers say: a line with the number of their plan for each lane that they have claimed."""
+        for at, link in enumerate(self._links):
+            try:
+                while said := link.recv(4096):
+                    self._heard[at] += said
+            except (BlockingIOError, ConnectionError):
+                pass
+            *lines, self._heard[at] = self._heard[at].split(b"\n")
+            for line in lines:
+                self._n_claimed += 1
+                self.plan = int(line)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -111,18 +305,3 @@ def _free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
-
-
-def _stop(workers: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Stops what still runs, and returns what each ended with by itself or by us."""
-    for worker in workers:
-        if worker.poll() is None:
-            worker.terminate()
-    deadline = time.monotonic() + _STOP_S
-    for worker in workers:
-        try:
-            worker.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
-    return [worker.returncode for worker in workers]
