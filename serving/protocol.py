@@ -43,7 +43,9 @@ class Limits:
 
 def limited(limits: Limits) -> type[HttpToolsProtocol]:
     """The protocol with these limits, for uvicorn's `http=`."""
-    return type("LimitedProtocol", (_LimitedProtocol,), {"_limits": limits, "_waiting": {}, "_leaving": set()})
+    return type(
+        "LimitedProtocol", (_LimitedProtocol,), {"_limits": limits, "_waiting": {}, "_leaving": set(), "leaving": False}
+    )
 
 
 class _LimitedProtocol(HttpToolsProtocol):
@@ -54,6 +56,8 @@ class _LimitedProtocol(HttpToolsProtocol):
     """Of all connections: those that may do nothing but wait for their client, by what for, the oldest first."""
     _leaving: set[_LimitedProtocol]
     """Of all connections: those that made room, and that the event loop has not ended yet."""
+    leaving: bool
+    """Whether every connection is to be closed with its next answer."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -111,6 +115,8 @@ class _LimitedProtocol(HttpToolsProtocol):
                 self._refusal = self._too_large()
                 raise ValueError  # Ends the parsing, and so in `send_400_response`.
         super().on_headers_complete()
+        if self.leaving and self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         self._in_head, self._begun_s = True, None

@@ -1,92 +1,63 @@
-"""The server's processes: one, or several that share a port.
+"""The server's processes: those that serve, and one that stands ready, for when one dies or another plan is applied.
 
 Each of several has a listening socket of its own, over which the kernel spreads connections (SO_REUSEPORT). Of
 processes that accept from one common socket, as uvicorn's workers do, often one took all of 16 connections that came
-at once, and the other stood idle.
+at once, and the other stood idle. The sockets are the parent's: who takes another's place takes its socket, with the
+connections that wait there, so that none is refused or lost.
 """
 
 from __future__ import annotations
 
-import gc
 import ipaddress
-import logging
-import multiprocessing
 import os
-import shutil
 import signal
 import socket
-import ssl
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from multiprocessing.connection import wait
-from multiprocessing.context import SpawnProcess
+from collections.abc import Sequence
+from contextlib import ExitStack
 from types import FrameType
-from typing import Any, Final
 
 import structlog
-import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
 
-from config.imports import keep_pandas_out
+from config.child import METRICS_FOLDER, Child
 from config.logs import set_up_logs
 from config.settings import Settings
-from features.plan import Plan
-from serving.app import create_app
-from serving.metrics import SHARED_FOLDER
-from serving.protocol import Limits, limited
-from store.plans import load_plan
 
-_UVICORN: Final[dict[str, Any]] = {
-    "loop": "uvloop",
-    "ws": "none",
-    "lifespan": "on",
-    "access_log": False,
-    "log_level": "info",
-    # Nobody here asks who the client is.
-    "proxy_headers": False,
-    "server_header": False,
-    "backlog": 2048,
-    # Above HEADRACE_DEADLINE_S, so that whatever is in flight has its answer, and below `_STOP_S`.
-    "timeout_graceful_shutdown": 7,
-    # How often it says that it still runs.
-    "timeout_notify": 1,
-}
 _AGAIN_S = 1.0
-_LOOK_S = 0.2
+_LOOK_S = 0.1
 _STOP_S = 10.0
-_SPAWN: Final = multiprocessing.get_context("spawn")
+_UNTAKEN_AGAIN_S = 60.0
 
 log = structlog.get_logger()
 
 
 def run(settings: Settings) -> int:
-    """Serves the applied plan until told to stop; returns the exit status.
+    """Serves the newest applied plan until told to stop; returns the exit status.
 
     Raises:
-        NotAppliedPlanError: if nothing was applied.
+        RuntimeError: if it can't be served, or nothing was applied.
         OSError: if the port can't be had.
         ValueError: if everybody could read what was not said to be for everybody.
     """
-    keep_pandas_out()
     set_up_logs(as_json=settings.log_json)
     _check_open(settings)
-    plan = load_plan(settings)
-    with _reserve(settings.host, settings.port) as reserved:
-        host, port = reserved.getsockname()[:2]
-        log.info("server_starts", host=host, port=port, processes=settings.server_processes)
-        if settings.server_processes == 1:
-            return _serve(settings, plan, reserved)
-        # It was bound without these, so nobody else has the port; with them, our processes can have it too. It does
-        # not listen: it gets no connections, and holds the port while processes are replaced.
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        with tempfile.TemporaryDirectory(prefix="headrace-metrics-") as folder:
-            os.environ[SHARED_FOLDER] = folder
-            return _supervise(settings.model_copy(update={"host": host, "port": port}), plan)
+    stopping: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        stopping.append(number)
+
+    with ExitStack() as stack:
+        listeners = _listeners(stack, settings.host, settings.port, settings.server_processes)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-metrics-"))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stack.callback(signal.signal, number, signal.signal(number, stop))
+        supervisor = _Supervisor(settings, listeners, folder, stopping)
+        try:
+            return supervisor.run()
+        finally:
+            supervisor.stop()
 
 
 def _check_open(settings: Settings) -> None:
@@ -105,160 +76,178 @@ def _check_open(settings: Settings) -> None:
         raise ValueError(message)
 
 
-def config(settings: Settings, plan: Plan, **options: Any) -> uvicorn.Config:
-    """How uvicorn serves the plan; `options` are more of uvicorn's."""
-    if settings.tls_certificate is not None:
-        # For an error that names the files; uvicorn's own would not.
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certificate, settings.tls_key)
-        except OSError as error:
-            files = ", ".join(str(path) for path in (settings.tls_certificate, settings.tls_key) if path is not None)
-            message = f"HEADRACE_TLS_CERTIFICATE and HEADRACE_TLS_KEY can't be used: {files}: {error}"
-            raise ValueError(message) from error
-    return uvicorn.Config(
-        create_app(settings, plan),
-        http=limited(Limits.of(settings)),
-        # Longer than load balancers and pools of clients keep idle connections: closed by us, one may be in use again.
-        timeout_keep_alive=settings.idle_s,
-        ssl_certfile=settings.tls_certificate,
-        ssl_keyfile=settings.tls_key,
-        **_UVICORN,
-        **options,
-    )
-
-
-def _reserve(host: str, port: int) -> socket.socket:
-    """A socket bound to the port, which nobody else has."""
-    made = _socket(host)
+def _listeners(stack: ExitStack, host: str, port: int, count: int) -> list[socket.socket]:
+    """Sockets bound to one port, which nobody else has; none listens before a process does that serves."""
+    made = [
+        stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) for _ in range(count)
+    ]
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # Connections of an earlier server may linger.
-        made.bind((host, port))
+        made[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # Connections of an earlier server may linger.
+        made[0].bind((host, port))
     except OSError as error:
-        made.close()
         message = f"{host}:{port}: {error.strerror}; --host and --port, or HEADRACE_HOST and HEADRACE_PORT, say where"
         raise OSError(message) from error
+    if count > 1:
+        # It was bound without these, so nobody else has the port; with them, our others can have it too.
+        made[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        made[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    for other in made[1:]:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind((host, made[0].getsockname()[1]))
     return made
 
 
-def _socket(host: str) -> socket.socket:
-    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+class _Process:
+    """A process that serves, or stands ready to, and what is heard of it: it says every second that it serves.
 
-
-def _serve(settings: Settings, plan: Plan, listener: socket.socket, on_tick: Callable[[], None] = lambda: None) -> int:
-    """Serves in this process; returns the exit status. Calls `on_tick` once it serves, and then every second."""
-
-    async def tick() -> None:
-        if gc.get_freeze_count() == 0:
-            # What was made until now stays. Left to the collector, it would go through these 250,000 objects again and
-            # again, for 0.1 s each time; without them a full collection takes no longer than a young one.
-            gc.collect()
-            gc.freeze()
-            # As uvicorn says it where it opens the socket itself.
-            scheme = "http" if settings.tls_certificate is None else "https"
-            host, port = listener.getsockname()[:2]
-            logging.getLogger("uvicorn.error").info("Uvicorn running on %s://%s:%d", scheme, host, port)
-        on_tick()
-
-    server = uvicorn.Server(config(settings, plan, callback_notify=tick))
-    with suppress(KeyboardInterrupt):
-        # uvicorn sends itself again, when all has been answered, the signal that ended it.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        server.run(sockets=[listener])
-    return 0 if server.started else 1
-
-
-def _supervise(settings: Settings, plan: Plan) -> int:
-    """Keeps the processes running until told to stop; returns the exit status.
-
-    All run the same plan, whatever is applied while they run: a process that takes another's place gets it from here.
+    Attributes:
+        told: the plan that it was told to serve; None for the newest.
+        plan: the one that it serves; None before it does.
+        newest: the newest that is applied, as far as it knows.
+        error: what kept it from serving.
     """
-    stopping: list[int] = []
 
-    def stop(number: int, _frame: FrameType | None) -> None:
-        stopping.append(number)
+    def __init__(self, settings: Settings, listeners: Sequence[socket.socket], folder: str) -> None:
+        environment = os.environ | settings.environment() | {METRICS_FOLDER: folder}
+        self.child = Child("serving.worker", environment, [each.fileno() for each in listeners])
+        self.told: int | None = None
+        self.plan: int | None = None
+        self.newest = -1
+        self.error = ""
+        self._silent_looks = 0
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    workers: list[_Worker] = []
-    have_served = False
-    try:
-        workers += [_Worker(settings, plan) for _ in range(settings.server_processes)]
-        while not stopping:
-            ended = wait([worker.process.sentinel for worker in workers], timeout=_LOOK_S)
-            have_served = have_served or any(worker.ticks.value for worker in workers)
-            for at, worker in enumerate(workers):
-                if stopping or not (worker.process.sentinel in ended or worker.hangs(settings.hang_s)):
-                    continue
-                worker.process.join()  # The kernel says that it ends a little before it has ended.
-                if not have_served:
-                    log.critical("server_gives_up", status=worker.process.exitcode, remedy="see the error above")
-                    return 1
-                mark_process_dead(worker.process.pid)  # type: ignore[no-untyped-call]  # it has no types
-                status = worker.process.exitcode
-                log.error("server_process_ended", pid=worker.process.pid, status=status, again_in_s=_AGAIN_S)
-                time.sleep(_AGAIN_S)
-                workers[at] = _Worker(settings, plan)
-        return 0
-    finally:
-        _stop([worker.process for worker in workers])
+    def serve(self, listener: socket.socket, plan: int | None) -> None:
+        """Tells it to serve a plan, or the newest."""
+        self.told = plan
+        self.child.tell({"plan": plan, "listener": listener.fileno()})
 
-
-class _Worker:
-    """One of several processes, and what is seen of it: it counts its seconds once it serves."""
-
-    def __init__(self, settings: Settings, plan: Plan) -> None:
-        self.ticks: Any = _SPAWN.Value("Q", lock=False)
-        self.process = _SPAWN.Process(target=_work, args=(settings, plan, self.ticks))
-        # Until it serves, a Ctrl-C is for us alone to obey: it would die of it with a stack trace.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.process.start()
-        signal.signal(signal.SIGINT, before)
-        self._seen, self._looks = 0, 0
-
-    def hangs(self, hang_s: float) -> bool:
-        """Whether it had to be killed, as it served, and then counted nothing for so long.
+    def look(self, hang_s: float) -> bool:
+        """Takes in what it says; returns whether it has ended, or had to be killed, as it said nothing for so long.
 
         In looks, not by a clock: who was stopped itself, with all of its processes, has not looked meanwhile.
         """
-        ticks = self.ticks.value
-        self._seen, self._looks = ticks, 0 if ticks != self._seen else self._looks + 1
-        if not ticks or self._looks * _LOOK_S < hang_s:
+        self._silent_looks += 1
+        for said in self.child.hear():
+            self._silent_looks = 0
+            self.error = said.get("error", self.error)
+            self.plan = said.get("serves", self.plan)
+            self.newest = said.get("newest", self.newest)
+        if self.child.status is not None:
+            return True
+        if self.plan is None or self._silent_looks * _LOOK_S < hang_s:
             return False
-        log.error("server_process_hangs", pid=self.process.pid, silent_s=hang_s)
-        self.process.kill()
+        log.error("server_process_hangs", pid=self.child.pid, silent_s=hang_s)
+        self.child.stop(0.0)
         return True
 
 
-def _work(settings: Settings, plan: Plan, ticks: Any) -> None:
-    """What each of several processes does."""
-    keep_pandas_out()
-    set_up_logs(as_json=settings.log_json)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+class _Supervisor:
+    """A process for each socket, one that stands ready, one that is about to take another's place, those that leave."""
 
-    def tick() -> None:
-        ticks.value += 1
+    def __init__(
+        self, settings: Settings, listeners: Sequence[socket.socket], folder: str, stopping: list[int]
+    ) -> None:
+        host, port = listeners[0].getsockname()[:2]
+        self._settings = settings.model_copy(update={"host": host, "port": port})
+        self._listeners, self._folder, self._stopping = listeners, folder, stopping
+        self._serving: list[_Process] = []
+        self._ready: _Process | None = None
+        self._successor: tuple[int, _Process] | None = None
+        self._leaving: list[tuple[float, _Process]] = []
+        self._take_up_again_s = 0.0
 
-    with _socket(settings.host) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind((settings.host, settings.port))
-        sys.exit(_serve(settings, plan, listener, tick))
+    def run(self) -> int:
+        """Returns the exit status once told to stop, or if none ever served."""
+        for listener in self._listeners:
+            self._serving.append(self._take_ready())
+            self._serving[-1].serve(listener, None)
+        have_served = False
+        while not self._stopping:
+            ended = [at for at, each in enumerate(self._serving) if each.look(self._settings.hang_s)]
+            if not have_served and any(each.plan is not None for each in self._serving):
+                have_served, settings = True, self._settings
+                log.info("server_starts", host=settings.host, port=settings.port, processes=len(self._serving))
+            for at in ended:
+                if not have_served and not self._stopping:
+                    if self._serving[at].error:
+                        raise RuntimeError(self._serving[at].error)
+                    log.critical("server_gives_up", status=self._serving[at].child.status, remedy="see the error above")
+                    return 1
+                self._replace(at)
+            self._see_off()
+            self._take_up()
+            time.sleep(_LOOK_S)
+        return 0
 
+    def stop(self) -> None:
+        """Ends all processes: those that serve answer first what they were asked."""
+        others = [self._ready, self._successor and self._successor[1], *(each for _, each in self._leaving)]
+        every = [*self._serving, *(each for each in others if each is not None)]
+        for each in every:
+            each.child.terminate()
+        deadline_s = time.monotonic() + _STOP_S
+        for each in every:
+            each.child.stop(deadline_s - time.monotonic())
 
-def _end_with_parent() -> None:
-    """Without the parent nobody would stop or replace this process, and the port would stay taken."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        shutil.rmtree(os.environ[SHARED_FOLDER], ignore_errors=True)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def _take_ready(self) -> _Process:
+        ready, self._ready = self._ready, None
+        if ready is not None and ready.child.status is None:
+            return ready
+        return _Process(self._settings, self._listeners, self._folder)
 
+    def _forget(self, process: _Process) -> int:
+        """Leaves what a process that has ended counted; returns how it ended."""
+        mark_process_dead(process.child.pid, self._folder)  # type: ignore[no-untyped-call]  # it has no types
+        return process.child.stop(0.0)
 
-def _stop(workers: list[SpawnProcess]) -> None:
-    for worker in workers:
-        worker.terminate()
-    deadline = time.monotonic() + _STOP_S
-    for worker in workers:
-        worker.join(max(0.0, deadline - time.monotonic()))
-        if worker.is_alive():
-            worker.kill()
-            worker.join()
+    def _replace(self, at: int) -> None:
+        """Gives the socket of a process that has ended to another."""
+        ended = self._serving[at]
+        served, status = ended.plan is not None, self._forget(ended)
+        again_s = 0.0 if served else _AGAIN_S
+        log.error("server_process_ended", pid=ended.child.pid, status=status, error=ended.error, again_in_s=again_s)
+        time.sleep(again_s)
+        plan = ended.plan
+        if not served and ended.told is None:
+            # Of the newest plan it is not known whether it can be served here; what others serve can.
+            plan = next((each.plan for each in self._serving if each.plan is not None), None)
+        self._serving[at] = self._take_ready()
+        self._serving[at].serve(self._listeners[at], plan)
+
+    def _take_up(self) -> None:
+        """Has one stand ready, and processes of the newest plan take the places of others, one after the other."""
+        if self._successor is not None:
+            at, successor = self._successor
+            if successor.look(self._settings.hang_s):
+                self._successor, self._take_up_again_s = None, time.monotonic() + _UNTAKEN_AGAIN_S
+                log.error(
+                    "plan_not_taken_up",
+                    status=self._forget(successor),
+                    error=successor.error,
+                    again_in_s=_UNTAKEN_AGAIN_S,
+                )
+            elif successor.plan is not None:
+                log.info("plan_taken_up", number=successor.plan, before=self._serving[at].plan)
+                self._serving[at].child.tell({"leave": True})
+                until_s = time.monotonic() + self._settings.idle_s + _STOP_S
+                self._leaving.append((until_s, self._serving[at]))
+                self._serving[at], self._successor = successor, None
+            return
+        if any(each.plan is None for each in self._serving):
+            return  # What stands ready would take the processor from those that start.
+        if self._ready is None:
+            self._ready = _Process(self._settings, self._listeners, self._folder)
+        elif time.monotonic() >= self._take_up_again_s:
+            newest = max(each.newest for each in self._serving)
+            old = [at for at, each in enumerate(self._serving) if each.plan is not None and each.plan < newest]
+            if old:
+                self._successor = old[0], self._take_ready()
+                self._successor[1].serve(self._listeners[old[0]], None)
+
+    def _see_off(self) -> None:
+        """Forgets those that have left, and ends those that take too long."""
+        for until_s, each in self._leaving.copy():
+            if each.look(self._settings.hang_s) or time.monotonic() > until_s:
+                self._leaving.remove((until_s, each))
+                each.child.terminate()
+                self._forget(each)

@@ -10,6 +10,8 @@ import getpass
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from threading import Thread
 from typing import Any, Final
 
 import msgspec
@@ -30,6 +32,8 @@ _APPEND_LUA: Final = """
 if redis.call('LLEN', KEYS[1]) ~= tonumber(ARGV[1]) then return 0 end
 return redis.call('RPUSH', KEYS[1], ARGV[2])
 """
+
+_WATCH_S: Final = 0.5
 
 log = structlog.get_logger()
 
@@ -96,19 +100,31 @@ def _readable(entry: Applied) -> Plan | None:
         return None
 
 
-def applied_plan(client: redis.Redis, project: str) -> Plan | None:
-    """The plan that runs; None before the first `apply`.
+def applied_plan(client: redis.Redis, project: str, number: int | None = None) -> Plan | None:
+    """The plan of a number, by default the one that runs; None before the first `apply`.
 
     Raises:
         ValueError: if it is one of another version of Headrace.
     """
-    entry = _execute(client, "LINDEX", plans_key(project), -1)
+    entry = _execute(client, "LINDEX", plans_key(project), -1 if number is None else number)
     return None if entry is None else _decoded(entry).decoded()
 
 
-def newest_number(client: redis.Redis, project: str) -> int:
-    """The number of the plan that runs; -1 before the first `apply`."""
-    return int(_execute(client, "LLEN", plans_key(project))) - 1
+def watch_newest(settings: Settings, found: Callable[[int], object]) -> None:
+    """Gives the number of the newest applied plan now, and whenever there is another, as long as this process lives."""
+    key, client = plans_key(project_of(settings.repo)), _connected(settings)
+
+    def watch() -> None:
+        known = -1
+        while True:
+            with suppress(redis.RedisError, OSError):  # Who reads or writes says so.
+                newest = int(_execute(client, "LLEN", key)) - 1
+                if newest != known:
+                    known = newest
+                    found(newest)
+            time.sleep(_WATCH_S)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def plan_changes(
@@ -135,14 +151,16 @@ def plan_changes(
     return plan, changes(before, plan, now_ms, taken_ms)
 
 
-def load_plan(settings: Settings, client: redis.Redis | None = None) -> Plan:
-    """The plan for those who run it; says so when the definitions are not what is applied.
+def load_plan(settings: Settings, client: redis.Redis | None = None, number: int | None = None) -> Plan:
+    """The plan of a number, by default the newest, for those who run it.
+
+    Says so when the definitions are not what it is.
 
     Raises:
         NotAppliedPlanError: if nothing was applied.
     """
     project = project_of(settings.repo)
-    plan = applied_plan(client or _connected(settings), project)
+    plan = applied_plan(client or _connected(settings), project, number)
     if plan is None:
         msg = (
             f"nothing is applied in Redis for project {project!r}: run `headrace apply` first "

@@ -54,8 +54,8 @@ _stopping: list[int] = []
 log = structlog.get_logger()
 
 
-def flow(on_claimed: Callable[[Plan], object] = lambda _: None) -> Dataflow:
-    """The dataflow of the applied plan, with settings from HEADRACE_* variables.
+def flow(number: int | None = None, on_claimed: Callable[[Plan], object] = lambda _: None) -> Dataflow:
+    """The dataflow of an applied plan, by default the newest, with settings from HEADRACE_* variables.
 
     SIGTERM or SIGINT ends it once what was read is committed. `on_claimed` is called for each lane whose shards it has.
     """
@@ -65,7 +65,7 @@ def flow(on_claimed: Callable[[Plan], object] = lambda _: None) -> Dataflow:
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     with _failures_said():
-        plan = load_plan(settings)
+        plan = load_plan(settings, number=number)
     dataflow = Dataflow("headrace")
     chunks = op.input("kafka", dataflow, ChunkSource(settings, plan))
     parts = op.flat_map_batch("decode", chunks, DecodeStep(settings, plan))

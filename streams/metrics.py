@@ -6,19 +6,18 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from subprocess import Popen
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from config.child import METRICS_FOLDER
 
 if TYPE_CHECKING:
     # The supervisor serves metrics, and needs nothing of what counts them.
     from streams.chunk import Partition
     from streams.decode import Decoded
 
-_SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""The variable by which prometheus_client keeps values in files of a folder; set before it is first imported."""
 _EVENTS = "Records decoded as events, duplicates left out; those not committed before a restart are counted again"
 
 
@@ -69,23 +68,23 @@ METRICS = _Metrics()
 
 
 @contextmanager
-def metrics_served(host: str, port: int) -> Iterator[Callable[[Popen[bytes]], None]]:
+def metrics_served(host: str, port: int) -> Iterator[Callable[[int], None]]:
     """Serves what processes that are started meanwhile count, all together; what they counted stays when they end.
 
-    Gives a function that must be told of each that has ended. Port 0 serves nothing.
+    Gives a function that must be told the process id of each that has ended. Port 0 serves nothing.
     """
     if not port:
         yield lambda _: None
         return
     with tempfile.TemporaryDirectory(prefix="headrace-metrics-") as folder:
-        os.environ[_SHARED_FOLDER] = folder
+        os.environ[METRICS_FOLDER] = folder
         registry = CollectorRegistry()
         MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]  # it has no types
         server, thread = start_http_server(port, host, registry)
         try:
-            yield lambda ended: mark_process_dead(ended.pid, folder)  # type: ignore[no-untyped-call]  # it has no types
+            yield lambda pid: mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]  # it has no types
         finally:
             server.shutdown()
             server.server_close()
             thread.join()
-            del os.environ[_SHARED_FOLDER]
+            del os.environ[METRICS_FOLDER]

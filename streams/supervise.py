@@ -6,26 +6,19 @@ and take their places at once. Those of a newer plan begin beside the old ones, 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import structlog
 
+from config.child import Child
 from config.settings import Settings
 from streams.metrics import metrics_served
-
-if TYPE_CHECKING:
-    # What it imports takes longer than all else that is done here.
-    from streams.services import Services
 
 SUPERSEDED_STATUS = 3
 """The exit status of a worker whose shards another one has claimed: it must not be started again."""
@@ -36,7 +29,6 @@ _STEADY_S = 60.0
 """Workers that ran this long were well: the next failure starts the back-off anew."""
 _STOP_S = 10.0
 _LOOK_S = 0.05
-_PLAN_LOOK_S = 0.5
 _SAID_S = 60.0
 """What is waited for is said so often."""
 
@@ -78,7 +70,7 @@ class _Supervisor:
         settings: Settings,
         processes: int,
         stopping: list[int],
-        ended: Callable[[subprocess.Popen[bytes]], None],
+        ended: Callable[[int], None],
         sleep: Callable[[float], None],
     ) -> None:
         self._settings, self._processes = settings, processes
@@ -87,8 +79,8 @@ class _Supervisor:
         self._working: Crew | None = None
         self._successor: Crew | None = None
         self._failures = 0
+        self._plan: int | None = None
         self._looks_again_s = 0.0
-        self._services: Services | None = None
 
     def run(self) -> int:
         """See `supervise`."""
@@ -114,27 +106,33 @@ class _Supervisor:
 
     def _begin(self) -> int | None:
         """Sets workers to work, once what they need is there."""
-        from streams.services import Services
-
-        self._services = self._services or Services(self._settings)
-        said_s = -_SAID_S
-        while not self._stopping and (away := self._services.away()):
-            if time.monotonic() - said_s >= _SAID_S:
-                said_s = time.monotonic()
-                log.warning("stream_waits", reason=away)
-            self._sleep(0.5)
+        if self._failures:  # To find out takes as long as to begin.
+            self._wait_for_services()
         if self._stopping:
             return None
         try:
-            self._working = self._take_ready()
+            self._working = self._take_ready(self._plan)
         except OSError as error:
             log.error("workers_not_started", error=str(error))  # noqa: TRY400  # all that matters is in its text
             return self._again([1], claimed=False, lived_s=0.0)
         return None
 
+    def _wait_for_services(self) -> None:
+        """Returns once Redis and Kafka answer; says what it waits for once a minute."""
+        from streams.services import away
+
+        said_s = -_SAID_S
+        while not self._stopping and (reason := away(self._settings)):
+            if time.monotonic() - said_s >= _SAID_S:
+                said_s = time.monotonic()
+                log.warning("stream_waits", reason=reason)
+            self._sleep(0.5)
+
     def _replace(self, working: Crew, statuses: list[int]) -> int | None:
         """Goes on without workers of which some have ended."""
-        claimed = working.claimed
+        claimed = working.claimed()
+        # Of a newer plan it is not known whether it can be run here.
+        self._plan = working.plan if claimed else None
         self._end(working)
         self._working, self._successor = self._successor, None
         if self._working is not None:
@@ -154,31 +152,23 @@ class _Supervisor:
                 log.error("plan_not_taken_up", statuses=failed, again_in_s=_SAID_S, remedy=remedy)
         elif self._ready is None:
             # Not before the others have begun: it would take the processor from them.
-            self._ready = self._crew() if working.claimed else None
-        elif self._is_newer(working):
+            self._ready = self._crew() if working.claimed() else None
+        elif working.plan is not None and working.newest > working.plan and time.monotonic() >= self._looks_again_s:
             log.info("plan_taken_up", beside=working.plan)
-            self._successor = self._take_ready()
+            self._successor = self._take_ready(None)
 
-    def _take_ready(self) -> Crew:
-        """Sets those to work who stand ready."""
+    def _take_ready(self, plan: int | None) -> Crew:
+        """Sets those to work who stand ready, for a plan, or for the newest."""
         ready, self._ready = self._ready, None
         if ready is not None and ready.ended():
             self._end(ready)
             ready = None
         crew = ready or self._crew()
-        crew.go()
+        crew.go(plan)
         return crew
 
     def _crew(self) -> Crew:
         return Crew(self._settings, self._processes)
-
-    def _is_newer(self, working: Crew) -> bool:
-        """Whether a newer plan is applied than the one that runs; asked now and then."""
-        now_s = time.monotonic()
-        if working.plan is None or self._services is None or now_s < self._looks_again_s:
-            return False
-        self._looks_again_s = now_s + _PLAN_LOOK_S
-        return self._services.newest_plan() > working.plan
 
     def _again(self, statuses: list[int], *, claimed: bool, lived_s: float) -> int | None:
         """Waits until the workers are to be started again; returns the exit status if they are not to be."""
@@ -208,7 +198,7 @@ class _Supervisor:
     def _end(self, crew: Crew) -> None:
         crew.stop(0.0)
         for worker in crew.workers:
-            self._ended(worker)
+            self._ended(worker.pid)
 
     def _stop_all(self) -> None:
         crews = [crew for crew in (self._successor, self._ready, self._working) if crew is not None]
@@ -225,78 +215,56 @@ class Crew:
         workers: the processes.
         began_s: when they were told, on the monotonic clock.
         plan: the number of the plan that they run, once one of them has claimed shards for it.
+        newest: the number of the newest plan that is applied, as far as they know.
     """
 
     def __init__(self, settings: Settings, processes: int) -> None:
         self._lanes = max(settings.lanes, processes)
         environment = os.environ | settings.model_copy(update={"lanes": self._lanes}).environment()
-        self.workers: list[subprocess.Popen[bytes]] = []
-        self._links: list[socket.socket] = []
-        self._heard = [b""] * processes
+        self.workers: list[Child] = []
         self._n_claimed = 0
         self.plan: int | None = None
+        self.newest = -1
         self.began_s = time.monotonic()
         try:
             for _ in range(processes):
-                ours, theirs = socket.socketpair()
-                self._links.append(ours)
-                ours.setblocking(False)
-                with theirs:
-                    command = [sys.executable, "-m", "streams.worker"]
-                    self.workers.append(subprocess.Popen(command, env=environment, stdin=theirs.fileno()))
+                self.workers.append(Child("streams.worker", environment))  # one may fail
         except BaseException:
             self.stop(0.0)
             raise
 
-    def go(self) -> None:
-        """Tells them to run the newest plan."""
+    def go(self, plan: int | None) -> None:
+        """Tells them to run a plan, by its number; None for the newest."""
         self.began_s = time.monotonic()
         n = len(self.workers)
         addresses = [f"127.0.0.1:{port}" for port in _free_ports(n)] if n > 1 else None
-        for number, link in enumerate(self._links):
-            link.sendall(json.dumps({"number": number, "addresses": addresses}).encode() + b"\n")
+        for number, worker in enumerate(self.workers):
+            worker.tell({"plan": plan, "number": number if addresses else None, "addresses": addresses})
 
-    @property
     def claimed(self) -> bool:
-        """Whether they have claimed all shards."""
-        self._listen()
+        """Whether they have claimed all shards: they say so for each lane."""
+        for said in (said for worker in self.workers for said in worker.hear()):
+            self.newest = max(self.newest, said.get("newest", -1))
+            if "claimed" in said:
+                self._n_claimed += 1
+                self.plan = said["claimed"]
         return self._n_claimed >= self._lanes
 
     def ended(self) -> list[int]:
         """The statuses of those that have ended; none while all run."""
-        self._listen()
-        return [worker.returncode for worker in self.workers if worker.poll() is not None]
+        self.claimed()
+        return [worker.status for worker in self.workers if worker.status is not None]
 
     def terminate(self) -> None:
         """Has them commit what they have read, and end."""
         for worker in self.workers:
-            if worker.poll() is None:
-                worker.terminate()
+            worker.terminate()
 
     def stop(self, patience_s: float) -> None:
         """Kills those that have not ended by then: all that matters is in Redis."""
         deadline_s = time.monotonic() + patience_s
         for worker in self.workers:
-            try:
-                worker.wait(max(0.0, deadline_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.wait()
-        for link in self._links:
-            link.close()
-
-    def _listen(self) -> None:
-        """Takes in what workers say: a line with the number of their plan for each lane that they have claimed."""
-        for at, link in enumerate(self._links):
-            try:
-                while said := link.recv(4096):
-                    self._heard[at] += said
-            except (BlockingIOError, ConnectionError):
-                pass
-            *lines, self._heard[at] = self._heard[at].split(b"\n")
-            for line in lines:
-                self._n_claimed += 1
-                self.plan = int(line)
+            worker.stop(deadline_s - time.monotonic())
 
 
 def _free_ports(count: int) -> list[int]:

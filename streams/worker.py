@@ -1,35 +1,33 @@
-"""A worker process of `headrace stream`: it imports everything, and waits on its standard input to be told to go.
+"""A worker process of `headrace stream`: it imports everything, and waits to be told to go: see `streams.supervise`.
 
-What it says there is a line for each lane whose shards it has claimed: the number of its plan.
+It says which plan it has claimed shards for, once a lane, and which is the newest that is applied.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import sys
 from datetime import timedelta
+from typing import Final
 
 from bytewax._bytewax import cli_main
 
-from streams import dataflow
+from config.child import listen, say
+from config.settings import Settings
+from store.plans import watch_newest
+from streams.dataflow import flow
 
-_EPOCH: timedelta = timedelta(seconds=1)
+_EPOCH: Final = timedelta(seconds=1)
 
 
 def main() -> None:
     """Runs the dataflow once told to, until it is stopped."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Until there is something to end well.
-    told = sys.stdin.readline()
-    if not told:
-        return  # Nobody is left who would tell.
-    order = json.loads(told)
-    number, addresses = (order["number"], order["addresses"]) if order["addresses"] else (None, None)
-    flow = dataflow.flow(lambda plan: os.write(sys.stdin.fileno(), b"%d\n" % plan.number))
-    cli_main(  # type: ignore[no-untyped-call]  # it has no types
-        flow, process_id=number, addresses=addresses, epoch_interval=_EPOCH
-    )
+    order = listen()
+    if order is not None:
+        cluster = {"process_id": order["number"], "addresses": order["addresses"]}
+        dataflow = flow(order["plan"], lambda plan: say(claimed=plan.number))
+        watch_newest(Settings(), lambda number: say(newest=number))
+        cli_main(dataflow, **cluster, epoch_interval=_EPOCH)  # type: ignore[no-untyped-call]  # it has no types
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import structlog
 from config.settings import Settings
 from features.plan import Plan
 from headrace.embedded import EmbeddedRedis, free_port
-from serving import run
+from serving import worker
 from serving.client import Client
 from tests.support.served import NOW_MS, ROOT, Clock, Rows, catalogue, listening, project_folder, served, settings_of
 
@@ -116,9 +116,9 @@ def test_a_certificate_that_is_none_is_an_error_that_names_it(
         if text:
             wrong.write_text(text)
         with pytest.raises(ValueError, match=rf"HEADRACE_TLS_CERTIFICATE.*{re.escape(str(wrong))}"):
-            run.config(settings_of(redis_url, tls_certificate=wrong), plan)
+            worker.config(settings_of(redis_url, tls_certificate=wrong), plan)
         with pytest.raises(ValueError, match=rf"HEADRACE_TLS_KEY.*{re.escape(str(wrong))}"):
-            run.config(settings_of(redis_url, tls_certificate=certificate, tls_key=wrong), plan)
+            worker.config(settings_of(redis_url, tls_certificate=certificate, tls_key=wrong), plan)
 
 
 def test_secrets_come_from_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

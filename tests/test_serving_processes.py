@@ -7,9 +7,11 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,58 @@ def test_processes_that_can_not_start_are_not_started_for_ever(serve, settings: 
         assert "headrace apply" in server.log
         assert "server_gives_up" in server.log
         assert list(server.temporary.glob("headrace-*")) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_newer_plan_is_taken_up_and_no_request_fails(serve, settings: Settings, processes: int) -> None:
+    """Neither on connections that are kept nor on new ones: those of the old plan end with an answer that says so.
+
+    A plan that can't be served here, as its code is another, leaves the one before it where it is.
+    """
+    client = connect(settings.redis_url.get_secret_value(), 10)
+    plans = [catalogue()]
+    wrong: list[Any] = []
+    seen: list[str] = []
+    done = threading.Event()
+
+    def ask(server: Server, *, keep: bool) -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as http:
+            while not done.is_set():
+                try:
+                    answer = (http.get if keep else partial(httpx.get, timeout=60))(
+                        f"http://127.0.0.1:{server.port}/v1/entities/user/u1"
+                    )
+                    seen.append(answer.json()["plan"])
+                    wrong.extend([answer.text] if answer.status_code != 200 else [])
+                except httpx.HTTPError as error:
+                    wrong.append(error)
+
+    def serves(plan: Plan) -> bool:
+        seen.clear()
+        wait_for("some answer", lambda: len(seen) > 20)
+        return set(seen) == {plan.fingerprint}
+
+    with serve(server_processes=processes) as server:
+        wait_for("the port is taken", lambda: "port=" in server.log)
+        server.port = int(re.findall(r"port=(\d+)", server.log)[0])
+        wait_for("it answers", lambda: server.get("/readyz") == 200)
+        threads = [threading.Thread(target=ask, args=(server,), kwargs={"keep": keep}) for keep in (True, True, False)]
+        for thread in threads:
+            thread.start()
+        try:
+            for number in (1, 2):
+                services = tuple(replace(each, owner=f"owner {number}") for each in plans[0].services)
+                plans.append(replace(plans[0], services=services, number=number))
+                append_plan(client, plans[-1], 0)
+                wait_for(f"plan {number} is served", partial(serves, plans[-1]))
+            append_plan(client, replace(with_other_code(plans[0]), number=3), 0)
+            wait_for("it is said", lambda: "plan_not_taken_up" in server.log)
+            assert serves(plans[-1])
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
+        assert not wrong, wrong[:3]
 
 
 def with_other_code(plan: Plan) -> Plan:

@@ -55,17 +55,21 @@ class FakeCrew:
         self.began_s = float("inf")
         self.said: list[str] = []
 
-    def go(self) -> None:
+    def go(self, plan: int | None) -> None:
+        self.told = plan
         self.began_s = self._stage.clock.now_s
         self._stage.began.append(self)
 
-    @property
     def claimed(self) -> bool:
         return self._stage.clock.now_s >= self.began_s + self._claims_s
 
     @property
     def plan(self) -> int | None:
-        return self._plan if self.claimed else None
+        return self._plan if self.claimed() else None
+
+    @property
+    def newest(self) -> int:
+        return self._stage.newest
 
     def ended(self) -> list[int]:
         return [self._status] if self._stage.clock.now_s >= self.began_s + self._lives_s else []
@@ -89,19 +93,12 @@ class Stage:
         self.newest = 0
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=self.clock.monotonic, sleep=self.clock.sleep))
         monkeypatch.setattr(module, "Crew", self._crew)
-        monkeypatch.setattr(services, "Services", lambda _: self)
+        monkeypatch.setattr(services, "away", lambda _: self.is_away.pop(0) if self.is_away else "")
 
     def _crew(self, settings: Settings, processes: int) -> FakeCrew:
         lives = self._lives.pop(0) if len(self._lives) > 1 else self._lives[0]
         self.made.append(FakeCrew(self, **lives))
         return self.made[-1]
-
-    def away(self) -> str:
-        """What is away, from the list, an entry a question."""
-        return self.is_away.pop(0) if self.is_away else ""
-
-    def newest_plan(self) -> int:
-        return self.newest
 
     def run(self, until_s: float = 0.0) -> int:
         if until_s:
@@ -167,7 +164,7 @@ def test_what_heals_by_itself_is_waited_for_however_long(monkeypatch: pytest.Mon
     with structlog.testing.capture_logs() as logs:
         assert stage.run(until_s=500.0) == 0
     assert sum(each["event"] == "stream_waits" for each in logs) == 3
-    assert stage.began[0].began_s == pytest.approx(150.0)
+    assert stage.began[1].began_s == pytest.approx(5 + 1 + 150, abs=0.2)
     assert len(stage.began) > 30  # And then it never gives up.
 
 
@@ -232,7 +229,8 @@ if deaf:
 order = json.loads(sys.stdin.readline())
 options = json.loads(os.environ["HEADRACE_KAFKA_OPTIONS"])
 print(os.environ["HEADRACE_LANES"], options.get("a"), json.dumps(order), flush=True)
-os.write(0, b"7\\n7\\n")
+for _ in range(2):
+    os.write(0, b'{"claimed": 7}\\n{"newest": 8}\\n')
 time.sleep(600)
 """
 
@@ -245,7 +243,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     def start(command: list[str], **options: Any) -> Any:
         assert command == [sys.executable, "-m", "streams.worker"]
-        script = TOLD.format(deaf=len(started) == 2)
+        script = TOLD.replace("{deaf}", str(len(started) == 2))
         started.append(popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, **options))
         return started[-1]
 
@@ -260,8 +258,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 def test_workers_get_the_settings_and_know_of_each_other(told: list[Any]) -> None:
     """Several form one cluster, with at least as many lanes; what they say is heard; all of them end."""
     crew = Crew(Settings(lanes=2, kafka_options={"a": "b"}), 3)
-    assert not crew.claimed
-    crew.go()
+    assert not crew.claimed()
+    crew.go(None)
     said = [process.stdout.readline().split(" ", 2) for process in told]
     assert {tuple(each[:2]) for each in said} == {("3", "b")}
     orders = [json.loads(each[2]) for each in said]
@@ -269,8 +267,8 @@ def test_workers_get_the_settings_and_know_of_each_other(told: list[Any]) -> Non
     addresses = {tuple(order["addresses"]) for order in orders}
     assert len(addresses) == 1
     assert len(set(addresses.pop())) == 3
-    wait_for("all shards are claimed", lambda: crew.claimed)
-    assert (crew.claimed, crew.plan, crew.ended()) == (True, 7, [])
+    wait_for("all shards are claimed", crew.claimed)
+    assert (crew.claimed(), crew.plan, crew.newest, crew.ended()) == (True, 7, 8, [])
     crew.terminate()
     crew.stop(0.5)
     assert [process.returncode for process in told] == [-signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL]
@@ -278,8 +276,8 @@ def test_workers_get_the_settings_and_know_of_each_other(told: list[Any]) -> Non
 
 def test_one_process_forms_no_cluster(told: list[Any]) -> None:
     crew = Crew(Settings(lanes=2), 1)
-    crew.go()
-    assert '"addresses": null' in told[0].stdout.readline()
+    crew.go(4)
+    assert '{"plan": 4, "number": null, "addresses": null}' in told[0].stdout.readline()
     told[0].kill()
     told[0].wait()
     assert crew.ended() == [-signal.SIGKILL]

@@ -18,7 +18,7 @@ from config.settings import Settings
 from features.definitions import compile_definitions
 from features.plan import Plan
 from headrace.embedded import free_port
-from serving import run
+from serving import worker
 from serving.app import create_app
 from store.commit import initialise
 from store.connect import connect
@@ -130,7 +130,7 @@ async def served(settings: Settings, plan: Plan, clock: Clock) -> AsyncIterator[
 def listening(settings: Settings, plan: Plan) -> Iterator[int]:
     """The server as production runs it, but in a thread of this process; gives its port on 127.0.0.1."""
     port = free_port()
-    server = uvicorn.Server(run.config(settings, plan, host="127.0.0.1", port=port))
+    server = uvicorn.Server(worker.config(settings, plan, host="127.0.0.1", port=port))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
