@@ -154,6 +154,7 @@ class _Supervisor:
         self._ready: _Process | None = None
         self._successor: tuple[int, _Process] | None = None
         self._leaving: list[tuple[float, _Process]] = []
+        self._untaken = -1
         self._take_up_again_s = 0.0
 
     def run(self) -> int:
@@ -219,7 +220,8 @@ class _Supervisor:
         if self._successor is not None:
             at, successor = self._successor
             if successor.look(self._settings.hang_s):
-                self._successor, self._take_up_again_s = None, time.monotonic() + _UNTAKEN_AGAIN_S
+                self._successor, self._untaken = None, max(each.newest for each in self._serving)
+                self._take_up_again_s = time.monotonic() + _UNTAKEN_AGAIN_S
                 log.error(
                     "plan_not_taken_up",
                     status=self._forget(successor),
@@ -237,8 +239,10 @@ class _Supervisor:
             return  # What stands ready would take the processor from those that start.
         if self._ready is None:
             self._ready = _Process(self._settings, self._listeners, self._folder)
-        elif time.monotonic() >= self._take_up_again_s:
+        else:
             newest = max(each.newest for each in self._serving)
+            if newest == self._untaken and time.monotonic() < self._take_up_again_s:
+                return
             old = [at for at, each in enumerate(self._serving) if each.plan is not None and each.plan < newest]
             if old:
                 self._successor = old[0], self._take_ready()

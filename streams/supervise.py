@@ -80,7 +80,8 @@ class _Supervisor:
         self._successor: Crew | None = None
         self._failures = 0
         self._plan: int | None = None
-        self._looks_again_s = 0.0
+        self._untaken = -1
+        self._take_up_again_s = 0.0
 
     def run(self) -> int:
         """See `supervise`."""
@@ -147,15 +148,22 @@ class _Supervisor:
         if self._successor is not None:
             if failed := self._successor.ended():
                 self._end(self._successor)
-                self._successor, self._looks_again_s = None, time.monotonic() + _SAID_S
+                self._successor, self._untaken = None, working.newest
+                self._take_up_again_s = time.monotonic() + _SAID_S
                 remedy = "see the errors above; what is applied before goes on"
                 log.error("plan_not_taken_up", statuses=failed, again_in_s=_SAID_S, remedy=remedy)
         elif self._ready is None:
             # Not before the others have begun: it would take the processor from them.
             self._ready = self._crew() if working.claimed() else None
-        elif working.plan is not None and working.newest > working.plan and time.monotonic() >= self._looks_again_s:
+        elif self._is_newer(working):
             log.info("plan_taken_up", beside=working.plan)
             self._successor = self._take_ready(None)
+
+    def _is_newer(self, working: Crew) -> bool:
+        """Whether a newer plan is applied than the one that runs, and not just found to be none for here."""
+        if working.plan is None or working.newest <= working.plan:
+            return False
+        return working.newest != self._untaken or time.monotonic() >= self._take_up_again_s
 
     def _take_ready(self, plan: int | None) -> Crew:
         """Sets those to work who stand ready, for a plan, or for the newest."""

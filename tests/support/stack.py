@@ -24,6 +24,7 @@ from registry.apply import apply
 from store.commit import read_record
 from store.connect import connect
 from store.keys import Keyspace
+from store.plans import applied_plan
 from tests.support.feed import Sender
 from tests.support.kafka import KafkaCluster, RealKafka
 
@@ -80,7 +81,8 @@ class Stack:
     """Everything from Kafka to HTTP, on ports and in folders of its own; all of it gone at exit.
 
     A `shared` broker runs already, and goes on; what topics it has are deleted first.
-    `redis` is one server unless given: what has a `url`, and is there in a `with` block.
+    `redis` is one server unless given: what has a `url`, and is there in a `with` block. `code` is a folder of
+    definitions, which change while processes import them.
     """
 
     def __init__(
@@ -89,14 +91,16 @@ class Stack:
         broker: RealKafka | KafkaCluster | None = None,
         shared: bool = False,
         redis: Any = None,
+        code: Path | None = None,
         **settings: Any,
     ) -> None:
+        self._path = f"{code}:{ROOT}" if code else str(ROOT)
         self.folder = Path(tempfile.mkdtemp(prefix="headrace-test-"))
         self.redis: Any = redis or EmbeddedRedis()
         self.kafka: Any = broker or RealKafka()
         self._shared = shared
         self._options = settings
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
         try:
@@ -115,6 +119,7 @@ class Stack:
             options = {"kafka": self.kafka.bootstrap_servers, **self._options}
             self.settings = Settings(repo=self.folder, redis_url=self.redis.url, **options)
             self.client: Any = connect(self.redis.url, 10)
+            self.keyspace = Keyspace("headrace", self.settings.shards)
             apply(self.settings, self.client)
         except BaseException:
             self.__exit__(None, None, None)
@@ -124,7 +129,7 @@ class Stack:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self._processes:
+        for process in self._processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
                 end(process)
@@ -147,7 +152,13 @@ class Stack:
     @property
     def environment(self) -> dict[str, str]:
         """Variables for child processes."""
-        return {**os.environ, **self.settings.environment(), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        return {
+            **os.environ,
+            **self.settings.environment(),
+            "PYTHONPATH": self._path,
+            "PYTHONWARNINGS": "ignore",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
 
     def headrace(self, *arguments: str) -> str:
         """Runs a command of the command line to its end; returns what it printed."""
@@ -155,9 +166,9 @@ class Stack:
 
     def start(self, name: str, *argv: str) -> subprocess.Popen[bytes]:
         """Starts a process; its output is in `{name}.log`."""
-        bare = {"HEADRACE_REPO": str(self._bare), "PYTHONPATH": f"{self._bare}:{ROOT}"}
+        bare = {"HEADRACE_REPO": str(self._bare), "PYTHONPATH": f"{self._bare}:{self._path}"}
         process = spawn([sys.executable, *argv], log=self.folder / f"{name}.log", env=self.environment | bare)
-        self._processes.append(process)
+        self._processes[name] = process
         return process
 
     def start_worker(self, name: str) -> subprocess.Popen[bytes]:
@@ -169,10 +180,10 @@ class Stack:
         script = "from streams import supervise; supervise._STEADY_S = 5; from headrace.cli import main; main()"
         return self.start(name, "-c", script, "stream", "--processes", str(processes))
 
-    def start_server(self) -> str:
+    def start_server(self, name: str = "server") -> str:
         """The HTTP server; returns its address once it is ready."""
         port = free_port()
-        self.start("server", "-m", "headrace", "serve", "--port", str(port))
+        self.start(name, "-m", "headrace", "serve", "--port", str(port))
         address = f"http://127.0.0.1:{port}"
 
         def ready() -> bool:
@@ -183,6 +194,10 @@ class Stack:
 
         wait_for("the server is ready", ready)
         return address
+
+    def stop(self, name: str) -> None:
+        """Has a process end well."""
+        end(self._processes[name])
 
     def log(self, name: str) -> str:
         """What a process has printed."""
@@ -225,13 +240,15 @@ class Stack:
 
     def wait_until_committed(self, deadline_s: float = DEADLINE_S) -> None:
         """Returns once every shard's record includes all that the topics hold."""
-        ends = {f"{topic}/{number}": end for topic in TOPICS for number, end in enumerate(self.ends(topic))}
-        keyspace = Keyspace("headrace", self.settings.shards)
+        plan = applied_plan(self.client, "headrace")
+        assert plan is not None
+        topics = [spec.topic for spec in plan.events]
+        ends = {f"{topic}/{number}": end for topic in topics for number, end in enumerate(self.ends(topic))}
 
         def committed() -> bool:
-            for entity in ("user", "item", "seller"):
+            for entity in plan.stored_entities:
                 for shard in range(self.settings.shards):
-                    positions = read_record(self.client, keyspace.commit_record(entity, shard)).positions
+                    positions = read_record(self.client, self.keyspace.commit_record(entity, shard)).positions
                     if any(
                         end > 0 and (name not in positions or positions[name].next < end) for name, end in ends.items()
                     ):
