@@ -55,16 +55,16 @@ def run(options: Options, report: Report) -> None:
         requests.write_bytes(msgspec.msgpack.encode([orjson.dumps(body(asked)) for asked in there.requests(500)]))
         events = {"kafka": kafka.bootstrap_servers, "rate": EVENTS_A_SECOND, "users": users, "items": items}
         folder, environment = project.folder, project.environment()
-        with project.serve() as address, streaming(project), _prober(kafka.bootstrap_servers, address) as prober:
+        with project.serve() as address, streaming(project), prober(kafka.bootstrap_servers, address) as probing:
             reads = {"address": address, "requests": requests, "rate": READS_A_SECOND}
-            prober.probe_for(0.1)
+            probing.probe_for(0.1)
             with (
                 background("events", folder, environment, **events) as streamed,
                 background("reads", folder, environment, **reads) as read,
             ):
-                prober.probe_for(options.pick(8.0, 1.0))  # Not counted: then everything is warm.
+                probing.probe_for(options.pick(8.0, 1.0))  # Not counted: then everything is warm.
                 seconds = options.pick(25.0, 3.0)
-                runs = alternate({"probes": lambda: prober.probe_for(seconds)}, options)["probes"]
+                runs = alternate({"probes": lambda: probing.probe_for(seconds)}, options)["probes"]
         report.note(
             f"meanwhile {streamed.a_second:,.0f} events/s and {read.a_second:,.0f} reads/s (npy, 1 user + 200 items); "
             f"{min(map(len, runs))} to {max(map(len, runs))} probes a run"
@@ -83,7 +83,9 @@ def run(options: Options, report: Report) -> None:
         report.add(what, Series.of(np.percentile(ms, 50) for ms in column), "ms")
 
 
-class _Prober:
+class Prober:
+    """Sends clicks of users never seen before, and asks for each until it is counted."""
+
     def __init__(self, producer: Producer, connection: http.client.HTTPConnection) -> None:
         self._producer = producer
         self._connection = connection
@@ -95,11 +97,12 @@ class _Prober:
         probes = []
         until_s = time.monotonic() + seconds
         while time.monotonic() < until_s:
-            probes.append(self._probe())
+            probes.append(self.probe())
             time.sleep(PAUSE_S * (0.5 + self._random.random()))
         return probes
 
-    def _probe(self) -> Probed:
+    def probe(self) -> Probed:
+        """Sends one click, and waits until it is seen."""
         self._sent += 1
         user = f"probe-{self._sent}"
         click = {
@@ -138,12 +141,13 @@ class _Prober:
 
 
 @contextmanager
-def _prober(kafka: str, address: str) -> Iterator[_Prober]:
+def prober(kafka: str, address: str) -> Iterator[Prober]:
+    """What probes, by a broker's bootstrap servers and a server's address."""
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=TIMEOUT_S)
     try:
         # It may live a little longer than its broker, and would say so.
         producer = Producer({"bootstrap.servers": kafka, "linger.ms": 0, "acks": "all", "log_level": 0})
-        yield _Prober(producer, connection)
+        yield Prober(producer, connection)
     finally:
         connection.close()
 

@@ -15,6 +15,10 @@ METRICS_FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
 """The variable by which prometheus_client keeps values in files of this folder; set before it is first imported."""
 
 
+SETTLING_S: Final = 5.0
+"""After a start; then others are made that stand ready."""
+
+
 class Child:
     """A process that imports what it needs, and then waits to be told.
 
@@ -77,7 +81,10 @@ class Child:
 
 def listen() -> dict[str, Any] | None:
     """What this process is told next; None once nobody is left to tell it."""
-    told = sys.stdin.readline()
+    try:
+        told = sys.stdin.readline()
+    except OSError:
+        told = ""
     order: dict[str, Any] | None = json.loads(told) if told else None
     return order
 

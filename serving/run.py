@@ -21,7 +21,7 @@ from types import FrameType
 import structlog
 from prometheus_client.multiprocess import mark_process_dead
 
-from config.child import METRICS_FOLDER, Child
+from config.child import METRICS_FOLDER, SETTLING_S, Child
 from config.logs import set_up_logs
 from config.settings import Settings
 
@@ -154,6 +154,7 @@ class _Supervisor:
         self._ready: _Process | None = None
         self._successor: tuple[int, _Process] | None = None
         self._leaving: list[tuple[float, _Process]] = []
+        self._began_s = time.monotonic()
         self._untaken = -1
         self._take_up_again_s = 0.0
 
@@ -235,7 +236,8 @@ class _Supervisor:
                 self._leaving.append((until_s, self._serving[at]))
                 self._serving[at], self._successor = successor, None
             return
-        if any(each.plan is None for each in self._serving):
+        settled = time.monotonic() - self._began_s > SETTLING_S
+        if not settled or any(each.plan is None for each in self._serving):
             return  # What stands ready would take the processor from those that start.
         if self._ready is None:
             self._ready = _Process(self._settings, self._listeners, self._folder)

@@ -16,7 +16,7 @@ from types import FrameType
 
 import structlog
 
-from config.child import Child
+from config.child import SETTLING_S, Child
 from config.settings import Settings
 from streams.metrics import metrics_served
 
@@ -78,6 +78,7 @@ class _Supervisor:
         self._ready: Crew | None = None
         self._working: Crew | None = None
         self._successor: Crew | None = None
+        self._began_s = time.monotonic()
         self._failures = 0
         self._plan: int | None = None
         self._untaken = -1
@@ -153,8 +154,9 @@ class _Supervisor:
                 remedy = "see the errors above; what is applied before goes on"
                 log.error("plan_not_taken_up", statuses=failed, again_in_s=_SAID_S, remedy=remedy)
         elif self._ready is None:
-            # Not before the others have begun: it would take the processor from them.
-            self._ready = self._crew() if working.claimed() else None
+            # Not while everything begins: it would take the processor from those that do.
+            settled = time.monotonic() - self._began_s > SETTLING_S
+            self._ready = self._crew() if settled and working.claimed() else None
         elif self._is_newer(working):
             log.info("plan_taken_up", beside=working.plan)
             self._successor = self._take_ready(None)

@@ -176,10 +176,10 @@ def test_a_superseded_worker_is_not_replaced(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_those_who_stand_ready_are_started_once_the_others_have_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """Importing takes the processor for seconds. They are told to go when they are needed."""
-    stage = Stage(monkeypatch, {"claims_s": 4.0})
+    stage = Stage(monkeypatch, {"claims_s": 8.0})
     made: list[int] = []
-    stage.clock.at = [(at_s, lambda: made.append(len(stage.made))) for at_s in (3.0, 5.0)]
-    assert stage.run(until_s=10.0) == 0
+    stage.clock.at = [(at_s, lambda: made.append(len(stage.made))) for at_s in (7.0, 9.0)]
+    assert stage.run(until_s=12.0) == 0
     assert made == [1, 2]
     assert [len(each.said) for each in stage.made] == [2, 2]
     assert stage.made[1].began_s == float("inf")
@@ -209,10 +209,10 @@ def test_a_plan_that_can_not_be_taken_up_leaves_the_old_one_at_work(monkeypatch:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_workers_and_the_supervisor(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     stage = Stage(monkeypatch, {})
-    stage.clock.at = [(5.0, lambda: signal.raise_signal(number))]
+    stage.clock.at = [(8.0, lambda: signal.raise_signal(number))]
     assert stage.run() == 0
     assert [each.said for each in stage.made] == [["terminate", "stop 10"]] * 2
-    assert stage.clock.now_s < 6
+    assert stage.clock.now_s < 9
 
 
 def test_a_signal_while_waiting_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

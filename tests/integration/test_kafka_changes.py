@@ -132,7 +132,7 @@ def test_records_deleted_before_they_were_read_are_reported_and_the_rest_is_exac
         assert re.search(rf"records_lost +first={read} last={read + 299} partition=clicks/0", stack.log("stream"))
         stack.wait_until_committed()
 
-        (worker,) = children_of(stream)
+        worker, *_ = children_of(stream)
         read = stack.ends("clicks")[1]
         with suspended(worker):
             feed.send(900, "clicks", 1)
@@ -140,7 +140,7 @@ def test_records_deleted_before_they_were_read_are_reported_and_the_rest_is_exac
             feed.lose("clicks", 1, read, read + 699)
         stack.wait_until_committed()
         assert re.search(rf"records_lost +first={read} last={read + 699} partition=clicks/1", stack.log("stream"))
-        assert children_of(stream) == [worker], stack.log("stream")
+        assert children_of(stream)[0] == worker, stack.log("stream")
         found = metrics(stack)
         assert found["headrace_stream_records_lost_total", "clicks", "0"] == 300
         assert found["headrace_stream_records_lost_total", "clicks", "1"] == 700
@@ -164,7 +164,7 @@ def test_a_stream_that_falls_behind_says_so_needs_no_more_memory_and_catches_up(
         feed = Feed(stack.kafka.bootstrap_servers)
         feed.send(500)
         stack.wait_until_committed()
-        (worker,) = children_of(stream)
+        worker, *_ = children_of(stream)
         before_mb = memory_mb(worker, "VmRSS")
         with suspended(worker):
             feed.send(60_000, note="x" * 3_800)

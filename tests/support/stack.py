@@ -70,7 +70,7 @@ def wait_for(
 
 
 def children_of(process: subprocess.Popen[bytes]) -> list[int]:
-    """Process ids of a process's children."""
+    """Process ids of a process's children, the oldest first: of a supervisor, first those that work."""
     try:
         return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     except FileNotFoundError:
