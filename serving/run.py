@@ -221,7 +221,7 @@ class _Supervisor:
         if self._successor is not None:
             at, successor = self._successor
             if successor.look(self._settings.hang_s):
-                self._successor, self._untaken = None, max(each.newest for each in self._serving)
+                self._successor, self._untaken = None, successor.told or 0
                 self._take_up_again_s = time.monotonic() + _UNTAKEN_AGAIN_S
                 log.error(
                     "plan_not_taken_up",
@@ -242,13 +242,13 @@ class _Supervisor:
         if self._ready is None:
             self._ready = _Process(self._settings, self._listeners, self._folder)
         else:
-            newest = max(each.newest for each in self._serving)
+            plans, newest = [each.plan or 0 for each in self._serving], max(each.newest for each in self._serving)
             if newest == self._untaken and time.monotonic() < self._take_up_again_s:
-                return
-            old = [at for at, each in enumerate(self._serving) if each.plan is not None and each.plan < newest]
-            if old:
-                self._successor = old[0], self._take_ready()
-                self._successor[1].serve(self._listeners[old[0]], None)
+                newest = max(plans)  # At least that one can be served here.
+            if min(plans) < newest:
+                at = plans.index(min(plans))
+                self._successor = at, self._take_ready()
+                self._successor[1].serve(self._listeners[at], newest)
 
     def _see_off(self) -> None:
         """Forgets those that have left, and ends those that take too long."""

@@ -235,7 +235,7 @@ def test_a_newer_plan_is_taken_up_and_no_request_fails(serve, settings: Settings
 
     def serves(plan: Plan) -> bool:
         seen.clear()
-        wait_for("some answer", lambda: len(seen) > 20)
+        wait_for("some answer", lambda: len(seen) > 100)
         return set(seen) == {plan.fingerprint}
 
     with serve(server_processes=processes) as server:
