@@ -279,9 +279,17 @@ class _Demo:
         self._start("stream")
         self._start("serve", "--port", str(self._settings.port))
         self._wait("the server", self._is_ready)
-        there = {"KAFKA": self._settings.kafka, "REDIS_URL": self._settings.redis_url.get_secret_value()}
+        there = {
+            "KAFKA": self._settings.kafka,
+            "REDIS_URL": self._settings.redis_url.get_secret_value(),
+            "PORT": self._settings.port,
+            "TOPICS": self._settings.topics,
+        }
+        command = os.path.relpath(Path(sys.prefix, "bin", "headrace"))
         where = " ".join(f"HEADRACE_{name}={value}" for name, value in there.items())
-        _say(self._console, f"events of your own: {where} headrace replay events.jsonl --topic clicks --rebase-to-now")
+        _say(self._console, f"for events and features of your own, in another terminal: export {where}")
+        _say(self._console, f"events: {command} replay events.jsonl --topic clicks --rebase-to-now")
+        _say(self._console, f"features: change features/catalog, then {command} plan, and {command} apply")
         plan = load_plan(self._settings, self._redis)
         marketplace = Marketplace(figures.seed)
         recent_users: deque[str] = deque(maxlen=RECENT)

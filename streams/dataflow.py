@@ -1,4 +1,4 @@
-"""The dataflow, for `python -m bytewax.run streams.dataflow:flow -s 1`: everything that knows Bytewax.
+"""The dataflow, for `streams.worker` or `python -m bytewax.run streams.dataflow:flow -s 1`: all that knows Bytewax.
 
     partitions of all topics ──> decode ──────────────────> lanes
       a chunk of raw records     contract, dead letters,     merge(rows, events)
@@ -16,11 +16,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from types import FrameType
 
 import bytewax.operators as op
 import structlog
+from bytewax._bytewax import cli_main
 from bytewax.dataflow import Dataflow
 from bytewax.inputs import DynamicSource, StatelessSourcePartition
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
@@ -48,6 +50,8 @@ _WAIT_S = 0.002
 """An idle worker waits for records, and wakes with the first; other workers' parts wait for it no longer than this."""
 DRAIN_S = 7
 """A worker that is told to stop takes no longer than this for its last commits; Redis or another worker may be away."""
+
+_EPOCH = timedelta(seconds=1)
 
 _stopping: list[int] = []
 
@@ -77,6 +81,11 @@ def flow(number: int | None = None, on_claimed: Callable[[Plan], object] = lambd
     # The commit's thread waits for the interpreter as long as this, before it sends what is ready: 5 ms by default.
     sys.setswitchinterval(0.0005)
     return dataflow
+
+
+def run(dataflow: Dataflow, number: int | None, addresses: list[str] | None) -> None:
+    """Runs the dataflow to its end, as one process, or as one of those at some addresses."""
+    cli_main(dataflow, process_id=number, addresses=addresses, epoch_interval=_EPOCH)  # type: ignore[no-untyped-call]  # it has no types
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
@@ -145,7 +154,8 @@ class DecodeStep:
                 self._dead_letters = self._dead_letters or DeadLetters(self._settings)
                 self._dead_letters.write(decoded.dead_letters)
             METRICS.decoded(chunk.partition.topic, decoded)
-            out += [(_lane_key(lane), part) for lane, part in enumerate(decoded.parts)]
+            if not chunk.start < chunk.end <= chunk.fresh:  # What all shards have would only have lanes claim them.
+                out += [(_lane_key(lane), part) for lane, part in enumerate(decoded.parts)]
         return out
 
 
@@ -165,6 +175,9 @@ class LaneSink(FixedPartitionedSink[Part, None]):
         return int(item_key)
 
     def build_part(self, step_id: str, for_part: str, resume_state: None) -> StatefulSinkPartition[Part, None]:
+        return _LanePartition(partial(self._lane, for_part))
+
+    def _lane(self, for_part: str) -> Lane:
         client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
         cache_bytes_max = self._settings.row_cache_mb * 1_000_000 // self._settings.lanes
         with _failures_said():
@@ -180,21 +193,26 @@ class LaneSink(FixedPartitionedSink[Part, None]):
             )
         log.info("lane_claimed", lane=for_part, plan=self._plan.fingerprint)
         self._on_claimed(self._plan)
-        return _LanePartition(lane)
+        return lane
 
 
 class _LanePartition(StatefulSinkPartition[Part, None]):
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
+    """A lane, which claims its shards with the first part: until then, who has them writes on."""
+
+    def __init__(self, make: Callable[[], Lane]) -> None:
+        self._make = make
+        self._lane: Lane | None = None
 
     def write_batch(self, items: list[Part]) -> None:
         with _failures_said():
+            self._lane = self._lane or self._make()
             written = self._lane.start(items)
         METRICS.committed(written.rows, written.evicted)
 
     def close(self) -> None:
-        with _failures_said():
-            self._lane.settle()
+        if self._lane is not None:
+            with _failures_said():
+                self._lane.settle()
 
     def snapshot(self) -> None:
         return None

@@ -201,6 +201,7 @@ class PartitionReader:
         self._spoken_s = clock()
         self._consumer = consumer or _consumer(settings)
         self._fresh = self._read_ms = 0
+        self._held = False
         records = list(_records(plan, client))
         for record in records:
             if other := record.of_other_topic(partition.topic, topic_id):
@@ -218,8 +219,22 @@ class PartitionReader:
             METRICS.lost(self._partition, last + 1 - first)
         self._consumer.assign([TopicPartition(*self._partition, start.at)])
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether it still reads what was committed before; not if that does not come, as it is gone by now."""
+        return self._at < self._fresh and self._clock() - self._spoken_s < IDLE_S
+
+    def hold(self, *, held: bool) -> None:
+        """Reads nothing while it is held, and then goes on where it was."""
+        if held != self._held:
+            self._held = held
+            here = [TopicPartition(*self._partition, self._at)]
+            self._consumer.unassign() if held else self._consumer.assign(here)
+
     def next_chunk(self) -> Chunk | None:
         """The next records, an empty range once a second when there are none, otherwise None. Never blocks."""
+        if self._held:
+            return None
         if self._lost:
             (start, end), self._lost = self._lost, None
             return Chunk(self._partition, start, end, start, low=self._low, topic_id=self._topic_id)
@@ -247,7 +262,9 @@ class PartitionReader:
 class WorkerReader:
     """Reads many partitions through one consumer: the broker answers one fetch, and one poll finds what is there.
 
-    It reads those partitions of the plan's topics that `is_mine`, also those that are added while it reads.
+    It reads those partitions of the plan's topics that `is_mine`, also those that are added while it reads. First it
+    reads of all what was committed before, for duplicates; only then does it give what is new, of any. So whoever
+    writes now may do so until then.
     """
 
     def __init__(
@@ -266,6 +283,7 @@ class WorkerReader:
         self._shared = _Shared(settings)
         self._readers: dict[Partition, PartitionReader] = {}
         self._read(there)
+        self._catches_up = True
         log.info("partitions_read", partitions=list(map(str, self._readers)))
 
     def next_chunks(self, wait_s: float = 0.0) -> list[Chunk]:
@@ -277,6 +295,8 @@ class WorkerReader:
         if not 0 <= now_s - self._looked_s < LOOK_S:
             self._looked_s = now_s
             self._look()
+        if self._catches_up:
+            self._hold_those_ahead()
         self._shared.poll(wait_s)
         chunks = [chunk for reader in self._readers.values() if (chunk := reader.next_chunk())]
         if not 0 <= now_s - self._said_s < _LAG_S:
@@ -285,6 +305,12 @@ class WorkerReader:
             for reader in self._readers.values():
                 reader.say_lag(int(now_s * 1000))
         return chunks
+
+    def _hold_those_ahead(self) -> None:
+        behind = {partition for partition, reader in self._readers.items() if reader.is_behind}
+        for partition, reader in self._readers.items():
+            reader.hold(held=bool(behind) and partition not in behind)
+        self._catches_up = bool(behind)
 
     def close(self) -> None:
         """Leaves all partitions."""
@@ -349,6 +375,10 @@ class _OfPartition:
             self._shared.consumer.incremental_unassign(partitions)
         self._shared.read[self._partition] = []
         self._shared.consumer.incremental_assign(partitions)
+
+    def unassign(self) -> None:
+        self._shared.consumer.incremental_unassign([TopicPartition(*self._partition)])
+        del self._shared.read[self._partition]
 
     def consume(self, _count: int, timeout: float) -> list[Any]:
         found, self._shared.read[self._partition] = self._shared.read[self._partition], []

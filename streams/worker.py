@@ -6,17 +6,11 @@ It says which plan it has claimed shards for, once a lane, and which is the newe
 from __future__ import annotations
 
 import signal
-from datetime import timedelta
-from typing import Final
-
-from bytewax._bytewax import cli_main
 
 from config.child import listen, say
 from config.settings import Settings
 from store.plans import watch_newest
-from streams.dataflow import flow
-
-_EPOCH: Final = timedelta(seconds=1)
+from streams.dataflow import flow, run
 
 
 def main() -> None:
@@ -24,10 +18,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Until there is something to end well.
     order = listen()
     if order is not None:
-        cluster = {"process_id": order["number"], "addresses": order["addresses"]}
         dataflow = flow(order["plan"], lambda plan: say(claimed=plan.number))
         watch_newest(Settings(), lambda number: say(newest=number))
-        cli_main(dataflow, **cluster, epoch_interval=_EPOCH)  # type: ignore[no-untyped-call]  # it has no types
+        run(dataflow, order["number"], order["addresses"])
 
 
 if __name__ == "__main__":

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -17,7 +15,7 @@ import httpx
 from config.settings import Settings
 from headrace.embedded import EmbeddedRedis, free_port
 from tests.support.kafka import RealKafka
-from tests.support.stack import wait_for
+from tests.support.stack import project_copy, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,16 +46,6 @@ def test_links_in_the_readme_lead_somewhere() -> None:
 def blocks() -> Iterator[tuple[str, str]]:
     """(language, text) of every code block, in order."""
     yield from re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-
-
-@contextmanager
-def project_copy(folder: Path) -> Iterator[Path]:
-    """The project as a newcomer has it, with the environment and the compiled loops that make would install."""
-    copy = folder / "headrace"
-    ignored = shutil.ignore_patterns(".venv", ".git", ".cache", ".*_cache", "data", ".hypothesis")
-    shutil.copytree(ROOT, copy, ignore=ignored)
-    (copy / ".venv").symlink_to(sys.prefix)
-    yield copy
 
 
 def run(command: str, folder: Path, environment: dict[str, str], timeout_s: float = 180) -> str:

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from headrace.embedded import free_port
-from tests.support.stack import run_headrace
+from tests.support.stack import project_copy, run_headrace
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 120
@@ -71,6 +71,11 @@ class Demo:
             if command.encode() in words:
                 found.append(pid)
         return found
+
+    def variables(self) -> dict[str, str]:
+        """What it says to export for events and features of one's own."""
+        (said,) = [line for line in self.lines if line.startswith("for events and features of your own")]
+        return dict(re.findall(r"(HEADRACE_\w+)=(\S+)", said))
 
     def descendants(self) -> list[int]:
         """All processes of its session."""
@@ -135,11 +140,10 @@ def test_it_runs_for_so_long_and_sums_up(start: Callable[..., Demo]) -> None:
 
 
 def test_events_of_ones_own_can_be_tried_on_it(start: Callable[..., Demo], tmp_path: Path) -> None:
-    """By the line that it prints, in another shell: kafka-python can't ask the demo's broker for its versions."""
+    """By the lines that it prints, in another shell: kafka-python can't ask the demo's broker for its versions."""
     demo = start("--port", "0")
     demo.wait_until_shopping()
-    (said,) = [line for line in demo.lines if "events of your own" in line]
-    variables = dict(re.findall(r"(HEADRACE_\w+)=(\S+)", said))
+    variables, (said,) = demo.variables(), [line for line in demo.lines if line.startswith("events: ")]
     event = {"user_id": "newcomer", "item_id": "i1", "category": "coats", "price": 30, "occurred_at": 1763719200000}
     (tmp_path / "events.jsonl").write_text(json.dumps(event))
 
@@ -151,6 +155,33 @@ def test_events_of_ones_own_can_be_tried_on_it(start: Callable[..., Demo], tmp_p
     url = f"{demo.lines[0].split()[0]}/v1/entities/user/newcomer"
     assert "user_activity__search_clicks_24h" in headrace("show user newcomer")  # However long a value is.
     demo.wait_for("it counts", lambda: httpx.get(url).json()["features"]["user_activity__clicks_1h"] == 1)
+
+
+def test_a_window_that_is_added_in_an_editor_is_served(start: Callable[..., Demo], tmp_path: Path) -> None:
+    """The stranger's trial, as README has it, on a running demo: change the file, plan, apply, read the new feature."""
+    demo = start("--port", "0")
+    demo.wait_until_shopping()
+    with project_copy(tmp_path) as folder:
+        environment = os.environ | demo.variables() | {"PYTHONPATH": str(folder)}
+        (trial,) = re.findall(r"^\$ sed .*?(?=^```)", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+        printed = ""
+        for line in re.findall(r"^\$ (.*)$", trial, re.MULTILINE):
+            command = line.split("   #")[0].replace("8000", demo.variables()["HEADRACE_PORT"])
+            done = subprocess.run(
+                ["bash", "-c", command.replace("/u1", "/u7")],
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=DEADLINE_S,
+                check=False,
+            )
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+            printed += done.stdout
+    assert "adds feature user_activity.search_clicks_12h: complete at once" in printed
+    assert re.search(r'search_clicks_12h":\d', printed)
+    url = f"{demo.lines[0].split()[0]}/v1/entities/user/u7"
+    assert "incomplete" not in httpx.get(url).json()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

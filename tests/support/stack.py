@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -67,6 +68,16 @@ def wait_for(
             message = f"waited {deadline_s} s in vain: {what}{said}"
             raise AssertionError(message)
         time.sleep(0.05)
+
+
+@contextmanager
+def project_copy(folder: Path) -> Iterator[Path]:
+    """The project as a newcomer has it, with the environment and the compiled loops that make would install."""
+    copy = folder / "headrace"
+    ignored = shutil.ignore_patterns(".venv", ".git", ".cache", ".*_cache", "data", ".hypothesis")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    (copy / ".venv").symlink_to(sys.prefix)
+    yield copy
 
 
 def children_of(process: subprocess.Popen[bytes]) -> list[int]:
