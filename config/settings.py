@@ -79,6 +79,11 @@ class Settings(BaseSettings):
         ge=2,
         description="A server process of several that does nothing for so long is killed and replaced, seconds",
     )
+    standby: bool = Field(
+        default=True,
+        description="Keep processes ready for when workers or servers die or a newer plan is applied; without them that "
+        "takes seconds more, and less memory",
+    )
     connections_max: int = Field(1000, ge=1, description="Most connections of each server process")
     requests_max: int = Field(
         8,

@@ -239,7 +239,7 @@ class _Supervisor:
         settled = time.monotonic() - self._began_s > SETTLING_S
         if not settled or any(each.plan is None for each in self._serving):
             return  # What stands ready would take the processor from those that start.
-        if self._ready is None:
+        if self._ready is None and self._settings.standby:
             self._ready = _Process(self._settings, self._listeners, self._folder)
         else:
             plans, newest = [each.plan or 0 for each in self._serving], max(each.newest for each in self._serving)

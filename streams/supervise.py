@@ -153,7 +153,7 @@ class _Supervisor:
                 self._take_up_again_s = time.monotonic() + _SAID_S
                 remedy = "see the errors above; what is applied before goes on"
                 log.error("plan_not_taken_up", statuses=failed, again_in_s=_SAID_S, remedy=remedy)
-        elif self._ready is None:
+        elif self._ready is None and self._settings.standby:
             # Not while everything begins: it would take the processor from those that do.
             settled = time.monotonic() - self._began_s > SETTLING_S
             self._ready = self._crew() if settled and working.claimed() else None

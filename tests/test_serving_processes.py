@@ -238,7 +238,7 @@ def test_a_newer_plan_is_taken_up_and_no_request_fails(serve, settings: Settings
         wait_for("some answer", lambda: len(seen) > 100)
         return set(seen) == {plan.fingerprint}
 
-    with serve(server_processes=processes) as server:
+    with serve(server_processes=processes, standby=processes == 1) as server:
         wait_for("the port is taken", lambda: "port=" in server.log)
         server.port = int(re.findall(r"port=(\d+)", server.log)[0])
         wait_for("it answers", lambda: server.get("/readyz") == 200)

@@ -439,7 +439,7 @@ def test_features_change_and_nothing_stops(folder: Path) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
     rng = random.Random(seed)
-    with Stack(code=folder, definitions=MODULE, shards=8) as stack:
+    with Stack(code=folder, definitions=MODULE, shards=8, standby=True) as stack:
         evolution = Evolution(stack, folder, rng)
         now = deepcopy(FIRST)
         evolution.declare(now)

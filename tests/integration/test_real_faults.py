@@ -132,6 +132,7 @@ class Trial:
             lanes=3,
             chunk_events=200,
             redis_timeout_s=2,
+            standby=True,
             redis=EmbeddedRedis(appendonly=True, args=("--appendfsync", "everysec")),
         )
 
