@@ -81,7 +81,7 @@ class Settings(BaseSettings):
     )
     standby: bool = Field(
         default=True,
-        description="Keep processes ready for when workers or servers die or a newer plan is applied; without them that "
+        description="Keep processes ready for when one dies or a newer plan is applied; without them that "
         "takes seconds more, and less memory",
     )
     connections_max: int = Field(1000, ge=1, description="Most connections of each server process")
