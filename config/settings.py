@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     hang_s: float = Field(
         30,
         ge=2,
-        description="A server process of several that does nothing for so long is killed and replaced, seconds",
+        description="A server process that does nothing for so long is killed and replaced, seconds",
     )
     standby: bool = Field(
         default=True,
