@@ -126,12 +126,15 @@ def _scan(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
         first_table, last_table = parts[part - 1] if part else 0, parts[part]
         if begin == end:
             continue
-        at = begin + HEAD_BYTES + (last_table - first_table) * TABLE_BYTES
-        if at > end:
+        if begin + TAG_BYTES > end:
             return blob, _SHORT, 0
         for index in range(TAG_BYTES):
             if data[begin + index] != tags[part, index]:
                 return blob, _OTHER, 0
+        # Not before: a row of another layout may be shorter than any of this one.
+        at = begin + HEAD_BYTES + (last_table - first_table) * TABLE_BYTES
+        if at > end:
+            return blob, _SHORT, 0
         latest_ms[part, row] = _read_time(data, begin + TAG_BYTES)
         n_texts = _read(data, begin + TAG_BYTES + 6, 2)
         text_counts[blob] = n_texts

@@ -257,7 +257,8 @@ class Crew:
             self.newest = max(self.newest, said.get("newest", -1))
             if "claimed" in said:
                 self._n_claimed += 1
-                self.plan = said["claimed"]
+                # Another may be applied while they start.
+                self.plan = min(said["claimed"], self.plan if self.plan is not None else said["claimed"])
         return self._n_claimed >= self._lanes
 
     def ended(self) -> list[int]:

@@ -382,3 +382,11 @@ def test_an_error_tells_the_family_and_the_row() -> None:
     with pytest.raises(CorruptRowError, match=f"^not a row of {family.name}: 1 bytes are too few$") as caught:
         decode(family, [None, filled(family)[0], b"\1"])
     assert (caught.value.family, caught.value.position) == (family, 2)
+
+
+def test_a_short_row_of_another_layout_is_told_from_a_corrupt_one() -> None:
+    """It may be shorter than any of this layout. Had its length been looked at first, streams would have stopped at it."""
+    family = max(FAMILIES, key=lambda each: len(each.tables))
+    with pytest.raises(CorruptRowError) as caught:
+        decode(family, [bytes(each ^ 0xFF for each in family.tag) + bytes(9)])
+    assert caught.value.other

@@ -23,13 +23,24 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from structlog.testing import capture_logs
 
 from config.settings import Settings
-from store.commit import FencedError, ShardCommit, Writer, initialise, read_record
+from features.evolve import as_declared, succeed
+from store.commit import FencedError, ShardCommit, Writer, initialise, read_record, taken_by_all
 from store.keys import Keyspace
+from store.layouts import Layouts
 from streams.chunk import Chunk, Part, Partition
 from streams.decode import Decoder
 from streams.kafka import PartitionReader
 from streams.lane import Commit, Committer, GapError, Lane
-from tests.simulation.marketplace import BASE_MS, HORIZON_MS, PARTITIONS, a_log, differences, plan_of
+from tests.simulation.marketplace import (
+    BASE_MS,
+    HORIZON_MS,
+    PARTITIONS,
+    SKEW_MS,
+    a_log,
+    differences,
+    plan_of,
+    varied,
+)
 from tests.simulation.store import Client, Command, SimulatedRedis, Values
 from tests.support.log import Clock, Consumer, Log, Message
 
@@ -72,6 +83,8 @@ class Faults:
         """A lagging replica answers what is read, and then the old master is back."""
         self.forget_scripts = chance(0.02)
         self.redeliver = chance(0.1)
+        self.apply = chance(0.02, 0.1)
+        """Another plan is applied: processes that start run it, beside those of the one before."""
         self.retention = chance(0.3)
 
 
@@ -94,6 +107,7 @@ class World:
         for partition, messages in self.log.records.items():
             self.log.low[partition] = self.log.high[partition] = messages[0].offset() if messages else 0
         initialise(self.direct, Keyspace("sim", self.shards), ENTITIES)  # type: ignore[arg-type]  # as much as is used
+        self.plans = [plan_of(self.shards)]
         self.snapshots: list[Values] = [self.redis.snapshot()]
         self.late: list[Sequence[Command]] = []
         self.workers: list[Worker] = []
@@ -109,7 +123,7 @@ class World:
             self.step()
         self.faults = Faults(_NoChance())
         self._drain()
-        return differences(self.records, self.direct.mget, self.shards, self.clock.now_ms + 5)
+        return differences(self.records, self.direct.mget, self.plans, self.clock.now_ms + 5)
 
     def step(self) -> None:
         """Anything may happen."""
@@ -128,6 +142,8 @@ class World:
             self._delete_old_records()
         if self.workers and rng.random() < faults.kill:
             self.dies(rng.choice(self.workers), "kill")
+        if rng.random() < faults.apply:
+            self._apply()
         is_broken = len(self.workers) < (self.workers[0].n_workers if self.workers else 1)
         if rng.random() < (0.3 if is_broken else faults.restart if self.starts < _STARTS_MAX else 0):
             self._start()
@@ -136,6 +152,18 @@ class World:
         for zombie in list(self.zombies):
             if rng.random() < faults.zombie:
                 zombie.step()
+
+    def _apply(self) -> None:
+        """Another plan, or one that was there before; it knows what Redis says of those before it."""
+        self.counts["apply"] += 1
+        applied = self.plans[-1]
+        declared = (
+            as_declared(self.rng.choice(self.plans)) if self.rng.random() < 0.2 else varied(self.shards, self.rng)
+        )
+        records = [read_record(self.direct, key) for key in Keyspace.of(applied).commit_records(ENTITIES)]  # type: ignore[arg-type]  # as much as is used
+        plan = succeed(applied, declared, taken_by_all(records, applied.needs), self.clock.now_ms - 2 * SKEW_MS)
+        if plan.number > applied.number:
+            self.plans.append(plan)
 
     def pass_ms(self, ms: int) -> None:
         """Time passes, and records that were sent meanwhile arrive."""
@@ -280,8 +308,9 @@ class Worker:
         self._chunks: list[Chunk] = []
         self._lanes: dict[int, Lane] = {}
         self._commits: dict[int, Later] = {}
-        self._plan = plan_of(world.shards)
-        self._skew_ms = world.rng.choice([0, 0, -3_000, 3_000])
+        self._plan, plans = world.plans[-1], world.plans
+        self._layouts = Layouts(self._plan, lambda first, last: plans[first : last + 1])
+        self._skew_ms = world.rng.choice([0, 0, -SKEW_MS, SKEW_MS])
         mine = [each for each in PARTITIONS if (TOPICS.index(each.topic) + each.number) % n_workers == number]
         own_lanes = range(number, queues.lanes, n_workers)
         self.starting: list[Callable[[], None]] = [
@@ -302,7 +331,7 @@ class Worker:
         self._readers.append(reader)
 
     def _claim(self, lane: int, cache_bytes_max: int) -> None:
-        writer = Writer(self._client, Keyspace("sim", self._world.shards), self._sleep, self.clock)
+        writer = Writer(self._client, Keyspace("sim", self._world.shards), self._sleep, self.clock, self.clock)
         writer.token = f"{self._world.rng.getrandbits(64):016x}"
         self._lanes[lane] = Lane(
             self._plan,
@@ -310,6 +339,7 @@ class Worker:
             self._queues.lanes,
             self._client,
             self.clock,
+            layouts=self._layouts,
             cache_bytes_max=cache_bytes_max,
             writer=writer,
             committer=lambda commit: self._commits.setdefault(lane, Later(commit)),
