@@ -126,12 +126,10 @@ def _scan(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
         first_table, last_table = parts[part - 1] if part else 0, parts[part]
         if begin == end:
             continue
-        if begin + TAG_BYTES > end:
-            return blob, _SHORT, 0
-        for index in range(TAG_BYTES):
+        # Before its length: a row of another layout may be shorter than any of this one.
+        for index in range(TAG_BYTES if begin + TAG_BYTES <= end else 0):
             if data[begin + index] != tags[part, index]:
                 return blob, _OTHER, 0
-        # Not before: a row of another layout may be shorter than any of this one.
         at = begin + HEAD_BYTES + (last_table - first_table) * TABLE_BYTES
         if at > end:
             return blob, _SHORT, 0

@@ -385,7 +385,7 @@ def test_an_error_tells_the_family_and_the_row() -> None:
 
 
 def test_a_short_row_of_another_layout_is_told_from_a_corrupt_one() -> None:
-    """It may be shorter than any of this layout. Had its length been looked at first, streams would have stopped at it."""
+    """It may be shorter than any of this layout: if its length is looked at first, streams stop at it."""
     family = max(FAMILIES, key=lambda each: len(each.tables))
     with pytest.raises(CorruptRowError) as caught:
         decode(family, [bytes(each ^ 0xFF for each in family.tag) + bytes(9)])
