@@ -68,16 +68,28 @@ def plan(
     """
     import msgspec
 
-    from features.changes import in_the_way
-    from store.plans import plan_changes
+    from features.changes import in_the_way, when
+    from store.completeness import Completeness, look
+    from store.plans import applied_plan, plan_changes
 
-    declared, changed = plan_changes(_settings())
+    settings = _settings()
+    client, now_ms = _redis(settings), time.time_ns() // 1_000_000
+    declared, changed = plan_changes(settings, client)
     refused = in_the_way(declared, changed, replace or ())
+    incomplete: dict[str, int | None] = {}
+    if (applied := applied_plan(client, declared.project)) is not None:
+        completeness = Completeness(applied)
+        look(completeness, client, now_ms)
+        incomplete = completeness.incomplete(applied.features, now_ms)
     if as_json:
-        said = {"plan": declared.fingerprint, "number": declared.number, "changes": changed, "refused": refused}
+        said = {"plan": declared.fingerprint, "number": declared.number, "changes": changed}
+        said |= {"refused": refused, "incomplete": incomplete}
         out.print_json(msgspec.json.encode(said).decode())
     else:
         _show_changes(changed)
+        for name, at_ms in incomplete.items():
+            until = "what came before it was applied" if at_ms is None else f"some of it until {when(at_ms)}"
+            out.print(f"incomplete {name}: it lacks {until}", style="dim", highlight=False, markup=False)
         rest = "`headrace apply` would refuse it" if refused else "run `headrace apply`"
         out.print(f"plan {declared.fingerprint}: {rest if changed else 'nothing to do'}")
     raise typer.Exit(2 if refused else 0)

@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from features.plan import Plan
 from headrace.embedded import EmbeddedRedis, free_port
 from serving import worker
 from serving.client import Client
+from store.connect import connect
+from store.plans import append_plan, applied_plans, load_plan, watch_newest
 from tests.support.served import NOW_MS, ROOT, Clock, Rows, catalogue, listening, project_folder, served, settings_of
+from tests.support.stack import wait_for
 
 RANKING = {"service": "ranking_v1", "user_id": "u1", "item_ids": ["i1"]}
 SECRET = "s3cret-and-long"
@@ -51,7 +55,7 @@ def documented_users(client: Any) -> None:
 
 
 async def test_the_documented_users_of_redis_can_do_their_work_and_nothing_else(
-    own_redis: EmbeddedRedis, plan: Plan
+    own_redis: EmbeddedRedis, plan: Plan, tmp_path: Path
 ) -> None:
     clock = Clock()
     with redis.Redis.from_url(own_redis.url) as admin:
@@ -61,6 +65,14 @@ async def test_the_documented_users_of_redis_can_do_their_work_and_nothing_else(
     def url(user: str) -> str:
         return own_redis.url.replace("redis://", f"redis://{user}:{SECRET}@")
 
+    append_plan(connect(url("stream"), 10), plan, 0)
+    for user in ("stream", "serve"):
+        settings = settings_of(url(user), repo=project_folder(tmp_path))
+        assert load_plan(settings) == plan
+        assert [each.fingerprint for each in applied_plans(connect(url(user), 10), plan.project)] == [plan.fingerprint]
+        newest: list[int] = []
+        watch_newest(settings, newest.append)
+        wait_for("it is known which plan is the newest", partial(newest.__contains__, 0))
     rows = Rows(plan, url("stream"), clock)
     rows.write("clicks", [CLICK])
     async with served(settings_of(url("serve")), plan, clock) as http:
