@@ -334,12 +334,12 @@ class Evolution:
             if self.flows.wait(0.1):
                 with self.pouring:
                     self.send(5, self.topics)
-                time.sleep(0.02)
+                time.sleep(0.05)
 
     def ask(self) -> None:
         """Asks of what no events come to any more: its values follow from the time alone."""
         rng = random.Random(1)
-        while not self.stop.is_set():
+        while not self.stop.wait(0.02):
             self.compare(rng.choice(self.addresses), *self._somebody(rng, self.quiet), self.quiet)
 
     def _somebody(self, rng: random.Random, events: Mapping[str, list[Any]]) -> tuple[str, str]:

@@ -83,7 +83,7 @@ class Faults:
         """A lagging replica answers what is read, and then the old master is back."""
         self.forget_scripts = chance(0.02)
         self.redeliver = chance(0.1)
-        self.apply = chance(0.02, 0.1)
+        self.apply = 0.0
         """Another plan is applied: processes that start run it, beside those of the one before."""
         self.retention = chance(0.3)
 
@@ -94,6 +94,9 @@ class World:
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
         self.faults = Faults(rng)
+        # By a generator of its own, and in a third of all runs: what is rare elsewhere stays as likely.
+        self._applying = random.Random(seed + 1)
+        self.faults.apply = self._applying.choice((0.0, 0.0, 0.05))
         self.counts: Counter[str] = Counter()
         self.shards = rng.randint(2, 3)
         self.clock = Clock(BASE_MS - 1_000)
@@ -142,7 +145,7 @@ class World:
             self._delete_old_records()
         if self.workers and rng.random() < faults.kill:
             self.dies(rng.choice(self.workers), "kill")
-        if rng.random() < faults.apply:
+        if self._applying.random() < faults.apply:
             self._apply()
         is_broken = len(self.workers) < (self.workers[0].n_workers if self.workers else 1)
         if rng.random() < (0.3 if is_broken else faults.restart if self.starts < _STARTS_MAX else 0):
@@ -156,10 +159,8 @@ class World:
     def _apply(self) -> None:
         """Another plan, or one that was there before; it knows what Redis says of those before it."""
         self.counts["apply"] += 1
-        applied = self.plans[-1]
-        declared = (
-            as_declared(self.rng.choice(self.plans)) if self.rng.random() < 0.2 else varied(self.shards, self.rng)
-        )
+        applied, rng = self.plans[-1], self._applying
+        declared = as_declared(rng.choice(self.plans)) if rng.random() < 0.2 else varied(self.shards, rng)
         records = [read_record(self.direct, key) for key in Keyspace.of(applied).commit_records(ENTITIES)]  # type: ignore[arg-type]  # as much as is used
         plan = succeed(applied, declared, taken_by_all(records, applied.needs), self.clock.now_ms - 2 * SKEW_MS)
         if plan.number > applied.number:
