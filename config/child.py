@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any, Final
 
 METRICS_FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
@@ -17,6 +19,22 @@ METRICS_FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
 
 SETTLING_S: Final = 5.0
 """After a start; then others are made that stand ready."""
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """A list that holds every signal to stop that came."""
+    stopping: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        stopping.append(number)
+
+    before = [(number, signal.signal(number, stop)) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        yield stopping
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 class Child:

@@ -264,9 +264,8 @@ def _field_change(spec: EventSpec, name: str, old: _Field | None, new: _Field | 
     breaks, adds = "", ""
     if new is None:
         breaks = f"field {name} is gone: of records that have it, also those still unread, it is ignored"
-    elif old is None and (new.required or not new.null):
-        breaks = f"field {name} is new and required: {dead}" if new.required else ""
-        adds = f"field {name}, which records may leave out"
+    elif old is None and new.required:
+        breaks = f"field {name} is new and required: {dead}"
     elif old is None:
         adds = f"field {name}, which records may leave out"
     elif old.takes != new.takes:

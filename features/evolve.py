@@ -119,12 +119,18 @@ def _since_ms(known: Iterable[Known], taken_ms: Mapping[int, int]) -> int | None
     """Since when a feature knows all its events; None while no stream has taken up a plan that it names."""
     found = []
     for each in known:
-        # A plan that no stream ran was taken up when a later one was.
-        later = [at_ms for number, at_ms in taken_ms.items() if number > each.plan]
-        if each.plan not in taken_ms and not later:
+        at_ms = taken_up_ms(taken_ms, each.plan)
+        if at_ms is None:
             return None
-        found.append((taken_ms[each.plan] if each.plan in taken_ms else min(later)) - each.lead_ms)
+        found.append(at_ms - each.lead_ms)
     return max(found, default=_ALWAYS_MS)
+
+
+def taken_up_ms(taken_ms: Mapping[int, int], number: int) -> int | None:
+    """When a plan was taken up: if no stream ran it, when the first later one was; None if none was."""
+    if number in taken_ms:
+        return taken_ms[number]
+    return min((at_ms for other, at_ms in taken_ms.items() if other > number), default=None)
 
 
 def _span_ms(feature: Feature) -> int | None:

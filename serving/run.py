@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import signal
 import socket
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from types import FrameType
 
 import structlog
 from prometheus_client.multiprocess import mark_process_dead
 
-from config.child import METRICS_FOLDER, SETTLING_S, Child
+from config.child import METRICS_FOLDER, SETTLING_S, Child, signals
 from config.logs import set_up_logs
 from config.settings import Settings
 
@@ -43,17 +41,10 @@ def run(settings: Settings) -> int:
     """
     set_up_logs(as_json=settings.log_json)
     _check_open(settings)
-    stopping: list[int] = []
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        stopping.append(number)
-
     with ExitStack() as stack:
         listeners = _listeners(stack, settings.host, settings.port, settings.server_processes)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-metrics-"))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            stack.callback(signal.signal, number, signal.signal(number, stop))
-        supervisor = _Supervisor(settings, listeners, folder, stopping)
+        supervisor = _Supervisor(settings, listeners, folder, stack.enter_context(signals()))
         try:
             return supervisor.run()
         finally:

@@ -24,6 +24,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from features.evolve import taken_up_ms
 from features.plan import Plan
 from store.keys import Keyspace
 
@@ -128,8 +129,8 @@ class CommitRecord(msgspec.Struct, frozen=True, dict=True):
 
 def _taken(taken: Mapping[int, int], numbers: Iterable[int]) -> dict[int, int]:
     """When each plan was taken up, or else the first later one; nothing of those of which neither was."""
-    later = {number: [at_ms for other, at_ms in taken.items() if other > number] for number in numbers}
-    return {number: taken.get(number) or min(later[number]) for number in numbers if number in taken or later[number]}
+    found = {number: taken_up_ms(taken, number) for number in numbers}
+    return {number: at_ms for number, at_ms in found.items() if at_ms is not None}
 
 
 def taken_by_all(records: Iterable[CommitRecord | None], numbers: Collection[int]) -> dict[int, int]:

@@ -41,7 +41,7 @@ class Completeness:
         taken_ms = taken_by_all(decoded_records(self.keys, stored), self._plan.needs)
         self._due_ms = now_ms + (_LOOK_AGAIN_MS if len(taken_ms) == len(self._plan.needs) else _LOOK_MS)
         found = complete_from_ms(self._plan, taken_ms)
-        self._complete_ms = {name: at_ms for name, at_ms in found.items() if at_ms is None or at_ms > now_ms}
+        self._complete_ms = {name: at_ms for name, at_ms in found.items() if _lacks(at_ms, now_ms)}
 
     def incomplete(self, names: Iterable[str], now_ms: int) -> dict[str, int | None]:
         """Of these features those that lack something at `now_ms`, and until when, ms since the epoch.

@@ -7,16 +7,14 @@ and take their places at once. Those of a newer plan begin beside the old ones, 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from types import FrameType
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import structlog
 
-from config.child import SETTLING_S, Child
+from config.child import SETTLING_S, Child, signals
 from config.settings import Settings
 from streams.metrics import metrics_served
 
@@ -42,24 +40,8 @@ def supervise(settings: Settings, processes: int, sleep: Callable[[float], None]
     the back-off no more; but for what heals by itself, such as a Redis that is away, it waits however long. Those whose
     shards another stream has claimed are not replaced: the two would only take them from each other for ever.
     """
-    with _signals() as stopping, metrics_served(settings.host, settings.stream_metrics_port) as ended:
+    with signals() as stopping, metrics_served(settings.host, settings.stream_metrics_port) as ended:
         return _Supervisor(settings, processes, stopping, ended, sleep).run()
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that holds every signal to stop that came."""
-    stopping: list[int] = []
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        stopping.append(number)
-
-    before = [(number, signal.signal(number, stop)) for number in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        yield stopping
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
 
 
 class _Supervisor:
