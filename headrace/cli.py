@@ -70,14 +70,14 @@ def plan(
 
     from features.changes import in_the_way, when
     from store.completeness import Completeness, look
-    from store.plans import applied_plan, plan_changes
+    from store.plans import plan_changes
 
     settings = _settings()
     client, now_ms = _redis(settings), time.time_ns() // 1_000_000
-    declared, changed = plan_changes(settings, client)
+    declared, changed, applied = plan_changes(settings, client)
     refused = in_the_way(declared, changed, replace or ())
     incomplete: dict[str, int | None] = {}
-    if (applied := applied_plan(client, declared.project)) is not None:
+    if applied is not None:
         completeness = Completeness(applied)
         look(completeness, client, now_ms)
         incomplete = completeness.incomplete(applied.features, now_ms)

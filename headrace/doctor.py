@@ -46,7 +46,7 @@ def examine(settings: Settings) -> Iterator[Check]:
     plan: Plan | None = None
     try:
         plan = load_plan(settings)
-        changed = plan_changes(settings)[1]
+        changed = plan_changes(settings).changes
         yield Check("plan", good=True, found=f"plan {plan.fingerprint} is applied")
         yield Check(
             "definitions",

@@ -18,7 +18,7 @@ from features.plan import Plan
 from registry.register import register, registered_plan
 from store.commit import initialise, join
 from store.keys import Keyspace
-from store.plans import ApplyError, append_plan, applied_plan, plan_changes
+from store.plans import ApplyError, append_plan, plan_changes
 
 _KAFKA_TIMEOUT_S = 15.0
 
@@ -63,7 +63,7 @@ def apply(
         ApplyError: if a change is refused or needs consent, another `apply` was quicker, or the broker is not there.
         ValueError: if nothing has a name that is to be replaced.
     """
-    plan, changed = plan_changes(settings, client, clock)
+    plan, changed, applied = plan_changes(settings, client, clock)
     if refused := in_the_way(plan, changed, replace):
         raise ApplyError("nothing is applied:\n" + "\n".join(f"  {each}" for each in refused))
     topics = create_topics(settings, plan)
@@ -73,15 +73,15 @@ def apply(
     if registered:
         register(store, plan, settings.kafka)
     now_ms = int(clock() * 1000)
-    records = _initialise(client, plan, now_ms)
+    records = _initialise(client, applied, plan, now_ms)
     if changed:
         append_plan(client, plan, now_ms)
     return Applied(plan, changed, registered, topics, records)
 
 
-def _initialise(client: redis.Redis, plan: Plan, now_ms: int) -> int:
+def _initialise(client: redis.Redis, applied: Plan | None, plan: Plan, now_ms: int) -> int:
     """Gives every shard its commit record; returns how many had none, or not one to go on from."""
-    applied, keyspace = applied_plan(client, plan.project), Keyspace.of(plan)
+    keyspace = Keyspace.of(plan)
     new = set(plan.stored_entities) - set(applied.stored_entities) if applied else set()
     joined = join(client, keyspace, new, plan, now_ms) if new else 0
     return joined + initialise(client, keyspace, plan.stored_entities)

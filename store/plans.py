@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Thread
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import redis
@@ -127,9 +127,17 @@ def watch_newest(settings: Settings, found: Callable[[int], object]) -> None:
     Thread(target=watch, daemon=True).start()
 
 
+class Proposal(NamedTuple):
+    """What is declared as the plan that would come next, what applying it would change, and what is applied."""
+
+    plan: Plan
+    changes: list[Change]
+    applied: Plan | None
+
+
 def plan_changes(
     settings: Settings, client: redis.Redis | None = None, clock: Callable[[], float] = time.time
-) -> tuple[Plan, list[Change]]:
+) -> Proposal:
     """What is declared as the plan that would come next, and what applying it would change.
 
     Raises:
@@ -148,7 +156,7 @@ def plan_changes(
     records = read_records(client, Keyspace.of(before).commit_records(before.stored_entities)) if before else []
     taken_ms = taken_by_all(records, before.needs) if before else {}
     plan = succeed(before, declared, taken_ms, now_ms)
-    return plan, changes(before, plan, now_ms, taken_ms)
+    return Proposal(plan, changes(before, plan, now_ms, taken_ms), before)
 
 
 def load_plan(settings: Settings, client: redis.Redis | None = None, number: int | None = None) -> Plan:

@@ -15,7 +15,7 @@ import httpx
 from config.settings import Settings
 from headrace.embedded import EmbeddedRedis, free_port
 from tests.support.kafka import RealKafka
-from tests.support.stack import project_copy, wait_for
+from tests.support.stack import commands_of, project_copy, run_shell, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,21 +46,6 @@ def test_links_in_the_readme_lead_somewhere() -> None:
 def blocks() -> Iterator[tuple[str, str]]:
     """(language, text) of every code block, in order."""
     yield from re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-
-
-def run(command: str, folder: Path, environment: dict[str, str], timeout_s: float = 180) -> str:
-    """Runs a line of a console block in a shell."""
-    done = subprocess.run(
-        ["bash", "-c", command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def test_every_block_of_the_readme_runs(tmp_path: Path, real_kafka: RealKafka) -> None:
@@ -98,7 +83,7 @@ def run_python(text: str, folder: Path, environment: dict[str, str]) -> None:
     """A Python block, as a file of its own; one that reads waits until the stream has caught up."""
     file = folder / "block.py"
     file.write_text(text)
-    run(f".venv/bin/python {file.name}", folder, environment)
+    run_shell(f".venv/bin/python {file.name}", environment, folder)
     file.unlink()
 
 
@@ -106,8 +91,7 @@ def run_console(
     text: str, folder: Path, environment: dict[str, str], background: list[subprocess.Popen[bytes]], port: int
 ) -> None:
     """A console block, line by line."""
-    for line in re.findall(r"^\$ (.*)$", text, re.MULTILINE):
-        command = line.split("   #")[0].strip()
+    for command in commands_of(text):
         if command.startswith("export "):
             environment |= dict(pair.split("=", 1) for pair in command.removeprefix("export ").split())
         elif command.endswith("&"):
@@ -118,13 +102,13 @@ def run_console(
                 wait_for("the server is ready", lambda: answers(f"http://127.0.0.1:{port}/readyz"))
         elif command == "make demo":
             # What make would install is already here; it is tried from a bare clone in CI.
-            run(f".venv/bin/headrace demo --seconds {DEMO_SECONDS}", folder, environment)
+            run_shell(f".venv/bin/headrace demo --seconds {DEMO_SECONDS}", environment, folder)
         elif command == "make test":
-            run(".venv/bin/pytest --collect-only -q tests/test_docs.py", folder, environment)
+            run_shell(".venv/bin/pytest --collect-only -q tests/test_docs.py", environment, folder)
         else:
             if "entities/user/u1" in command:
                 wait_for("the stream has caught up", lambda: clicks(port) == 1)
-            run(command, folder, environment)
+            run_shell(command, environment, folder)
 
 
 def answers(url: str) -> bool:

@@ -91,7 +91,7 @@ def catalogue_of(store: feast.FeatureStore) -> dict[str, Any]:
 
 
 def test_the_first_apply_registers_everything_and_the_second_has_nothing_to_do(settings: Settings) -> None:
-    plan, announced = plan_changes(settings)
+    plan, announced, _ = plan_changes(settings)
     first = apply(settings)
     assert first.changes == announced
     assert {each.kind for each in first.changes} == {"adds"}
@@ -102,7 +102,7 @@ def test_the_first_apply_registers_everything_and_the_second_has_nothing_to_do(s
     registered = catalogue_of(store_of(settings))
     second = apply(settings)
     assert (second.changes, second.topics, second.records) == ([], [], 0)
-    assert plan_changes(settings)[1] == []
+    assert plan_changes(settings).changes == []
     assert catalogue_of(store_of(settings)) == registered
     assert registered_plan(store_of(settings)) == plan
 
@@ -424,7 +424,7 @@ async def test_changed_code_of_a_derived_feature_is_refused_by_name(
     plan = load_plan(mine)
     assert Program(plan, plan.service("own_v1").features).entities == ("user",)
     own("own_changing", 3)
-    assert "feature user_thing.doubled: other code" in "\n".join(map(str, plan_changes(mine)[1]))
+    assert "feature user_thing.doubled: other code" in "\n".join(map(str, plan_changes(mine).changes))
     with pytest.raises(CodeChangedError, match=r"doubled .*own_changing:UserThing\.doubled.*headrace apply"):
         Program(plan, plan.service("own_v1").features)
     app = create_app(mine, plan)

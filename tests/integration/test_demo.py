@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from headrace.embedded import free_port
-from tests.support.stack import project_copy, run_headrace
+from tests.support.stack import commands_of, project_copy, run_headrace, run_shell
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 120
@@ -165,19 +165,9 @@ def test_a_window_that_is_added_in_an_editor_is_served(start: Callable[..., Demo
         environment = os.environ | demo.variables() | {"PYTHONPATH": str(folder)}
         (trial,) = re.findall(r"^\$ sed .*?(?=^```)", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
         printed = ""
-        for line in re.findall(r"^\$ (.*)$", trial, re.MULTILINE):
-            command = line.split("   #")[0].replace("8000", demo.variables()["HEADRACE_PORT"])
-            done = subprocess.run(
-                ["bash", "-c", command.replace("/u1", "/u7")],
-                cwd=folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=DEADLINE_S,
-                check=False,
-            )
-            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-            printed += done.stdout
+        for command in commands_of(trial):
+            here = command.replace("8000", demo.variables()["HEADRACE_PORT"]).replace("/u1", "/u7")
+            printed += run_shell(here, environment, folder)
     assert "adds feature user_activity.search_clicks_12h: complete at once" in printed
     assert re.search(r'search_clicks_12h":\d', printed)
     url = f"{demo.lines[0].split()[0]}/v1/entities/user/u7"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,16 +37,24 @@ DEADLINE_S = 120.0
 
 def run_headrace(arguments: Iterable[str], environment: Mapping[str, str], folder: Path | None = None) -> str:
     """Runs a command of the command line to its end; returns what it printed."""
+    return _run([sys.executable, "-m", "headrace", *arguments], environment, folder, DEADLINE_S)
+
+
+def run_shell(command: str, environment: Mapping[str, str], folder: Path) -> str:
+    """Runs a line of a console block in a shell; returns what it printed."""
+    return _run(["bash", "-c", command], environment, folder, 180)
+
+
+def commands_of(block: str) -> list[str]:
+    """What a console block has one type, without what is said of it."""
+    return [line.split("   #")[0].strip() for line in re.findall(r"^\$ (.*)$", block, re.MULTILINE)]
+
+
+def _run(argv: list[str], environment: Mapping[str, str], folder: Path | None, timeout_s: float) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "headrace", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
+        argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, f"{argv[-1]}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
