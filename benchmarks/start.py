@@ -20,21 +20,18 @@ from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import msgspec
-
 from benchmarks.background import background
 from benchmarks.freshness import Prober, prober
 from benchmarks.harness import Benchmark, Options, Report, Series, alternate, main, say
 from benchmarks.project import START_TIMEOUT_S, Project, answers
 from benchmarks.stream import streaming
-from features.aggregations.base import Aggregation
 from features.evolve import as_declared, succeed
-from features.plan import Plan
 from headrace.embedded import EmbeddedBroker, end, free_port, spawn, wait_until_ready
 from store.commit import decoded_records
 from store.keys import Keyspace
 from store.plans import append_plan, applied_plan
 from tests.support.kafka import RealKafka
+from tests.support.served import with_windows
 
 REFERENCE: Final = "import numpy, pyarrow, fastapi, uvicorn"
 LIMITS: Final = {"help": 0.5, "show": 2.0, "doctor": 2.0, "server": 3.0, "worker": 3.0}
@@ -124,7 +121,7 @@ def _pause_s(project: Project, window: str, options: Options) -> float:
     if before is None:
         msg = "nothing is applied"
         raise RuntimeError(msg)
-    plan = succeed(before, _with_window(as_declared(before), window), now_ms=int(time.time() * 1000))
+    plan = succeed(before, with_windows(as_declared(before), window), now_ms=int(time.time() * 1000))
     keys = Keyspace.of(plan).commit_records(plan.stored_entities)
     append_plan(client, plan, int(time.time() * 1000))
     began_s = last_s = time.monotonic()
@@ -141,22 +138,6 @@ def _pause_s(project: Project, window: str, options: Options) -> float:
             raise RuntimeError(msg)
         time.sleep(0.005)
     return longest_s
-
-
-def _with_window(plan: Plan, window: str) -> Plan:
-    """The plan with a window more of all that has any: every layout of a row is another."""
-    replace = msgspec.structs.replace
-    views = [
-        replace(
-            view,
-            features=tuple(
-                replace(spec, over=(*spec.over, window)) if isinstance(spec, Aggregation) and spec.over else spec
-                for spec in view.features
-            ),
-        )
-        for view in plan.views
-    ]
-    return replace(plan, views=tuple(views))
 
 
 def to_its_end(argv: list[str], env: Mapping[str, str]) -> Took:

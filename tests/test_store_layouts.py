@@ -10,29 +10,14 @@ import msgspec
 import pyarrow as pa
 import pytest
 
-from features.aggregations.base import Aggregation
 from features.evolve import succeed
 from features.plan import Plan
 from serving import wire
 from store.connect import connect
 from store.plans import append_plan
-from tests.support.served import NOW_MS, Clock, Rows, catalogue, random_events, served, settings_of
+from tests.support.served import NOW_MS, Clock, Rows, catalogue, random_events, served, settings_of, with_windows
 
 HOUR_MS = 3_600_000
-
-
-def with_windows(plan: Plan, *more: str) -> Plan:
-    """The plan with more windows of all that has any: every layout changes but those of lists."""
-    views = []
-    for view in plan.views:
-        specs = [
-            msgspec.structs.replace(spec, over=tuple(dict.fromkeys((*spec.over, *more))))
-            if isinstance(spec, Aggregation) and spec.over
-            else spec
-            for spec in view.features
-        ]
-        views.append(msgspec.structs.replace(view, features=tuple(specs)))
-    return msgspec.structs.replace(plan, views=tuple(views))
 
 
 @pytest.fixture

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import orjson
 import uvicorn
 
 from config.settings import Settings
+from features.aggregations.base import Aggregation
 from features.definitions import compile_definitions
 from features.plan import Plan
 from headrace.embedded import free_port
@@ -51,6 +53,20 @@ class Clock:
 def catalogue(shards: int = SHARDS) -> Plan:
     """The shipped catalogue's plan."""
     return compile_definitions("features.catalog", "headrace", shards)
+
+
+def with_windows(plan: Plan, *more: str) -> Plan:
+    """The plan with more windows of all that has any: every layout changes but those of lists."""
+    views = []
+    for view in plan.views:
+        specs = [
+            msgspec.structs.replace(spec, over=tuple(dict.fromkeys((*spec.over, *more))))
+            if isinstance(spec, Aggregation) and spec.over
+            else spec
+            for spec in view.features
+        ]
+        views.append(msgspec.structs.replace(view, features=tuple(specs)))
+    return msgspec.structs.replace(plan, views=tuple(views))
 
 
 class Rows:
