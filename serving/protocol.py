@@ -7,6 +7,7 @@ that does not take it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, Final
@@ -49,7 +50,10 @@ def limited(limits: Limits) -> type[HttpToolsProtocol]:
 
 
 class _LimitedProtocol(HttpToolsProtocol):
-    """One connection. A timer looks at it a few times within the deadline: that costs a request nothing."""
+    """One connection. A timer looks at it a few times within the deadline: that costs a request nothing.
+
+    Times are of the system's clock: uvloop's has milliseconds, in which several connections can begin to wait.
+    """
 
     _limits: Limits
     _waiting: dict[tuple[int, ...], deque[tuple[_Waits, _LimitedProtocol]]]
@@ -64,7 +68,7 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._head_bytes = 0
         self._begun_s: float | None = None  # The message that is being received.
-        self._idle = (self.loop.time(), _NEVER_ASKED)
+        self._idle = (time.monotonic(), _NEVER_ASKED)
         self._unsent_s: float | None = None  # What the client has not taken.
         self._refusal: Problem | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -93,7 +97,7 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._begun_s is None:
-            self._begun_s = self.loop.time()
+            self._begun_s = time.monotonic()
         if self._in_head:
             self._head_bytes += len(data)
         super().data_received(data)
@@ -103,7 +107,7 @@ class _LimitedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         if self._begun_s is None:  # It came with the end of another.
-            self._begun_s = self.loop.time()
+            self._begun_s = time.monotonic()
         if self._is_beyond:
             self.scope[BEYOND] = True  # type: ignore[typeddict-unknown-key]  # ASGI lets servers add their own
 
@@ -120,7 +124,7 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._in_head, self._begun_s = True, None
-        self._idle = (self.loop.time(), _IDLE)
+        self._idle = (time.monotonic(), _IDLE)
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -176,7 +180,7 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def _look(self) -> None:
         """Ends a connection whose client is too slow."""
-        now_s, deadline_s = self.loop.time(), self._limits.deadline_s
+        now_s, deadline_s = time.monotonic(), self._limits.deadline_s
         if not self.transport.get_write_buffer_size():
             self._unsent_s = None
         elif self._unsent_s is None:
