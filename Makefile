@@ -27,7 +27,7 @@ demo: $(READY) ## Run the whole system with simulated shoppers; the address is p
 # with CI=true or HEADRACE_CI=1 that is a failure.
 test: $(READY) ## Run the tests
 	@missing="$$($(BIN)/python -m tests.support.kafka)"; \
-	run="$(BIN)/pytest -n 2 --dist loadfile"; \
+	run="$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder"; \
 	if [ -z "$$missing" ]; then exec $$run $(ARGS); fi; \
 	if [ "$$CI" = true ] || [ "$$HEADRACE_CI" = 1 ]; then \
 		echo "Nothing may be left out here, but $$missing." >&2; exit 1; \

@@ -169,6 +169,15 @@ def tails_of(windows: Ints, now_ms: int) -> Ints:
 
 
 @compiled
+def tails_at(windows: Ints, now_ms: Ints) -> Ints:
+    """int64[times, windows]: as `tails_of`, at each of some times."""
+    tails = np.empty((len(now_ms), len(windows)), np.int64)
+    for at in range(len(now_ms)):
+        tails[at] = tails_of(windows, now_ms[at])
+    return tails
+
+
+@compiled
 def _groups(lines: Ints, has_starts: int) -> tuple[Ints, Ints]:
     """The group of each entry, a run of equal row and bucket; and each group's first entry."""
     rows, buckets = lines[0], lines[1 + has_starts]
@@ -184,19 +193,22 @@ def _groups(lines: Ints, has_starts: int) -> tuple[Ints, Ints]:
 
 
 @compiled
-def _slots(starts: Ints, groups: Ints, n_groups: int, windows: Ints, now_ms: int) -> Ints:
+def _slots(lines: Ints, groups: Ints, n_groups: int, windows: Ints, now_ms: Ints) -> Ints:
     """Where each entry is counted first: at its group in the finest window that holds it; -1 for nowhere."""
-    tails = tails_of(windows, now_ms)
-    now_tick = now_ms // TICK_MS
+    tails = tails_at(windows, now_ms)
+    rows, starts = lines[0], lines[1]
+    # A time a row, or one for all.
+    step = np.int64(len(now_ms) > 1)
     slots = np.empty(len(groups), np.int64)
     for entry in range(len(groups)):
         p = np.uint64(entry)
+        t = np.uint64(rows[p] * step)
         # Longer windows begin earlier: the first that holds the tile is the finest, and all after it hold it too.
         window = 0
-        for tail in tails:
+        for tail in tails[t]:
             window += starts[p] < tail
         # Of the future, only the tile that holds now has begun.
-        held = window < len(tails) and starts[p] <= now_tick
+        held = window < len(windows) and starts[p] <= now_ms[t] // TICK_MS
         slots[p] = window * n_groups + groups[p] if held else -1
     return slots
 
@@ -229,7 +241,7 @@ def fold_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not ob
     empty: Ints,
     is_float: NDArray[np.bool_],
     windows: Ints,
-    now_ms: int,
+    now_ms: Ints,
     n_rows: int,
 ) -> tuple[Floats, Ints, Ints]:
     """The partials of each group of each table over each window. A group is a row, or a (row, bucket) pair.
@@ -244,7 +256,7 @@ def fold_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not ob
         empty: int64[columns], of all tables: each column's identity.
         is_float: bool[columns], of all tables.
         windows: int64[windows, 2], of all tables, each table's shortest first: width and hop in ms.
-        now_ms: query time.
+        now_ms: int64[1 or n_rows], query time: one for all rows, or each row's own.
         n_rows: how many rows there are.
 
     Returns:
@@ -274,7 +286,7 @@ def fold_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not ob
                 if folding:
                     slots = groups
                     if has_starts:
-                        slots = _slots(lines[1], groups, n, windows[first_window : first_window + n_windows], now_ms)
+                        slots = _slots(lines, groups, n, windows[first_window : first_window + n_windows], now_ms)
                     _fold_windows(
                         operations[first_operation : first_operation + n_operations],
                         empty[first_column : first_column + n_columns],
@@ -305,7 +317,7 @@ def next_changes(pool: Ints, sizes: Ints, shapes: Ints, windows: Ints, now_ms: i
         lines = pool[pool_at : pool_at + n_lines * sizes[index]].reshape((n_lines, sizes[index]))
         if has_starts:
             own = windows[first_window : first_window + n_windows]
-            finest = _slots(lines[1], np.zeros(sizes[index], np.int64), 1, own, now_ms)
+            finest = _slots(lines, np.zeros(sizes[index], np.int64), 1, own, np.full(1, now_ms))
             for entry in range(sizes[index]):
                 row, start_ms = lines[0, entry], lines[1, entry] * TICK_MS
                 if start_ms > now_ms:
@@ -344,7 +356,7 @@ def ranked(  # noqa: PLR0913, PLR0917  # as of `fold_tables`
     table: int,
     column: int,
     window: int,
-    least: int,
+    least: Ints,
     k: int,
     ties: int,
 ) -> tuple[Ints, Ints]:
@@ -360,7 +372,7 @@ def ranked(  # noqa: PLR0913, PLR0917  # as of `fold_tables`
         table: which, of those with buckets.
         column: of which total, in which `window`.
         window: see `column`.
-        least: buckets of smaller totals are left out.
+        least: int64[1 or rows], for all rows or each: buckets of smaller totals are left out.
         k: how many of a row.
         ties: 1 if of equal totals the larger bucket comes first, -1 if the smaller.
 
@@ -377,7 +389,7 @@ def ranked(  # noqa: PLR0913, PLR0917  # as of `fold_tables`
     for group in range(len(rows)):
         if group and rows[group] != rows[group - 1]:
             first = n = min(n, first + k)
-        if keys[group] < least:
+        if keys[group] < least[rows[group] if len(least) > 1 else 0]:
             continue
         at = n
         while at > first:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from features.fold import groups_of, tail_of
+from features.fold import groups_of, tails_at
 from features.loops import compiled
 from features.texts import look_up
 from features.times import TICK_MS, Window, hop_ms
@@ -101,7 +101,14 @@ def tidy(values: Floats, default: float) -> int:
 
 @compiled
 def _finish_one(
-    totals: Floats, n_groups: Ints, shapes: Ints, plain: Ints, constants: Floats, now_ms: int, values: Floats
+    totals: Floats,
+    n_groups: Ints,
+    shapes: Ints,
+    plain: Ints,
+    constants: Floats,
+    now_ms: Ints,
+    rows: Ints,
+    values: Floats,
 ) -> int:
     formula, table, column, other_table, other_column, window, width_ms, hop_ms = plain
     p, q, default = constants
@@ -117,7 +124,6 @@ def _finish_one(
     z = y + step if shapes[table, 3] > column + 2 else y
     if formula == Formula.RATIO:
         y = other_place + (other_column * shapes[other_table, 4] + window) * n
-    begin_ms = tail_of(now_ms, width_ms, hop_ms) * TICK_MS
     # Most features are one of the first two: a loop of its own decides nothing for each row.
     if formula == Formula.TOTAL:
         values[:] = totals[x : x + len(values)] + 0.0  # No event's sum is -0.0.
@@ -125,14 +131,23 @@ def _finish_one(
         for at in range(len(values)):
             values[at] = _ratio(totals[np.uint64(x + at)], totals[np.uint64(y + at)], p, q)
     else:
+        begins_ms = tails_at(np.array([[width_ms, hop_ms]]), now_ms) * TICK_MS
         for at in range(len(values)):
-            values[at] = _value(totals, formula, x + at, y + at, z + at, p, begin_ms, now_ms)
+            t = 0 if len(now_ms) == 1 else rows[at] if len(rows) else at
+            values[at] = _value(totals, formula, x + at, y + at, z + at, p, begins_ms[t, 0], now_ms[t])
     return tidy(values, default)
 
 
 @compiled
 def finish(
-    totals: Floats, n_groups: Ints, shapes: Ints, plain: Ints, constants: Floats, now_ms: int, values: Floats
+    totals: Floats,
+    n_groups: Ints,
+    shapes: Ints,
+    plain: Ints,
+    constants: Floats,
+    now_ms: Ints,
+    rows: Ints,
+    values: Floats,
 ) -> int:
     """Computes features; returns how many numbers are null as they are beyond float64's range.
 
@@ -142,12 +157,14 @@ def finish(
         shapes: int64[tables, 6], as `fold_tables` takes them.
         plain: see `formulas`.
         constants: see `formulas`.
-        now_ms: query time.
+        now_ms: int64[1 or rows], query time: one for all rows, or each row's own.
+        rows: int64[groups], the row of each group where there are buckets; empty where a group is a row.
         values: float64[features, groups of their tables], NaN for null; written to.
     """
     beyond = 0
     for feature in range(len(plain)):
-        beyond += _finish_one(totals, n_groups, shapes, plain[feature], constants[feature], now_ms, values[feature])
+        given = (plain[feature], constants[feature], now_ms, rows, values[feature])
+        beyond += _finish_one(totals, n_groups, shapes, *given)
     return beyond
 
 
@@ -169,7 +186,7 @@ def look_ups(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
     wanted: Floats,
     wanted_offsets: NDArray[np.int32],
     wanted_data: NDArray[np.uint8],
-    now_ms: int,
+    now_ms: Ints,
     values: Floats,
 ) -> None:
     """Looks texts up in maps by bucket, whose numbers are finished here, or in lists of what was seen last.
@@ -191,14 +208,14 @@ def look_ups(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
         wanted: float64[keys, n], the text to look for, by its place among the wanted texts; NaN for none.
         wanted_offsets: as `text_offsets`, of the wanted texts.
         wanted_data: uint8[bytes].
-        now_ms: query time.
+        now_ms: as of `finish`, of the owners' rows.
         values: float64[lookups, n], written to: the number, or whether the text is in the list.
     """
     for index in range(len(plain)):
         table = plain[index, 1]
         rows, buckets = groups_of(table, n_groups, firsts, shapes, pool, sizes)
         numbers = np.empty(n_groups[table])
-        _finish_one(totals, n_groups, shapes, plain[index], constants[index], now_ms, numbers)
+        _finish_one(totals, n_groups, shapes, plain[index], constants[index], now_ms, rows, numbers)
         if plain[index, 0] == Formula.SINCE:
             numbers = np.where(np.isnan(numbers), 0.0, 1.0)
         look_up(

@@ -60,7 +60,7 @@ def merge(rows_of: Family | Bundle, rows: Rows, events: Mapping[str, Events], no
     events = {name: events[name] for name in bundle.events if name in events}
     fields = [key for key in bundle.text_fields if key[0] in events]
     texts, (recode, *codes) = unify([rows.texts, *(events[name].fields[field] for name, field in fields)])
-    batch = _Batch(bundle, events, dict(zip(fields, codes, strict=True)))
+    batch = Batch(bundle, events, dict(zip(fields, codes, strict=True)))
     state = (rows.pool, rows.sizes, np.append(recode, -1), rows.n)
     measured = (batch.takes, batch.values, batch.buckets, batch.has_bucket)
     given: Any = (*state, now_ms, *bundle.merging, batch.rows, batch.times_ms, *measured)
@@ -69,7 +69,7 @@ def merge(rows_of: Family | Bundle, rows: Rows, events: Mapping[str, Events], no
     return Merged(Rows.of_pool(bundle, latest_ms, pool, sizes, texts), evicted)
 
 
-class _Batch:
+class Batch:
     """The events of all contracts, side by side: as `features.tiles.merge_tables` takes them."""
 
     def __init__(self, bundle: Bundle, events: Mapping[str, Events], codes: Mapping[tuple[str, str], Ints]) -> None:
@@ -164,11 +164,11 @@ class Evaluator:
         self._row_of = {name: row for row, name in enumerate(self.names)}
         self._formulas = formulas(numbers.values())
 
-    def fold(self, state: Rows | Totals, now_ms: int) -> Totals:
-        """The totals at `now_ms`: not before the `now_ms` of any merge that made the rows."""
+    def fold(self, state: Rows | Totals, now_ms: Ints) -> Totals:
+        """The totals at `now_ms` (int64[1 or n]): not before the `now_ms` of any merge that made the rows."""
         return Totals.of(self._bundle, state, now_ms, self.wanted) if isinstance(state, Rows) else state
 
-    def write(self, totals: Totals, now_ms: int, block: NDArray[np.float64]) -> int:
+    def write(self, totals: Totals, now_ms: Ints, block: NDArray[np.float64]) -> int:
         """Writes the numbers at `now_ms` into the block; returns how many are null as float64 has no such number."""
         beyond = totals.finish(self._formulas, now_ms, block[: len(self.names) - len(self._counted)])
         for name in self._counted:
@@ -178,7 +178,7 @@ class Evaluator:
             block[self._row_of[name]] = counts  # type: ignore[assignment]  # of an aggregation whose type is int
         return beyond
 
-    def value(self, name: str, totals: Totals, now_ms: int, block: NDArray[np.float64]) -> Values:
+    def value(self, name: str, totals: Totals, now_ms: Ints, block: NDArray[np.float64]) -> Values:
         """The values of one feature."""
         spec, window, slots = self._features[name]
         if name in self._row_of:
@@ -190,11 +190,11 @@ class Evaluator:
             return spec.values(tuple(totals.slot(*slot) for slot in slots), now_ms)[window]
         return self._map(totals, now_ms, self._maps[name], slots)
 
-    def _map(self, totals: Totals, now_ms: int, formula: tuple[Ints, Any], slots: list[tuple[int, int]]) -> Maps:
+    def _map(self, totals: Totals, now_ms: Ints, formula: tuple[Ints, Any], slots: list[tuple[int, int]]) -> Maps:
         """The buckets with an event in the window, but for those whose number is null."""
         part = totals.slot(*slots[0])
         (numbers,) = numbers_of = np.empty((1, len(part.rows)))
-        totals.finish(formula, now_ms, numbers_of)
+        totals.finish(formula, now_ms, numbers_of, part.rows)
         window = formula[0][0, 5]
         happened = np.zeros(len(numbers), bool)
         for table, partial in slots:
@@ -214,16 +214,16 @@ def numeric(bundle: Bundle, spec: Aggregation, window: Window, slots: list[tuple
     return Numeric(spec.formula, columns[0], columns[-1], index, window, spec.constants, default)
 
 
-def evaluate(family: Family, state: Rows | Totals, features: Iterable[Wanted], now_ms: int) -> dict[str, Values]:
+def evaluate(family: Family, state: Rows | Totals, features: Iterable[Wanted], now_ms: int | Ints) -> dict[str, Values]:
     """The values of features at `now_ms`, by full name: see `Evaluator`, which does it again and again.
 
     Args:
         family: what the rows are.
         state: the rows, or their totals as of `now_ms`.
         features: which.
-        now_ms: query time, not before the `now_ms` of any merge that made the rows.
+        now_ms: query time, not before the `now_ms` of any merge that made the rows: one for all, or int64[n].
     """
-    features = list(features)
+    features, now_ms = list(features), np.atleast_1d(np.asarray(now_ms, np.int64))
     evaluator = Evaluator(family.alone, features)
     totals = evaluator.fold(state, now_ms)
     block = np.empty((len(evaluator.names), totals.n))

@@ -118,8 +118,12 @@ class Program:
         """What is read: families of one entity together."""
         return tuple(stage.bundle for stage in self._stages)
 
-    def evaluate(self, states: Mapping[str, Rows | Totals], asked: Asked, now_ms: int) -> Frame:
-        """All features at `now_ms`, from the rows of every bundle by name, or their totals as of then."""
+    def evaluate(self, states: Mapping[str, Rows | Totals], asked: Asked, now_ms: int | Mapping[str, Ints]) -> Frame:
+        """All features at `now_ms`, from the rows of every bundle by name, or their totals as of then.
+
+        `now_ms` is one time for all, or a time for each row of each entity (int64[n]); the entities of a pair have the
+        same.
+        """
         return Frame(self, states, asked, now_ms)
 
     def explain(
@@ -202,10 +206,15 @@ class Frame:
         beyond: how many numbers are null as they are beyond float64's range, or NaN in the matrix as beyond float32's.
     """
 
-    def __init__(self, program: Program, states: Mapping[str, Rows | Totals], asked: Asked, now_ms: int) -> None:
+    def __init__(
+        self, program: Program, states: Mapping[str, Rows | Totals], asked: Asked, now_ms: int | Mapping[str, Ints]
+    ) -> None:
         self.found: dict[str, NDArray[np.bool_]] = {}
         self.last_event_ms: dict[str, Ints] = {}
-        self._program, self._asked, self._now_ms = program, asked, now_ms
+        self._program, self._asked = program, asked
+        if isinstance(now_ms, int):
+            now_ms = dict.fromkeys(asked.ids, np.array([now_ms]))
+        self._now_ms = now_ms
         self._totals: dict[str, Totals] = {}
         self._others: dict[str, Values] = {}
         self.beyond = 0
@@ -220,8 +229,8 @@ class Frame:
             if entity in self.last_event_ms:
                 latest = np.maximum(latest, self.last_event_ms[entity])
             self.last_event_ms[entity], self.found[entity] = latest, latest >= 0
-            totals = self._totals[stage.bundle.name] = stage.evaluator.fold(state, now_ms)
-            self.beyond += stage.evaluator.write(totals, now_ms, self._block_of(stage))
+            totals = self._totals[stage.bundle.name] = stage.evaluator.fold(state, now_ms[entity])
+            self.beyond += stage.evaluator.write(totals, now_ms[entity], self._block_of(stage))
         for entity, fields in asked.overrides.items():
             for field, column in fields.items():
                 if (name := program._last.get((entity, field))) is not None:
@@ -278,7 +287,8 @@ class Frame:
         if stage is None or (name in program._row_of and not stage.is_text(name)):
             return self._number(name)
         totals = self._totals[stage.bundle.name]
-        value = stage.evaluator.value(name, totals, self._now_ms, self._block_of(stage))
+        now_ms = self._now_ms[stage.bundle.entity]
+        value = stage.evaluator.value(name, totals, now_ms, self._block_of(stage))
         if not isinstance(value, np.ndarray):
             self._others[name] = value
         return value
@@ -315,7 +325,7 @@ class Frame:
         block = self._blocks[target][group.first_row : group.first_row + len(group.names)]
         if group.ranked is None:
             totals = self._totals[group.stage.bundle.name]
-            totals.look_ups(group.arrays, owners, wanted, buffers(texts[0]), self._now_ms, block)
+            totals.look_ups(group.arrays, owners, wanted, buffers(texts[0]), self._now_ms[owner], block)
         else:
             lists = self._value(group.ranked)
             assert isinstance(lists, Lists)  # noqa: S101  # as above

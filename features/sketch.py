@@ -88,14 +88,16 @@ def counts(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
         cell_rows: int64[cells], the row of each cell of what is not kept, ascending.
         cell_ticks: float64[cells], when a value fell on it last.
         spilled: int64[cells], which cell.
-        tails: int64[windows], the first tick inside each.
+        tails: int64[1 or n_rows, windows], the first tick inside each: for all rows, or for each.
         exact_max: up to so many, the values that are kept are all there are.
         n_rows: how many rows.
     """
-    found = np.zeros((len(tails), n_rows))
+    n_windows = tails.shape[1]
+    found = np.zeros((n_windows, n_rows))
     for at in range(len(rows)):
-        for window in range(len(tails)):
-            found[window, rows[at]] += ticks[at] >= tails[window]
+        t = rows[at] if len(tails) > 1 else 0
+        for window in range(n_windows):
+            found[window, rows[at]] += ticks[at] >= tails[t, window]
     kept, latest = cells(hashes), np.full(CELLS, -1.0)
     first = first_cell = 0
     for row in range(n_rows):
@@ -104,9 +106,10 @@ def counts(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
             touched = np.concatenate((kept[first:last], spilled[first_cell:last_cell]))
             times = np.concatenate((ticks[first:last], cell_ticks[first_cell:last_cell]))
             n = _once(touched, times, latest)
-            for window in range(len(tails)):
+            for window in range(n_windows):
                 if found[window, row] > exact_max:
-                    estimated = np.rint(_estimate(touched[:n], times[:n], tails[window]))
+                    tail = tails[row if len(tails) > 1 else 0, window]
+                    estimated = np.rint(_estimate(touched[:n], times[:n], tail))
                     found[window, row] = max(estimated, exact_max + 1)
         first, first_cell = last, last_cell
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from features.texts import buffers
 from features.values import Lists
 
 Floats = NDArray[np.float64]
+_NO_ROWS: Final = np.zeros(0, np.int64)
 
 
 class Totals:
@@ -43,8 +44,8 @@ class Totals:
         self._totals, self._n_groups, self._firsts = folded
 
     @classmethod
-    def of(cls, bundle: Bundle, rows: Rows, now_ms: int, wanted: NDArray[np.bool_]) -> Totals:
-        """The totals at `now_ms` of those tables that are wanted: bool[tables]."""
+    def of(cls, bundle: Bundle, rows: Rows, now_ms: Ints, wanted: NDArray[np.bool_]) -> Totals:
+        """The totals at `now_ms` (int64[1 or n]) of those tables that are wanted: bool[tables]."""
         folded = fold_tables(rows.pool, rows.sizes, wanted, *bundle.folding, now_ms, rows.n)
         return cls(bundle, folded, rows.last_event_ms, rows.texts, rows)
 
@@ -54,9 +55,9 @@ class Totals:
         n_groups = np.full(len(bundle.tables), len(last_event_ms))
         return cls(bundle, (matrix.ravel(), n_groups, np.zeros(0, np.int64)), last_event_ms, texts)
 
-    def finish(self, formulas: tuple[Ints, Floats], now_ms: int, values: Floats) -> int:
+    def finish(self, formulas: tuple[Ints, Floats], now_ms: Ints, values: Floats, rows: Ints = _NO_ROWS) -> int:
         """Computes numeric features: see `features.formulas.finish`."""
-        return finish(self._totals, self._n_groups, self._bundle.folding.shapes, *formulas, now_ms, values)
+        return finish(self._totals, self._n_groups, self._bundle.folding.shapes, *formulas, now_ms, rows, values)
 
     def look_ups(
         self,
@@ -64,7 +65,7 @@ class Totals:
         owners: Ints,
         wanted: Floats,
         texts: Any,
-        now_ms: int,
+        now_ms: Ints,
         values: Floats,
     ) -> None:
         """Looks texts up in maps and lists of these rows: see `features.formulas.look_ups`.
@@ -74,7 +75,7 @@ class Totals:
         given: Any = (*maps, *self._folded, *self._text_buffers, owners, wanted, *texts, now_ms, values)
         look_ups(*given)
 
-    def ranked(self, table: int, column: int, window: int, least: int, k: int, ties: int) -> Lists:
+    def ranked(self, table: int, column: int, window: int, least: Ints, k: int, ties: int) -> Lists:
         """Lists of buckets that are texts: see `features.fold.ranked`."""
         rows, codes = ranked(*self._folded, table, column, window, least, k, ties)
         return Lists(rows, self.n, codes, self.texts)
@@ -123,7 +124,7 @@ class _OfSlot:
         """See `SlotTotals.totals`."""
         return self._of.of_table(self._table)[self._columns]
 
-    def ranked(self, window: int, least: int, k: int, *, ties: Literal[1, -1]) -> Lists:
+    def ranked(self, window: int, least: Ints, k: int, *, ties: Literal[1, -1]) -> Lists:
         """See `SlotTotals.ranked`."""
         return self._of.ranked(self._table, self._columns.start, window, least, k, ties)
 
@@ -147,7 +148,7 @@ class _OfSlot:
 def flat(bundle: Bundle, rows: Rows, now_ms: int) -> Floats:
     """float64[numbers, n]: all totals of a bundle without buckets, each row's in a column."""
     every = np.ones(len(bundle.tables), bool)
-    totals: Floats = fold_tables(rows.pool, rows.sizes, every, *bundle.folding, now_ms, rows.n)[0]
+    totals: Floats = fold_tables(rows.pool, rows.sizes, every, *bundle.folding, np.array([now_ms]), rows.n)[0]
     return totals.reshape(-1, rows.n)
 
 

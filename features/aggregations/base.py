@@ -13,9 +13,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from features.expressions import AnyCondition
+from features.fold import tails_at
 from features.formulas import Formula
 from features.partials import AnyPartial
-from features.times import ALL, TICK_MS, Window
+from features.times import ALL, Window, hop_ms
 from features.values import Lists, Type, Values
 
 DEFAULT_BUCKETS = 64
@@ -94,10 +95,11 @@ class SlotTotals(Protocol):
         """
         ...
 
-    def ranked(self, window: int, least: int, k: int, *, ties: Literal[1, -1]) -> Lists:
+    def ranked(self, window: int, least: NDArray[np.int64], k: int, *, ties: Literal[1, -1]) -> Lists:
         """Up to k texts of each row, those of the largest totals over a window, largest first: of the first column.
 
-        Smaller totals than `least` are left out; of equal ones, the larger text comes first, or with -1 the smaller.
+        Smaller totals than `least` (int64[1 or n_rows]) are left out; of equal ones, the larger text comes first, or
+        with -1 the smaller.
         """
         ...
 
@@ -169,13 +171,17 @@ class Aggregation(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", omi
         """The constants p and q of its formula."""
         return 0.0, 0.0
 
-    def values(self, slots: tuple[SlotTotals, ...], now_ms: int) -> Sequence[Values]:
-        """The feature over each of its windows, shortest first, for all rows: of one that has no formula."""
+    def values(self, slots: tuple[SlotTotals, ...], now_ms: NDArray[np.int64]) -> Sequence[Values]:
+        """The feature over each of its windows, shortest first, for all rows: of one that has no formula.
+
+        `now_ms` is int64[1 or n_rows]: one time for all rows, or each row's own.
+        """
         raise NotImplementedError
 
-    def begins_ms(self, now_ms: int) -> list[int]:
-        """When each of its windows begins."""
-        return [window.tail_ticks(now_ms) * TICK_MS for window in self.windows]
+    def tails(self, now_ms: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64[times, windows]: the first tick inside each of its windows."""
+        tails: NDArray[np.int64] = tails_at(np.array([(w.width_ms, hop_ms(w.width_ms)) for w in self.windows]), now_ms)
+        return tails
 
 
 @cache

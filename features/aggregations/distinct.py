@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from features import sketch
 from features.aggregations.base import Aggregation, Slot, SlotTotals, Table
@@ -39,10 +40,9 @@ class Distinct(Aggregation, frozen=True, kw_only=True, tag="distinct"):
         cells = Table(self.name, self.windows, starts=False, by=self.field, bucket="cell")
         return Slot(exact, SeenTick(), self.measure), Slot(cells, SeenTick(), self.measure)
 
-    def values(self, slots: tuple[SlotTotals, ...], now_ms: int) -> Sequence[Values]:
+    def values(self, slots: tuple[SlotTotals, ...], now_ms: NDArray[np.int64]) -> Sequence[Values]:
         """See `Aggregation.values`."""
         exact, cells = slots
-        tails = np.array([window.tail_ticks(now_ms) for window in self.windows])
         kept = (exact.rows, exact.totals[0, 0], exact.buckets)
         spilled = (cells.rows, cells.totals[0, 0], cells.buckets)
-        return list(sketch.counts(*kept, *spilled, tails, EXACT_MAX, exact.n_rows))
+        return list(sketch.counts(*kept, *spilled, self.tails(now_ms), EXACT_MAX, exact.n_rows))

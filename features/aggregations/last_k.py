@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from features.aggregations.base import Aggregation, Slot, SlotTotals, Table
 from features.partials import Seen
-from features.times import ALL, Window
+from features.times import ALL, TICK_MS, Window
 from features.values import Type, Values
 
 
@@ -35,6 +38,7 @@ class LastK(Aggregation, frozen=True, kw_only=True, tag="last_k"):
         table = Table(self.name, (Window.parse(ALL),), starts=False, by=self.field, bucket="text", bound=self.k)
         return (Slot(table, Seen(), self.measure),)
 
-    def values(self, slots: tuple[SlotTotals, ...], now_ms: int) -> Sequence[Values]:
+    def values(self, slots: tuple[SlotTotals, ...], now_ms: NDArray[np.int64]) -> Sequence[Values]:
         """See `Aggregation.values`."""
-        return [slots[0].ranked(0, begin_ms, self.k, ties=1) for begin_ms in self.begins_ms(now_ms)]
+        begins_ms = np.ascontiguousarray(self.tails(now_ms).T) * TICK_MS
+        return [slots[0].ranked(0, begin_ms, self.k, ties=1) for begin_ms in begins_ms]

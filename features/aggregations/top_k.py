@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from features.aggregations.base import Aggregation, Slot, SlotTotals
 from features.partials import Tally
 from features.values import Type, Values
+
+_ONCE: Final = np.ones(1, np.int64)
 
 
 class TopK(Aggregation, frozen=True, kw_only=True, tag="top_k"):
@@ -31,6 +37,6 @@ class TopK(Aggregation, frozen=True, kw_only=True, tag="top_k"):
         """See `Aggregation.slots`."""
         return (Slot(self.tiles(by=self.field), Tally(), self.measure),)
 
-    def values(self, slots: tuple[SlotTotals, ...], now_ms: int) -> Sequence[Values]:
+    def values(self, slots: tuple[SlotTotals, ...], now_ms: NDArray[np.int64]) -> Sequence[Values]:
         """See `Aggregation.values`."""
-        return [slots[0].ranked(window, 1, self.k, ties=-1) for window in range(len(self.windows))]
+        return [slots[0].ranked(window, _ONCE, self.k, ties=-1) for window in range(len(self.windows))]

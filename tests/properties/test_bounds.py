@@ -206,7 +206,7 @@ def test_standard_error_of_the_sketch_is_under_5_percent(n: int) -> None:
         cells.append(np.unique(sketch.cells(hash64(pc.binary_join_element_wise("item_", numbers, "")))))
         rows.append(np.full(len(cells[-1]), seed, np.intp))
     no_values = (np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.uint64))
-    found, tails = np.concatenate(cells), np.zeros(1, np.int64)
+    found, tails = np.concatenate(cells), np.zeros((1, 1), np.int64)
     (estimates,) = sketch.counts(*no_values, np.concatenate(rows), np.zeros(len(found)), found, tails, -1, seeds)
     error = estimates / n - 1
     assert np.sqrt(np.mean(error**2)) <= 0.05
