@@ -19,6 +19,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -381,7 +382,7 @@ def loop() -> None:
     from store.connect import connect
     from store.plans import load_plan
     from streams.decode import Decoder
-    from streams.kafka import WorkerReader
+    from streams.kafka import WorkerReader, records_of
     from streams.lane import Lane
 
     settings, work, lap = Settings(), Work.read(), Lap()
@@ -389,7 +390,9 @@ def loop() -> None:
     client = connect(settings.redis_url.get_secret_value(), settings.redis_timeout_s)
     decoder = Decoder(plan, 1, settings.dedupe_s * 1000)
     lane = Lane(plan, 0, 1, client, cache_bytes_max=settings.row_cache_mb * 1_000_000)
-    reader = WorkerReader(settings, plan, lambda partition: str(partition) in work.counts, client)
+    reader = WorkerReader(
+        settings, plan, lambda partition: str(partition) in work.counts, partial(records_of, plan, client)
+    )
     left = work.events
     while left:
         parts = []

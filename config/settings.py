@@ -57,6 +57,20 @@ class Settings(BaseSettings):
     stream_metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of the stream's Prometheus metrics; 0 for none"
     )
+    archive: str = Field(
+        "data/archive",
+        description="Where events are archived, a table a topic: a folder (from that of feature_store.yaml), or an "
+        "object store's URL such as s3://bucket/events",
+    )
+    archive_options: dict[str, str] = Field(
+        {}, repr=False, description="Options of the object store as JSON, as delta-rs has them: credentials, region, …"
+    )
+    archive_commit_s: float = Field(
+        10.0, gt=0, description="The longest that an event waits until it is committed to the archive, seconds"
+    )
+    archive_metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port of the archiver's Prometheus metrics; 0 for none"
+    )
     host: str = Field("127.0.0.1", description="Address that the server listens on")
     port: int = Field(8000, ge=0, le=65535, description="Port that the server listens on; 0 for any free one")
     server_processes: int = Field(1, ge=1, description="Server processes that share the port")
@@ -140,8 +154,12 @@ class Settings(BaseSettings):
     def environment(self) -> dict[str, str]:
         """The settings as variables, for a child process."""
         plain: dict[str, Any] = self.model_dump(mode="json") | {"redis_url": self.redis_url.get_secret_value()}
-        plain["kafka_options"] = json.dumps(self.kafka_options)
+        plain |= {name: json.dumps(getattr(self, name)) for name in ("kafka_options", "archive_options")}
         return {f"HEADRACE_{name.upper()}": str(value) for name, value in plain.items() if value is not None}
+
+    def archive_url(self) -> str:
+        """The archive's folder, or its URL."""
+        return self.archive if "://" in self.archive else str(self.repo.resolve() / self.archive)
 
     def librdkafka(self, **options: Any) -> dict[str, Any]:
         """Options of a confluent_kafka client."""

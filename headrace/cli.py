@@ -150,6 +150,51 @@ def stream(
 
 
 @app.command()
+def archive(
+    processes: Annotated[int, typer.Option(min=1, help="Worker processes")] = 1,
+    status: Annotated[bool, typer.Option("--status", help="Say what is archived, and end")] = False,
+    compact: Annotated[bool, typer.Option("--compact", help="Write small files as large ones, and end")] = False,
+    keep: Annotated[str | None, typer.Option(help="Delete the events of days before, such as 400d, and end")] = None,
+    vacuum: Annotated[
+        bool, typer.Option("--vacuum", help="Delete files that nothing has named for a week, and end")
+    ] = False,
+) -> None:
+    """Archive accepted events (HEADRACE_ARCHIVE), each once; or look after what is archived, also while another does.
+
+    With several of the options, they are done in the order above.
+    """
+    settings = _settings()
+    if not (status or compact or keep or vacuum):
+        from streams.supervise import supervise
+
+        raise typer.Exit(supervise(settings, processes, "archive"))
+    from features.changes import when
+    from features.times import duration_ms
+    from store.archive import tables_of
+    from store.plans import load_plan
+
+    before_ms = None if keep is None else time.time_ns() // 1_000_000 - duration_ms(keep)
+    for topic, archived in tables_of(settings, load_plan(settings)).items():
+        if not archived.exists:
+            out.print(f"{topic}: nothing is archived", highlight=False)
+            continue
+        if compact:
+            done = archived.compact()
+            out.print(f"{topic}: {done['numFilesRemoved']} files are {done['numFilesAdded']} now", highlight=False)
+        if before_ms is not None:
+            n_events = archived.forget_before(before_ms)
+            _audit("archive_forget", topic=topic, events=n_events, before=when(before_ms))
+            out.print(f"{topic}: {n_events:,} events are deleted; their files go with --vacuum", highlight=False)
+        if vacuum:
+            out.print(f"{topic}: {len(archived.vacuum())} files are deleted", highlight=False)
+        if status:
+            out.print(f"{topic}: about {archived.n_rows:,} events in {archived.url}", highlight=False)
+            for number, at in sorted(archived.complete().items()):
+                until = f"all before offset {at.next:,}, the last of {when(at.recorded_ms)}"
+                out.print(f"  partition {number}: {until}", highlight=False)
+
+
+@app.command()
 def accept_topic(topic: Annotated[str, typer.Argument(help="A topic that was deleted and made anew")]) -> None:
     """Have the stream read a topic that was made anew from its beginning; features keep what they have."""
     from confluent_kafka import KafkaException

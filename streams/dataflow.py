@@ -1,10 +1,14 @@
-"""The dataflow, for `streams.worker` or `python -m bytewax.run streams.dataflow:flow -s 1`: all that knows Bytewax.
+"""The dataflows, for `streams.worker` or `python -m bytewax.run streams.dataflow:flow -s 1`: all that knows Bytewax.
 
     partitions of all topics ──> decode ──────────────────> lanes
       a chunk of raw records     contract, dead letters,     merge(rows, events)
                                  duplicates, split by lane   commit = rows + offsets
 
-State is in Redis alone: there is no recovery store, and a worker that stops for any reason is started again.
+    partitions of all topics ──> check ───────────────────> tables
+      a chunk of raw records     contract, duplicates        commit = events + offsets
+
+State is in Redis alone, or in the archive: there is no recovery store, and a worker that stops for any reason is
+started again.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import bytewax.operators as op
+import redis
 import structlog
 from bytewax._bytewax import cli_main
 from bytewax.dataflow import Dataflow
@@ -41,10 +47,14 @@ from store.connect import connect
 from store.plans import layouts_of, load_plan
 from streams.chunk import Chunk, Part, Partition
 from streams.decode import Decoder
-from streams.kafka import DeadLetters, TopicIds, WorkerReader
+from streams.kafka import DeadLetters, Records, TopicIds, WorkerReader, records_of
 from streams.lane import Lane
 from streams.metrics import METRICS
 from streams.supervise import SUPERSEDED_STATUS, WAITING_STATUS
+
+if TYPE_CHECKING:
+    # Delta Lake is for the archiver alone.
+    from streams.archive import ArchivePart, Archiver
 
 _WAIT_S = 0.002
 """An idle worker waits for records, and wakes with the first; other workers' parts wait for it no longer than this."""
@@ -59,10 +69,42 @@ log = structlog.get_logger()
 
 
 def flow(number: int | None = None, on_claimed: Callable[[Plan], object] = lambda _: None) -> Dataflow:
-    """The dataflow of an applied plan, by default the newest, with settings from HEADRACE_* variables.
+    """The stream's dataflow of an applied plan, by default the newest, with settings from HEADRACE_* variables.
 
     SIGTERM or SIGINT ends it once what was read is committed. `on_claimed` is called for each lane whose shards it has.
     """
+    settings, plan, client = _begin(number)
+    dataflow = Dataflow("headrace")
+    chunks = op.input("kafka", dataflow, ChunkSource(settings, plan, partial(records_of, plan, client)))
+    parts = op.flat_map_batch("decode", chunks, DecodeStep(settings, plan))
+    op.output("lanes", parts, LaneSink(settings, plan, on_claimed))
+    return dataflow
+
+
+def archive_flow(number: int | None = None, on_claimed: Callable[[Plan], object] = lambda _: None) -> Dataflow:
+    """As `flow`, the archive's: what is claimed are the tables of a lane."""
+    from streams.archive import archived, part_of
+
+    settings, plan, client = _begin(number)
+    decoder, lane_of = Decoder(plan, 1, settings.dedupe_s * 1000), _lane_of_topics(settings, plan)
+
+    def check(chunks: list[Chunk]) -> list[tuple[str, Any]]:
+        with _failures_said():
+            return [
+                (lane_of[checked.spec.topic], part_of(checked))
+                for checked in decoder.check_all(chunks)
+                if not checked.chunk.start < checked.chunk.end <= checked.chunk.fresh
+            ]
+
+    dataflow = Dataflow("headrace_archive")
+    chunks = op.input("kafka", dataflow, ChunkSource(settings, plan, partial(archived, settings, plan, client)))
+    parts = op.flat_map_batch("check", chunks, check)
+    op.output("tables", parts, ArchiveSink(settings, plan, on_claimed))
+    return dataflow
+
+
+def _begin(number: int | None) -> tuple[Settings, Plan, redis.Redis]:
+    """What every dataflow needs."""
     keep_pandas_out()
     settings = Settings()
     set_up_logs(as_json=settings.log_json)
@@ -70,17 +112,13 @@ def flow(number: int | None = None, on_claimed: Callable[[Plan], object] = lambd
     signal.signal(signal.SIGINT, _stop)
     with _failures_said():
         plan = load_plan(settings, number=number)
-    dataflow = Dataflow("headrace")
-    chunks = op.input("kafka", dataflow, ChunkSource(settings, plan))
-    parts = op.flat_map_batch("decode", chunks, DecodeStep(settings, plan))
-    op.output("lanes", parts, LaneSink(settings, plan, on_claimed))
     # A chunk makes a hundred thousand objects, none of them in a cycle: looking for cycles took a tenth of the time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
     # The commit's thread waits for the interpreter as long as this, before it sends what is ready: 5 ms by default.
     sys.setswitchinterval(0.0005)
-    return dataflow
+    return settings, plan, connect(settings.redis_url.get_secret_value(), settings.redis_timeout_s)
 
 
 def run(dataflow: Dataflow, number: int | None, addresses: list[str] | None) -> None:
@@ -98,9 +136,10 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 class ChunkSource(DynamicSource[Chunk]):
     """All partitions of all topics of the plan; each worker reads a share of them."""
 
-    def __init__(self, settings: Settings, plan: Plan) -> None:
+    def __init__(self, settings: Settings, plan: Plan, records: Records) -> None:
         self._settings = settings
         self._plan = plan
+        self._records = records
 
     def build(self, step_id: str, worker_index: int, worker_count: int) -> StatelessSourcePartition[Chunk]:
         topics = [spec.topic for spec in self._plan.events]
@@ -109,9 +148,8 @@ class ChunkSource(DynamicSource[Chunk]):
             # By the partition alone: workers that don't see the same ones yet still agree on who reads which.
             return (topics.index(partition.topic) + partition.number) % worker_count == worker_index
 
-        client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
         with _failures_said():
-            return _WorkerChunks(WorkerReader(self._settings, self._plan, is_mine, client))
+            return _WorkerChunks(WorkerReader(self._settings, self._plan, is_mine, self._records))
 
 
 class _WorkerChunks(StatelessSourcePartition[Chunk]):
@@ -216,6 +254,64 @@ class _LanePartition(StatefulSinkPartition[Part, None]):
 
     def snapshot(self) -> None:
         return None
+
+
+class ArchiveSink(FixedPartitionedSink["ArchivePart", None]):
+    """A partition a lane, as `LaneSink` has; each writes the tables of its topics."""
+
+    def __init__(self, settings: Settings, plan: Plan, on_claimed: Callable[[Plan], object]) -> None:
+        self._settings = settings
+        self._plan = plan
+        self._on_claimed = on_claimed
+
+    def list_parts(self) -> list[str]:
+        return [_lane_key(lane) for lane in range(self._settings.lanes)]
+
+    def part_fn(self, item_key: str) -> int:
+        return int(item_key)
+
+    def build_part(self, step_id: str, for_part: str, resume_state: None) -> StatefulSinkPartition[ArchivePart, None]:
+        topics = [topic for topic, lane in _lane_of_topics(self._settings, self._plan).items() if lane == for_part]
+        if not topics:
+            self._on_claimed(self._plan)  # No part will ever come.
+        return _ArchivePartition(partial(self._archiver, topics))
+
+    def _archiver(self, topics: list[str]) -> Archiver:
+        from streams.archive import Archiver
+
+        client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
+        with _failures_said():
+            ids = TopicIds(self._settings, topics)
+            archiver = Archiver(self._settings, self._plan, topics, client, confirm=ids.ask)
+        log.info("tables_claimed", topics=topics, plan=self._plan.fingerprint)
+        self._on_claimed(self._plan)
+        return archiver
+
+
+class _ArchivePartition(StatefulSinkPartition["ArchivePart", None]):
+    """Tables, which are claimed with the first part, as a lane is."""
+
+    def __init__(self, make: Callable[[], Archiver]) -> None:
+        self._make = make
+        self._archiver: Archiver | None = None
+
+    def write_batch(self, items: list[ArchivePart]) -> None:
+        with _failures_said():
+            self._archiver = self._archiver or self._make()
+            self._archiver.start(items)
+
+    def close(self) -> None:
+        if self._archiver is not None:
+            with _failures_said():
+                self._archiver.settle()
+
+    def snapshot(self) -> None:
+        return None
+
+
+def _lane_of_topics(settings: Settings, plan: Plan) -> dict[str, str]:
+    """Which lane writes the table of each topic."""
+    return {spec.topic: _lane_key(at % settings.lanes) for at, spec in enumerate(plan.events)}
 
 
 @contextmanager

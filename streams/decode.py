@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from types import NoneType, UnionType
-from typing import Annotated, Any, Final, Union, get_args, get_origin
+from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin
 
 import annotated_types
 import msgspec
@@ -18,16 +18,17 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from features.events import NEWEST_MS, OLDEST_MS, TEXT_LENGTH_MAX, WHOLE_MAX, Event, Kind
-from features.plan import Plan, find_contract
+from features.plan import EventSpec, Plan, find_contract
 from features.texts import hash64
 from features.times import DAY_MS
 from store.keys import shards_of
-from streams.chunk import Chunk, DeadLetter, Happened, Part, Partition
+from streams.chunk import Chunk, DeadLetter, Happened, Ints, Part, Partition
 from streams.dedupe import Dedupe
 
 _REASON_LENGTH_MAX: Final = 500
 _FAST_BYTES_MAX: Final = 4096
 _FAST_NESTING_MAX: Final = 100
+_Of = TypeVar("_Of")
 _TYPES: Final[dict[Kind, tuple[type, ...]]] = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,)}
 
 
@@ -38,6 +39,35 @@ class Decoded:
     parts: list[Part]
     dead_letters: list[DeadLetter]
     events: int
+    duplicates: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A chunk that was checked against its contract and for duplicates.
+
+    Attributes:
+        spec: the contract.
+        chunk: what was checked.
+        accepted: what the contract accepts, of this chunk and maybe others.
+        mine: which of them are the chunk's.
+        offsets: int64[mine].
+        record_ms: int64[mine].
+        counted: bool[mine]: those that are new, and no duplicates.
+        horizon: see `streams.chunk.Part`.
+        dead_letters: what the contract refuses.
+        duplicates: how many are.
+    """
+
+    spec: EventSpec
+    chunk: Chunk
+    accepted: Accepted
+    mine: slice
+    offsets: Ints
+    record_ms: Ints
+    counted: NDArray[np.bool_]
+    horizon: int
+    dead_letters: list[DeadLetter]
     duplicates: int
 
 
@@ -52,6 +82,7 @@ class Decoder:
         self._plan = plan
         self._lanes = lanes
         self._dedupe_ms = dedupe_ms
+        self._specs = {spec.topic: spec for spec in plan.events}
         self._contracts = {spec.topic: ContractDecoder(spec.name, find_contract(spec)) for spec in plan.events}
         self._dedupes: dict[Partition, Dedupe] = {}
 
@@ -62,45 +93,75 @@ class Decoder:
 
     def decode_all(self, chunks: Sequence[Chunk]) -> list[Decoded]:
         """As `decode`, of chunks of several partitions: those of one topic are checked together."""
-        found: dict[int, Decoded] = {}
+        return self._by_topic(chunks, self._decoded)
+
+    def check_all(self, chunks: Sequence[Chunk]) -> list[Checked]:
+        """Chunks of several partitions, checked as to be decoded."""
+        return self._by_topic(chunks, self._checked)
+
+    @staticmethod
+    def _by_topic(chunks: Sequence[Chunk], of_topic: Callable[[list[Chunk]], Iterable[_Of]]) -> list[_Of]:
+        found: dict[int, _Of] = {}
         for topic in dict.fromkeys(chunk.partition.topic for chunk in chunks):
             places = [place for place, chunk in enumerate(chunks) if chunk.partition.topic == topic]
-            decoded = self._of_topic(self._contracts[topic], [chunks[place] for place in places])
-            found.update(zip(places, decoded, strict=True))
+            found.update(zip(places, of_topic([chunks[place] for place in places]), strict=True))
         return [found[place] for place in range(len(chunks))]
 
-    def _of_topic(self, contract: ContractDecoder, chunks: list[Chunk]) -> Iterator[Decoded]:
+    def _checked(self, chunks: list[Chunk]) -> Iterator[Checked]:
+        spec = self._specs[chunks[0].partition.topic]
         record_ms = np.concatenate([chunk.record_ms for chunk in chunks])
-        accepted, refused = contract.decode([value for chunk in chunks for value in chunk.values], record_ms)
+        values = [value for chunk in chunks for value in chunk.values]
+        accepted, refused = self._contracts[spec.topic].decode(values, record_ms)
         record_ms, offsets = record_ms[accepted.index], np.concatenate([c.offsets for c in chunks])[accepted.index]
-        times_ms, hashes = np.minimum(accepted.times_ms, record_ms), hash64(accepted.event_ids)
-        shards = {
-            entity.name: (entity.key, shards_of(accepted.fields[entity.key], self._plan.shards))
-            for entity in self._plan.entities
-            if entity.key in accepted.fields
-        }
+        hashes = hash64(accepted.event_ids)
         ends = [0, *accumulate(len(chunk.values) for chunk in chunks)]
         for chunk, (begin, end) in zip(chunks, pairwise(ends), strict=True):
             mine = slice(*np.searchsorted(accepted.index, (begin, end)).tolist())
             dedupe = self._dedupes.setdefault(chunk.partition, Dedupe(self._dedupe_ms))
             repeated = dedupe.duplicates(offsets[mine], hashes[mine], record_ms[mine])
             fresh = offsets[mine] >= chunk.fresh
-            counted = fresh & ~repeated
-            events = {}
-            if counted.any():
-                fields = {name: column[mine] for name, column in accepted.fields.items()}
-                for entity, (key, of_shard) in shards.items():
-                    ids = fields[key]
-                    concerned = counted & np.asarray(ids.is_valid()) if ids.null_count else counted
-                    happened = Happened(contract.name, ids, of_shard[mine], offsets[mine], times_ms[mine], fields)
-                    events[entity] = happened.take(concerned)
             dead_letters = [
                 DeadLetter(chunk.partition, int(chunk.offsets[at]), chunk.keys[at], chunk.values[at], reason)
                 for at, reason in ((place - begin, reason) for place, reason in refused if begin <= place < end)
                 if chunk.offsets[at] >= chunk.fresh
             ]
-            parts = self._parts(chunk, dedupe.horizon(chunk.end), events)
-            yield Decoded(parts, dead_letters, int(counted.sum()), int((repeated & fresh).sum()))
+            yield Checked(
+                spec,
+                chunk,
+                accepted,
+                mine,
+                offsets[mine],
+                record_ms[mine],
+                fresh & ~repeated,
+                dedupe.horizon(chunk.end),
+                dead_letters,
+                int((repeated & fresh).sum()),
+            )
+
+    def _decoded(self, chunks: list[Chunk]) -> Iterator[Decoded]:
+        shards: dict[str, tuple[str, Ints]] = {}
+        for checked in self._checked(chunks):
+            mine, counted, accepted = checked.mine, checked.counted, checked.accepted
+            shards = shards or self._shards(accepted)
+            events = {}
+            if counted.any():
+                times_ms = np.minimum(accepted.times_ms[mine], checked.record_ms)
+                fields = {name: column[mine] for name, column in accepted.fields.items()}
+                for entity, (key, of_shard) in shards.items():
+                    ids = fields[key]
+                    concerned = counted & np.asarray(ids.is_valid()) if ids.null_count else counted
+                    given = (ids, of_shard[mine], checked.offsets, times_ms, fields)
+                    events[entity] = Happened(checked.spec.name, *given).take(concerned)
+            parts = self._parts(checked.chunk, checked.horizon, events)
+            yield Decoded(parts, checked.dead_letters, int(counted.sum()), checked.duplicates)
+
+    def _shards(self, accepted: Accepted) -> dict[str, tuple[str, Ints]]:
+        """By entity that events name: the field that does, and each event's shard."""
+        return {
+            entity.name: (entity.key, shards_of(accepted.fields[entity.key], self._plan.shards))
+            for entity in self._plan.entities
+            if entity.key in accepted.fields
+        }
 
     def _parts(self, chunk: Chunk, horizon: int, events: Mapping[str, Happened]) -> list[Part]:
         latest_ms = int(chunk.record_ms.max(initial=-1))

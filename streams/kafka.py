@@ -17,7 +17,7 @@ from confluent_kafka.admin import AdminClient
 from config.brokers import PASSING, is_embedded, topics_there
 from config.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from features.plan import Plan
-from store.commit import Position, Writer, read_record
+from store.commit import CommitRecord, Position, Writer, read_record
 from store.keys import Keyspace
 from streams.chunk import Chunk, DeadLetter, Ints, Partition
 from streams.metrics import METRICS
@@ -37,6 +37,9 @@ _LETTER_VALUE_BYTES_MAX = DEAD_LETTER_BYTES_MAX - 65_536
 """What is longer is cut, with its length in a header: a letter that can't be written would stop the stream for good."""
 
 log = structlog.get_logger()
+
+Records = Callable[[], Sequence[CommitRecord]]
+"""What there is of the log already, in every place that it goes to."""
 
 
 class LogLostError(RuntimeError):
@@ -173,7 +176,7 @@ def _check(expected: Mapping[str, str], found: Mapping[str, str]) -> None:
 
 
 class PartitionReader:
-    """Reads one partition from where its shards are, in chunks.
+    """Reads one partition from where its shards are, by their `records`, in chunks.
 
     It starts at the lowest committed offset of all shards, or before it at the offset where the dedupe horizon begins,
     but not below what the broker still has. What retention took away, before or while it reads, is reported as lost,
@@ -188,9 +191,8 @@ class PartitionReader:
     def __init__(
         self,
         settings: Settings,
-        plan: Plan,
         partition: Partition,
-        client: redis.Redis,
+        records: Records,
         clock: Callable[[], float] = time.monotonic,
         consumer: Any = None,
         topic_id: str = "",
@@ -202,11 +204,11 @@ class PartitionReader:
         self._consumer = consumer or _consumer(settings)
         self._fresh = self._read_ms = 0
         self._held = False
-        records = list(_records(plan, client))
-        for record in records:
+        committed = records()
+        for record in committed:
             if other := record.of_other_topic(partition.topic, topic_id):
                 raise TopicChangedError(partition.topic, other, topic_id)
-        self._begin([record.position(*partition) for record in records])
+        self._begin([record.position(*partition) for record in committed])
 
     def _begin(self, positions: Sequence[Position | None]) -> None:
         low, high = self._consumer.get_watermark_offsets(TopicPartition(*self._partition), timeout=_KAFKA_TIMEOUT_S)
@@ -272,10 +274,10 @@ class WorkerReader:
         settings: Settings,
         plan: Plan,
         is_mine: Callable[[Partition], bool],
-        client: redis.Redis,
+        records: Records,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._settings, self._plan, self._is_mine, self._client = settings, plan, is_mine, client
+        self._settings, self._plan, self._is_mine, self._records = settings, plan, is_mine, records
         self._clock = clock
         self._looked_s = self._said_s = clock()
         there = partitions_of(settings, self._topics)
@@ -335,9 +337,8 @@ class WorkerReader:
             if each not in self._readers and self._is_mine(each):
                 self._readers[each] = PartitionReader(
                     self._settings,
-                    self._plan,
                     each,
-                    self._client,
+                    self._records,
                     consumer=_OfPartition(self._shared, each),
                     topic_id=self._ids.known.get(each.topic, ""),
                 )
@@ -508,6 +509,7 @@ def _consumer(settings: Settings) -> Consumer:
     )
 
 
-def _records(plan: Plan, client: redis.Redis) -> Iterable[Any]:
+def records_of(plan: Plan, client: redis.Redis) -> Sequence[CommitRecord]:
+    """The commit records of all shards."""
     keys = Keyspace.of(plan).commit_records(plan.stored_entities)
     return [read_record(client, key) for key in keys]

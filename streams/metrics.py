@@ -27,6 +27,7 @@ class _Metrics:
         self.events = Counter("headrace_stream_events", _EVENTS, ["topic"])
         self.duplicates = Counter("headrace_stream_duplicates", "Records left out as duplicates", ["topic"])
         self.dead_letters = Counter("headrace_stream_dead_letters", "Records that their contract refused", ["topic"])
+        self.events_archived = Counter("headrace_archive_events", "Events committed to the archive", ["topic"])
         self.rows = Counter("headrace_stream_rows_written", "Rows committed")
         self.evicted = Counter(
             "headrace_stream_buckets_evicted", "Buckets evicted to keep a declared bound", ["view", "feature"]
@@ -47,6 +48,10 @@ class _Metrics:
         self.events.labels(topic).inc(decoded.events)
         self.duplicates.labels(topic).inc(decoded.duplicates)
         self.dead_letters.labels(topic).inc(len(decoded.dead_letters))
+
+    def archived(self, topic: str, events: int) -> None:
+        """Counts a commit to the archive."""
+        self.events_archived.labels(topic).inc(events)
 
     def committed(self, rows: int, evicted: Mapping[tuple[str, str], int]) -> None:
         """Counts a commit."""

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Literal
 
 import structlog
 
@@ -32,16 +33,22 @@ _SAID_S = 60.0
 
 log = structlog.get_logger()
 
+Work = Literal["stream", "archive"]
+"""Which dataflow."""
 
-def supervise(settings: Settings, processes: int, sleep: Callable[[float], None] = time.sleep) -> int:
-    """Runs the workers until told to stop; returns the exit status.
+
+def supervise(
+    settings: Settings, processes: int, work: Work = "stream", sleep: Callable[[float], None] = time.sleep
+) -> int:
+    """Runs the workers of a dataflow until told to stop; returns the exit status.
 
     Workers that end are replaced: at once if they were killed or had been well, else ever later, and after the last of
     the back-off no more; but for what heals by itself, such as a Redis that is away, it waits however long. Those whose
     shards another stream has claimed are not replaced: the two would only take them from each other for ever.
     """
-    with signals() as stopping, metrics_served(settings.host, settings.stream_metrics_port) as ended:
-        return _Supervisor(settings, processes, stopping, ended, sleep).run()
+    port = settings.stream_metrics_port if work == "stream" else settings.archive_metrics_port
+    with signals() as stopping, metrics_served(settings.host, port) as ended:
+        return _Supervisor(settings, processes, work, stopping, ended, sleep).run()
 
 
 class _Supervisor:
@@ -51,11 +58,12 @@ class _Supervisor:
         self,
         settings: Settings,
         processes: int,
+        work: Work,
         stopping: list[int],
         ended: Callable[[int], None],
         sleep: Callable[[float], None],
     ) -> None:
-        self._settings, self._processes = settings, processes
+        self._settings, self._processes, self._work = settings, processes, work
         self._stopping, self._ended, self._sleep = stopping, ended, sleep
         self._ready: Crew | None = None
         self._working: Crew | None = None
@@ -160,7 +168,7 @@ class _Supervisor:
         return crew
 
     def _crew(self) -> Crew:
-        return Crew(self._settings, self._processes)
+        return Crew(self._settings, self._processes, self._work)
 
     def _again(self, statuses: list[int], *, claimed: bool, lived_s: float) -> int | None:
         """Waits until the workers are to be started again; returns the exit status if they are not to be."""
@@ -210,7 +218,8 @@ class Crew:
         newest: the number of the newest plan that is applied, as far as they know.
     """
 
-    def __init__(self, settings: Settings, processes: int) -> None:
+    def __init__(self, settings: Settings, processes: int, work: Work = "stream") -> None:
+        self._work = work
         self._lanes = max(settings.lanes, processes)
         environment = os.environ | settings.model_copy(update={"lanes": self._lanes}).environment()
         self.workers: list[Child] = []
@@ -231,7 +240,8 @@ class Crew:
         n = len(self.workers)
         addresses = [f"127.0.0.1:{port}" for port in _free_ports(n)] if n > 1 else None
         for number, worker in enumerate(self.workers):
-            worker.tell({"plan": plan, "number": number if addresses else None, "addresses": addresses})
+            order = {"plan": plan, "number": number if addresses else None, "addresses": addresses}
+            worker.tell({"work": self._work, **order})
 
     def claimed(self) -> bool:
         """Whether they have claimed all shards: they say so for each lane."""

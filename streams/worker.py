@@ -1,6 +1,7 @@
-"""A worker process of `headrace stream`: it imports everything, and waits to be told to go: see `streams.supervise`.
+"""A worker process of `headrace stream` or `headrace archive`: it imports everything, and waits to be told to go.
 
-It says which plan it has claimed shards for, once a lane, and which is the newest that is applied.
+See `streams.supervise`. It says which plan it has claimed shards (or tables) for, once a lane, and which is the newest
+that is applied.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import signal
 from config.child import listen, say
 from config.settings import Settings
 from store.plans import watch_newest
-from streams.dataflow import flow, run
+from streams.dataflow import archive_flow, flow, run
 
 
 def main() -> None:
@@ -18,7 +19,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Until there is something to end well.
     order = listen()
     if order is not None:
-        dataflow = flow(order["plan"], lambda plan: say(claimed=plan.number))
+        of_work = {"stream": flow, "archive": archive_flow}[order["work"]]
+        dataflow = of_work(order["plan"], lambda plan: say(claimed=plan.number))
         watch_newest(Settings(), lambda number: say(newest=number))
         run(dataflow, order["number"], order["addresses"])
 

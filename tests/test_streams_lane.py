@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ from streams import kafka
 from streams import lane as lane_module
 from streams.chunk import Chunk, Part, Partition
 from streams.decode import Decoder
-from streams.kafka import LogLostError, PartitionReader
+from streams.kafka import LogLostError, PartitionReader, records_of
 from streams.lane import IDLE_COMMIT_S, Committer, GapError, Lane
 from tests import oracle
 from tests.support.log import Clock, Log, Message
@@ -138,7 +139,7 @@ class Worker:
 
     def __init__(self, plan: Plan, lanes: int, client: redis.Redis, log: Log, clock: Clock, chunk_events: int) -> None:
         settings = Settings(chunk_events=chunk_events)
-        self.readers = {p: PartitionReader(settings, plan, p, client, clock) for p in log.records}
+        self.readers = {p: PartitionReader(settings, p, partial(records_of, plan, client), clock) for p in log.records}
         self.lanes = [Lane(plan, lane, lanes, client, clock) for lane in range(lanes)]
         self.decoder = Decoder(plan, lanes, HORIZON_MS)
         self.queues: list[list[Part]] = [[] for _ in range(lanes)]
@@ -304,7 +305,7 @@ def test_crashes_zombies_and_other_numbers_of_lanes_leave_the_rows_of_one_undist
 
 def a_reader(monkeypatch: pytest.MonkeyPatch, client: redis.Redis, log: Log, plan: Plan = PLAN) -> PartitionReader:
     monkeypatch.setattr(kafka, "_consumer", lambda _: log.consumer())
-    return PartitionReader(Settings(chunk_events=1000), plan, CLICKS, client, Clock(0))
+    return PartitionReader(Settings(chunk_events=1000), CLICKS, partial(records_of, plan, client), Clock(0))
 
 
 def clicks(*users: str, at_ms: int, step_ms: int = 0) -> list[Message]:

@@ -95,7 +95,7 @@ class Stage:
         monkeypatch.setattr(module, "Crew", self._crew)
         monkeypatch.setattr(services, "away", lambda _: self.is_away.pop(0) if self.is_away else "")
 
-    def _crew(self, settings: Settings, processes: int) -> FakeCrew:
+    def _crew(self, settings: Settings, processes: int, work: str) -> FakeCrew:
         lives = self._lives.pop(0) if len(self._lives) > 1 else self._lives[0]
         self.made.append(FakeCrew(self, **lives))
         return self.made[-1]
@@ -103,7 +103,7 @@ class Stage:
     def run(self, until_s: float = 0.0) -> int:
         if until_s:
             self.clock.at.append((until_s, lambda: signal.raise_signal(signal.SIGTERM)))
-        return supervise(Settings(), 1, self.clock.sleep)
+        return supervise(Settings(), 1, sleep=self.clock.sleep)
 
     @property
     def waits_s(self) -> list[int]:
@@ -277,7 +277,7 @@ def test_workers_get_the_settings_and_know_of_each_other(told: list[Any]) -> Non
 def test_one_process_forms_no_cluster(told: list[Any]) -> None:
     crew = Crew(Settings(lanes=2), 1)
     crew.go(4)
-    assert '{"plan": 4, "number": null, "addresses": null}' in told[0].stdout.readline()
+    assert '{"work": "stream", "plan": 4, "number": null, "addresses": null}' in told[0].stdout.readline()
     told[0].kill()
     told[0].wait()
     assert crew.ended() == [-signal.SIGKILL]

@@ -158,7 +158,7 @@ BREAKS: Final = (
     ),
     Break(
         "duplicates count",
-        decode.Decoder._of_topic,
+        decode.Decoder._checked,
         "repeated = dedupe.duplicates(offsets[mine], hashes[mine], record_ms[mine])",
         "repeated = dedupe.duplicates(offsets[mine], hashes[mine], record_ms[mine]) & False",
     ),

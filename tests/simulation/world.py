@@ -29,7 +29,7 @@ from store.keys import Keyspace
 from store.layouts import Layouts
 from streams.chunk import Chunk, Part, Partition
 from streams.decode import Decoder
-from streams.kafka import PartitionReader
+from streams.kafka import PartitionReader, records_of
 from streams.lane import Commit, Committer, GapError, Lane
 from tests.simulation.marketplace import (
     BASE_MS,
@@ -327,7 +327,9 @@ class Worker:
 
     def _open(self, partition: Partition, chunk_events: int) -> None:
         consumer = _Consumer(self._world.log)
-        reader = PartitionReader(_settings(chunk_events), self._plan, partition, self._client, self.clock, consumer)
+        reader = PartitionReader(
+            _settings(chunk_events), partition, partial(records_of, self._plan, self._client), self.clock, consumer
+        )
         assert reader._lost is None, f"records lost: {reader._lost}"
         self._readers.append(reader)
 

@@ -1,0 +1,315 @@
+"""The archive: every accepted event, in a Delta Lake table a topic, with what of the topic it includes.
+
+A table's rows and the positions that they bring it to are one Delta commit, by the protocol's application transactions.
+Whoever commits says so in one more of them, under a name that all writers share: so of two that begin at the same
+version one fails, and a writer that was killed, hung or replaced repeats nothing. Tables are partitioned by the day of
+the event (UTC), and readable by whatever reads Delta Lake.
+
+    event_id, occurred_at (as sent), the contract's fields,
+    _recorded_at (the broker's), _partition, _offset, _day
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from numpy.typing import NDArray
+
+from config.settings import Settings
+from features.events import Kind
+from features.plan import EventSpec, Plan
+from features.times import DAY_MS
+from store.commit import CommitRecord, FencedError, Position
+
+_TIME: Final = pa.timestamp("us", "UTC")
+_TYPES: Final[dict[Kind, pa.DataType]] = {
+    "str": pa.string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+}
+_WRITER: Final = "headrace/writer"
+_PARTITIONS: Final = "headrace/partitions"
+_TOPIC_ID: Final = "headrace.topic_id"
+_SCAN_ROWS: Final = 1 << 17
+_NOTHING_READ: Final = -1
+
+
+@dataclass(frozen=True)
+class Complete:
+    """What a table has of a partition: everything before an offset; the last of it was recorded then (ms)."""
+
+    next: int
+    recorded_ms: int
+
+
+class ArchiveTable:
+    """The events of one topic, as of when this was made or last written to.
+
+    Args:
+        url: of all tables: a folder, or whatever delta-rs takes (`s3://bucket/events`).
+        spec: the topic's contract.
+        options: delta-rs's `storage_options`.
+    """
+
+    def __init__(self, url: str, spec: EventSpec, options: Mapping[str, str] | None = None) -> None:
+        self.topic = spec.topic
+        self.url = f"{url.rstrip('/')}/{spec.topic}"
+        self._spec, self._options = spec, dict(options or {})
+        self._table = self._open()
+
+    def __repr__(self) -> str:
+        version = "none" if self._table is None else self._table.version()
+        return f"<ArchiveTable {self.url} version={version}>"
+
+    @property
+    def exists(self) -> bool:
+        """Whether anything was ever archived of the topic."""
+        return self._table is not None
+
+    @property
+    def n_rows(self) -> int:
+        """About how many events there are."""
+        if self._table is None:
+            return 0
+        return int(pc.sum(pa.table(self._table.get_add_actions(flatten=True))["num_records"]).as_py() or 0)
+
+    def complete(self) -> dict[int, Complete]:
+        """By partition, what the table has of it."""
+        found = {}
+        for partition in range(self._said(_PARTITIONS) or 0):
+            at = self._said(_name(partition, "next"))
+            if at is not None and at != _NOTHING_READ:
+                found[partition] = Complete(at, self._said(_name(partition, "recorded_ms")) or 0)
+        return found
+
+    def record(self) -> CommitRecord:
+        """What the table includes, as a shard's commit record says it of its rows."""
+        positions = {
+            f"{self._spec.topic}/{partition}": Position(at.next, self._said(_name(partition, "horizon")) or 0)
+            for partition, at in self.complete().items()
+        }
+        topics = {self._spec.topic: self._topic_id} if self._topic_id else {}
+        return CommitRecord("", positions, topics)
+
+    # Writing
+
+    def claim(self) -> None:
+        """Makes this the table's writer: whoever was, is not any more. Creates the table if there is none."""
+        if self._table is None:
+            # Who comes second finds it made.
+            schema = _schema(self._spec)
+            made: Any = {"partition_by": ["_day"], "mode": "ignore", "storage_options": self._options}
+            DeltaTable.create(self.url, schema, description=self._spec.doc, **made)
+            self._table = self._open()
+        self._commit(_schema(self._spec).empty_table(), {_WRITER: secrets.randbits(62)})
+
+    def append(self, rows: pa.Table | None, complete: Mapping[int, Complete], horizons: Mapping[int, int]) -> None:
+        """Writes events (see `rows_of`), if there are any, and what the table is then complete to, as one.
+
+        Raises:
+            FencedError: if another writer has claimed the table.
+        """
+        said = {
+            _WRITER: secrets.randbits(62),
+            _PARTITIONS: 1 + max(self.complete().keys() | complete.keys(), default=-1),
+        }
+        for partition, at in complete.items():
+            said[_name(partition, "next")] = at.next
+            said[_name(partition, "recorded_ms")] = at.recorded_ms
+            said[_name(partition, "horizon")] = horizons[partition]
+        self._commit(_schema(self._spec).empty_table() if rows is None else rows, said)
+
+    def be_of_topic(self, topic_id: str) -> None:
+        """Remembers Kafka's id of the topic, if none is known."""
+        if topic_id and not self._topic_id:
+            self._there.alter.set_table_properties({_TOPIC_ID: topic_id}, raise_if_not_exists=False)
+
+    def accept_topic(self, topic_id: str) -> None:
+        """The topic was made anew: the table goes on with its beginning, and keeps what it has of the old one."""
+        read = {_name(partition, "next"): _NOTHING_READ for partition in self.complete()}
+        self._commit(_schema(self._spec).empty_table(), {_WRITER: secrets.randbits(62), **read})
+        self._there.alter.set_table_properties({_TOPIC_ID: topic_id}, raise_if_not_exists=False)
+
+    def compact(self) -> dict[str, Any]:
+        """Writes the small files of each day as few large ones; readers see no difference. Returns what was done."""
+        return self._there.optimize.compact()
+
+    def vacuum(self, retention_hours: int | None = None) -> list[str]:
+        """Deletes files that no version of the last days (7 by default) names; returns which."""
+        return self._there.vacuum(retention_hours, dry_run=False, enforce_retention_duration=retention_hours is None)
+
+    def forget_before(self, ms: int) -> int:
+        """Deletes the events of all days before the one that this is in; returns how many."""
+        found = self._there.delete(f"_day < '{_day(ms).isoformat()}'")
+        return int(found["num_deleted_rows"] or 0)
+
+    # Reading
+
+    def scan(
+        self, fields: Mapping[str, Kind], since_ms: int = 0, until_ms: int | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Events with `since_ms <= t < until_ms` in parts: their fields, `t` (int64, ms), `_partition` and `_offset`.
+
+        `t` is the event's time by the window rule. A field that the table has not (yet) is null.
+        """
+        if self._table is None:
+            return
+        there = pa.schema(self._table.schema().to_arrow())
+        columns = {name: _column(name, kind, there) for name, kind in fields.items()}
+        read = dict.fromkeys(column for column in columns.values() if column in there.names)
+        days = ds.field("_day") >= _day(since_ms)
+        if until_ms is not None:
+            days &= ds.field("_day") <= _day(until_ms)
+        scanner = self._table.to_pyarrow_dataset().scanner(
+            columns=[*read, "occurred_at", "_recorded_at", "_partition", "_offset"],
+            filter=days,
+            batch_size=_SCAN_ROWS,
+            batch_readahead=2,
+            fragment_readahead=1,
+        )
+        for batch in scanner.to_batches():
+            yield from _read(batch, columns, fields, since_ms, until_ms)
+
+    def _open(self) -> DeltaTable | None:
+        try:
+            return DeltaTable(self.url, storage_options=self._options)
+        except TableNotFoundError:
+            return None
+
+    @property
+    def _there(self) -> DeltaTable:
+        if self._table is None:
+            msg = f"there is no archive at {self.url}: run `headrace archive`"
+            raise FileNotFoundError(msg)
+        return self._table
+
+    @property
+    def _topic_id(self) -> str:
+        return "" if self._table is None else self._table.metadata().configuration.get(_TOPIC_ID, "")
+
+    def _said(self, name: str) -> int | None:
+        return None if self._table is None else self._table.transaction_version(name)
+
+    def _commit(self, rows: pa.Table, said: Mapping[str, int]) -> None:
+        transactions = [Transaction(name, version) for name, version in said.items()]
+        there, own = pa.schema(self._there.schema().to_arrow()), _own(self._spec)
+        names = [_column(name, own[name], there) if name in own else name for name in rows.column_names]
+        try:
+            write_deltalake(
+                self._there,
+                rows.rename_columns(names),
+                mode="append",
+                schema_mode="merge",
+                commit_properties=CommitProperties(app_transactions=transactions),
+            )
+        except CommitFailedError as error:
+            msg = f"{self.url} was written to by another archiver: {error}"
+            raise FencedError(msg, superseded=True) from error
+
+
+def tables_of(settings: Settings, plan: Plan) -> dict[str, ArchiveTable]:
+    """The archive's table of each topic of a plan."""
+    where, options = settings.archive_url(), settings.archive_options
+    return {spec.topic: ArchiveTable(where, spec, options) for spec in plan.events}
+
+
+def rows_of(  # a column each
+    spec: EventSpec,
+    event_ids: pa.StringArray,
+    occurred_ms: NDArray[np.int64],
+    recorded_ms: NDArray[np.int64],
+    partition: int,
+    offsets: NDArray[np.int64],
+    fields: Mapping[str, Any],
+) -> pa.Table:
+    """Events of one partition as a table holds them; columns as `features.rows.Events` has them."""
+    days = np.minimum(occurred_ms, recorded_ms) // DAY_MS
+    columns: dict[str, Any] = {"event_id": event_ids, "occurred_at": _times(occurred_ms)}
+    for name, kind in _own(spec).items():
+        columns[name] = _typed(fields[name], kind)
+    columns["_recorded_at"] = _times(recorded_ms)
+    columns["_partition"] = pa.array(np.full(len(offsets), partition, np.int32))
+    columns["_offset"] = pa.array(offsets)
+    columns["_day"] = pa.array(days.astype(np.int32)).view(pa.date32())
+    return pa.table(columns, schema=_schema(spec))
+
+
+def _schema(spec: EventSpec) -> pa.Schema:
+    fields = [(name, _TYPES[kind]) for name, kind in _own(spec).items()]
+    return pa.schema(
+        [
+            ("event_id", pa.string()),
+            ("occurred_at", _TIME),
+            *fields,
+            ("_recorded_at", _TIME),
+            ("_partition", pa.int32()),
+            ("_offset", pa.int64()),
+            ("_day", pa.date32()),
+        ]
+    )
+
+
+def _own(spec: EventSpec) -> dict[str, Kind]:
+    """The contract's fields but for those that every contract has."""
+    return {name: kind for name, kind in spec.fields.items() if name not in ("event_id", "occurred_at")}
+
+
+def _name(partition: int, what: str) -> str:
+    return f"headrace/{partition}/{what}"
+
+
+def _column(name: str, kind: Kind, there: pa.Schema) -> str:
+    """The column of a field; one that has another type than before has one of its own."""
+    return name if name not in there.names or there.field(name).type == _TYPES[kind] else f"{name}__{kind}"
+
+
+def _day(ms: int) -> date:
+    return (datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=ms)).date()
+
+
+def _times(ms: NDArray[np.int64]) -> pa.Array:
+    return pa.array(ms * 1000).view(_TIME)
+
+
+def _ms(times: pa.Array) -> NDArray[np.int64]:
+    return np.asarray(times.view(pa.int64())) // 1000
+
+
+def _typed(column: Any, kind: Kind) -> pa.Array:
+    """A column of events, float64 with NaN for null if it is no text, as the type that its field has."""
+    if kind == "str":
+        return column
+    null = np.isnan(column)
+    if kind == "float":
+        return pa.array(column, mask=null)
+    values = np.where(null, 0, column)
+    return pa.array(values == 1 if kind == "bool" else values.astype(np.int64), mask=null)
+
+
+def _read(
+    batch: pa.RecordBatch,
+    columns: Mapping[str, str],
+    fields: Mapping[str, Kind],
+    since_ms: int,
+    until_ms: int | None,
+) -> Iterator[pa.RecordBatch]:
+    t = np.minimum(_ms(batch["occurred_at"]), _ms(batch["_recorded_at"]))
+    made = {
+        name: batch[column] if column in batch.schema.names else pa.nulls(len(batch), _TYPES[fields[name]])
+        for name, column in columns.items()
+    }
+    made |= {"t": pa.array(t), "_partition": batch["_partition"], "_offset": batch["_offset"]}
+    inside = t >= since_ms if until_ms is None else (t >= since_ms) & (t < until_ms)
+    found = pa.record_batch(made)
+    yield found if inside.all() else found.filter(pa.array(inside))

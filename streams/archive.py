@@ -1,0 +1,179 @@
+"""The archiver: accepted events into the archive's tables, each once. Knows the archive, not Bytewax."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import redis
+
+from config.settings import Settings
+from features.plan import EventSpec, Plan
+from store.archive import ArchiveTable, Complete, rows_of, tables_of
+from store.commit import CommitRecord
+from streams.chunk import Partition
+from streams.decode import Checked
+from streams.kafka import records_of
+from streams.lane import GapError
+from streams.metrics import METRICS
+
+_ROWS_MAX = 200_000
+"""So many events of a topic are committed, however recent."""
+
+
+@dataclass(frozen=True)
+class ArchivePart:
+    """A chunk as the archive takes it: its range, and the events in it; the rest as of `streams.chunk.Part`."""
+
+    spec: EventSpec
+    partition: Partition
+    start: int
+    end: int
+    horizon: int
+    record_ms_max: int
+    rows: pa.Table | None
+    low: int | None
+    topic_id: str
+
+
+def part_of(checked: Checked) -> ArchivePart:
+    """A checked chunk as the archive takes it."""
+    chunk, accepted, mine = checked.chunk, checked.accepted, checked.mine
+    start = max(chunk.start, chunk.fresh)
+    rows = None
+    if checked.counted.any():
+        fields = {name: column[mine] for name, column in accepted.fields.items()}
+        given = (accepted.times_ms[mine], checked.record_ms, chunk.partition.number, checked.offsets, fields)
+        rows = rows_of(checked.spec, accepted.event_ids[mine], *given).filter(pa.array(checked.counted))
+    latest_ms = int(chunk.record_ms.max(initial=-1))
+    end = (max(chunk.end, start), checked.horizon, latest_ms)
+    return ArchivePart(checked.spec, chunk.partition, start, *end, rows, chunk.low, chunk.topic_id)
+
+
+def archived(settings: Settings, plan: Plan, client: redis.Redis) -> list[CommitRecord]:
+    """What of the log the archive has, as one record; of a topic made anew nothing, once the stream has accepted it."""
+    accepted = _accepted(records_of(plan, client))
+    whole = CommitRecord("")
+    for topic, table in tables_of(settings, plan).items():
+        record = table.record()
+        if topic in accepted and record.of_other_topic(topic, accepted[topic]):
+            record = record.from_the_start_of(topic, accepted[topic])
+        whole = whole.advanced("", record.positions, record.topics)
+    return [whole]
+
+
+def _accepted(records: Iterable[CommitRecord]) -> dict[str, str]:
+    """The id of each topic that the stream reads: that all shards have."""
+    ids: dict[str, set[str]] = {}
+    for record in records:
+        for topic, topic_id in record.topics.items():
+            ids.setdefault(topic, set()).add(topic_id)
+    return {topic: found.pop() for topic, found in ids.items() if len(found) == 1}
+
+
+class Archiver:
+    """Writes the events of some topics. Making one claims their tables: from then on nobody else can write to them.
+
+    Events are committed once there are many, or the first has waited for `archive_commit_s`. Before that it is asked by
+    `confirm` whether topics still are those with the ids of the parts: see `streams.lane.Lane`.
+
+    Raises:
+        FencedError: if another archiver has claimed a table.
+        GapError: if a part does not follow on what was received before.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        plan: Plan,
+        topics: Iterable[str],
+        client: redis.Redis,
+        clock: Callable[[], float] = time.monotonic,
+        confirm: Callable[[Mapping[str, str]], Callable[[], None]] = lambda _: lambda: None,
+    ) -> None:
+        self._commit_s, self._clock, self._confirm = settings.archive_commit_s, clock, confirm
+        accepted = _accepted(records_of(plan, client))
+        found = tables_of(settings, plan)
+        self._pending = {topic: _Pending(found[topic], accepted.get(topic, ""), clock()) for topic in topics}
+
+    def start(self, parts: Sequence[ArchivePart]) -> None:
+        """Takes parts, and commits what is due."""
+        for part in parts:
+            self._pending[part.partition.topic].take(part)
+        for pending in self._pending.values():
+            due = self._clock() - pending.since_s >= self._commit_s or pending.n_rows >= _ROWS_MAX
+            if due and pending.moved:
+                self._commit(pending)
+            elif not pending.moved:
+                pending.since_s = self._clock()
+
+    def settle(self) -> None:
+        """Commits all that was taken."""
+        for pending in self._pending.values():
+            if pending.moved:
+                self._commit(pending)
+
+    def _commit(self, pending: _Pending) -> None:
+        self._confirm({pending.topic: pending.topic_id} if pending.topic_id else {})()
+        pending.commit(self._clock())
+
+
+class _Pending:
+    """What of a topic is not committed yet.
+
+    Attributes:
+        since_s: when the first of it came.
+        moved: whether there is anything.
+        n_rows: how many events.
+    """
+
+    def __init__(self, table: ArchiveTable, accepted: str, now_s: float) -> None:
+        self._table = table
+        table.claim()
+        self.topic_id = table.record().topics.get(table.topic, "")
+        if accepted and self.topic_id and accepted != self.topic_id:
+            table.accept_topic(accepted)
+            self.topic_id = accepted
+        self._complete = table.complete()
+        self._horizons: dict[int, int] = {}
+        self._rows: list[pa.Table] = []
+        self.topic, self.since_s, self.n_rows = table.topic, now_s, 0
+
+    @property
+    def moved(self) -> bool:
+        return bool(self._horizons)
+
+    def take(self, part: ArchivePart) -> None:
+        """Takes what of a part is new."""
+        number = part.partition.number
+        known = self._complete.get(number)
+        if self.topic_id and part.topic_id and part.topic_id != self.topic_id:
+            msg = f"a chunk of {self.topic} is of the topic {part.topic_id}, but the archive's is {self.topic_id}"
+            raise GapError(msg)
+        if part.topic_id and not self.topic_id:
+            self._table.be_of_topic(part.topic_id)
+            self.topic_id = part.topic_id
+        at = known.next if known else part.start if part.low is None else part.low
+        if part.start > at:
+            msg = f"{part.partition}: a chunk starts at offset {part.start}, but the archive ends before {at}"
+            raise GapError(msg)
+        if part.end <= at:
+            return
+        rows = part.rows
+        if rows is not None and part.start < at:
+            rows = rows.filter(pa.array(np.asarray(rows["_offset"]) >= at))
+        if rows is not None and len(rows):
+            self._rows.append(rows)
+            self.n_rows += len(rows)
+        self._complete[number] = Complete(part.end, max(part.record_ms_max, known.recorded_ms if known else 0))
+        self._horizons[number] = part.horizon
+
+    def commit(self, now_s: float) -> None:
+        """Writes all as one."""
+        rows = pa.concat_tables(self._rows) if self._rows else None
+        self._table.append(rows, {number: self._complete[number] for number in self._horizons}, self._horizons)
+        METRICS.archived(self.topic, self.n_rows)
+        self._rows, self._horizons, self.n_rows, self.since_s = [], {}, 0, now_s
