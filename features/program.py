@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -112,6 +112,11 @@ class Program:
             target: {kind: (names, np.array([self._row_of[name] for name in names])) for kind, names in kinds.items()}
             for target, kinds in found.items()
         }
+
+    @property
+    def overridable(self) -> Collection[tuple[str, str]]:
+        """The (entity, event field) that a value can be given for instead of what is known: see `Asked`."""
+        return {(entity, field) for entity, field in self._last if field is not None}
 
     @property
     def bundles(self) -> tuple[Bundle, ...]:

@@ -26,7 +26,7 @@ from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from numpy.typing import NDArray
 
 from config.settings import Settings
-from features.events import Kind
+from features.events import NEWEST_MS, Kind
 from features.plan import EventSpec, Plan
 from features.times import DAY_MS
 from store.commit import CommitRecord, FencedError, Position
@@ -38,6 +38,7 @@ _TYPES: Final[dict[Kind, pa.DataType]] = {
     "float": pa.float64(),
     "bool": pa.bool_(),
 }
+_TIMES: Final = ("occurred_at", "_recorded_at")
 _WRITER: Final = "headrace/writer"
 _PARTITIONS: Final = "headrace/partitions"
 _TOPIC_ID: Final = "headrace.topic_id"
@@ -60,12 +61,16 @@ class ArchiveTable:
         url: of all tables: a folder, or whatever delta-rs takes (`s3://bucket/events`).
         spec: the topic's contract.
         options: delta-rs's `storage_options`.
+        version: of the table, to read it as it was; by default the newest.
     """
 
-    def __init__(self, url: str, spec: EventSpec, options: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, url: str, spec: EventSpec, options: Mapping[str, str] | None = None, version: int | None = None
+    ) -> None:
         self.topic = spec.topic
         self.url = f"{url.rstrip('/')}/{spec.topic}"
-        self._spec, self._options = spec, dict(options or {})
+        self._base, self._spec, self._options = url, spec, dict(options or {})
+        self._version = version
         self._table = self._open()
 
     def __repr__(self) -> str:
@@ -76,6 +81,15 @@ class ArchiveTable:
     def exists(self) -> bool:
         """Whether anything was ever archived of the topic."""
         return self._table is not None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it is now, for another process."""
+        return ArchiveTable, (self._base, self._spec, self._options, self._table and self._table.version())
+
+    @property
+    def n_files(self) -> int:
+        """How many files the events are in."""
+        return 0 if self._table is None else len(self._table.file_uris())
 
     @property
     def n_rows(self) -> int:
@@ -157,33 +171,28 @@ class ArchiveTable:
     # Reading
 
     def scan(
-        self, fields: Mapping[str, Kind], since_ms: int = 0, until_ms: int | None = None
+        self,
+        fields: Mapping[str, Kind],
+        since_ms: int = 0,
+        until_ms: int = NEWEST_MS,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[pa.RecordBatch]:
-        """Events with `since_ms <= t < until_ms` in parts: their fields, `t` (int64, ms), `_partition` and `_offset`.
-
-        `t` is the event's time by the window rule. A field that the table has not (yet) is null.
-        """
+        """The events of a time, in parts: see `events_of`. Of several shares (number, of how many) only one."""
         if self._table is None:
             return
-        there = pa.schema(self._table.schema().to_arrow())
-        columns = {name: _column(name, kind, there) for name, kind in fields.items()}
-        read = dict.fromkeys(column for column in columns.values() if column in there.names)
-        days = ds.field("_day") >= _day(since_ms)
-        if until_ms is not None:
-            days &= ds.field("_day") <= _day(until_ms)
-        scanner = self._table.to_pyarrow_dataset().scanner(
-            columns=[*read, "occurred_at", "_recorded_at", "_partition", "_offset"],
-            filter=days,
-            batch_size=_SCAN_ROWS,
-            batch_readahead=2,
-            fragment_readahead=1,
-        )
-        for batch in scanner.to_batches():
-            yield from _read(batch, columns, fields, since_ms, until_ms)
+        dataset = self._table.to_pyarrow_dataset()
+        read = dict.fromkeys(_column(name, kind, dataset.schema) for name, kind in fields.items())
+        columns = [*(each for each in read if each in dataset.schema.names), *_TIMES, "_partition", "_offset"]
+        days = (ds.field("_day") >= _day(since_ms)) & (ds.field("_day") <= _day(until_ms))
+        fragments = sorted(dataset.get_fragments(filter=days), key=lambda fragment: fragment.path)
+        for fragment in fragments[share[0] :: share[1]]:
+            options: Any = {"batch_size": _SCAN_ROWS, "batch_readahead": 2, "fragment_readahead": 1}
+            for batch in fragment.scanner(dataset.schema, columns=columns, filter=days, **options).to_batches():
+                yield events_of(batch, fields, since_ms, until_ms)
 
     def _open(self) -> DeltaTable | None:
         try:
-            return DeltaTable(self.url, storage_options=self._options)
+            return DeltaTable(self.url, version=self._version, storage_options=self._options)
         except TableNotFoundError:
             return None
 
@@ -297,19 +306,19 @@ def _typed(column: Any, kind: Kind) -> pa.Array:
     return pa.array(values == 1 if kind == "bool" else values.astype(np.int64), mask=null)
 
 
-def _read(
-    batch: pa.RecordBatch,
-    columns: Mapping[str, str],
-    fields: Mapping[str, Kind],
-    since_ms: int,
-    until_ms: int | None,
-) -> Iterator[pa.RecordBatch]:
-    t = np.minimum(_ms(batch["occurred_at"]), _ms(batch["_recorded_at"]))
-    made = {
-        name: batch[column] if column in batch.schema.names else pa.nulls(len(batch), _TYPES[fields[name]])
-        for name, column in columns.items()
-    }
-    made |= {"t": pa.array(t), "_partition": batch["_partition"], "_offset": batch["_offset"]}
-    inside = t >= since_ms if until_ms is None else (t >= since_ms) & (t < until_ms)
-    found = pa.record_batch(made)
-    yield found if inside.all() else found.filter(pa.array(inside))
+def events_of(
+    rows: pa.RecordBatch, fields: Mapping[str, Kind], since_ms: int = 0, until_ms: int = NEWEST_MS
+) -> pa.RecordBatch:
+    """Rows of a table as events with `since_ms <= t < until_ms`: fields, `t` (int64, ms), `_partition` and `_offset`.
+
+    `t` is the event's time by the window rule. A field that the table has not (yet) is null.
+    """
+    t = np.minimum(*(_ms(rows[name]) for name in _TIMES))
+    found: dict[str, Any] = {}
+    for name, kind in fields.items():
+        column = _column(name, kind, rows.schema)
+        found[name] = rows[column] if column in rows.schema.names else pa.nulls(len(rows), _TYPES[kind])
+    found |= {"t": pa.array(t), "_partition": rows["_partition"], "_offset": rows["_offset"]}
+    inside = (t >= since_ms) & (t < until_ms)
+    events = pa.record_batch(found)
+    return events if inside.all() else events.filter(pa.array(inside))

@@ -201,7 +201,7 @@ class PartitionReader:
         self._chunk_events = settings.chunk_events
         self._clock = clock
         self._spoken_s = clock()
-        self._consumer = consumer or _consumer(settings)
+        self._consumer = consumer or consumer_of(settings)
         self._fresh = self._read_ms = 0
         self._held = False
         committed = records()
@@ -243,7 +243,7 @@ class PartitionReader:
         came: list[Any] = self._consumer.consume(self._chunk_events, timeout=0)
         messages = [each for each in came if _usable(each)]
         start, self._at = self._at, messages[-1].offset() + 1 if messages else self._at
-        chunk = Chunk(self._partition, start, self._at, self._fresh, *_columns(messages), self._low, self._topic_id)
+        chunk = Chunk(self._partition, start, self._at, self._fresh, *columns_of(messages), self._low, self._topic_id)
         if len(messages) < len(came) and any(map(_is_out_of_range, came)):
             # As at the start, with what was read so far.
             self._begin([Position(max(self._at, self._fresh), self._at)])
@@ -348,7 +348,7 @@ class _Shared:
     """One consumer, and what it has read of each partition."""
 
     def __init__(self, settings: Settings) -> None:
-        self.consumer = _consumer(settings)
+        self.consumer = consumer_of(settings)
         self.read: dict[Partition, list[Any]] = {}
         self._chunk_events = settings.chunk_events
 
@@ -482,7 +482,7 @@ def accept_topic(settings: Settings, plan: Plan, client: redis.Redis, topic: str
     return sum(writer.accept_topic(*shard, topic, topic_id) for shard in shards)
 
 
-def _columns(messages: list[Any]) -> tuple[list[bytes | None], list[bytes | None], Ints, Ints]:
+def columns_of(messages: list[Any]) -> tuple[list[bytes | None], list[bytes | None], Ints, Ints]:
     """Values, keys, offsets and record timestamps."""
     return (
         [message.value() for message in messages],
@@ -492,7 +492,8 @@ def _columns(messages: list[Any]) -> tuple[list[bytes | None], list[bytes | None
     )
 
 
-def _consumer(settings: Settings) -> Consumer:
+def consumer_of(settings: Settings, **options: Any) -> Consumer:
+    """A consumer of no group, which starts where it is told."""
     return Consumer(
         settings.librdkafka(
             **{
@@ -504,6 +505,7 @@ def _consumer(settings: Settings) -> Consumer:
                 "fetch.error.backoff.ms": 50,
                 "queued.max.messages.kbytes": 32_768,
                 "log_level": 4,
+                **options,
             }
         )
     )

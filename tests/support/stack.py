@@ -137,7 +137,8 @@ class Stack:
             for name in ("feast", "typeguard"):
                 (self._bare / f"{name}.py").write_text("raise ImportError('it is not for streams and servers')")
             # Most tests end before anybody dies, and need the processor themselves.
-            options = {"kafka": self.kafka.bootstrap_servers, "standby": False, **self._options}
+            options = {"kafka": self.kafka.bootstrap_servers, "standby": False}
+            options |= {"archive": str(self.folder / "archive"), **self._options}
             self.settings = Settings(repo=self.folder, redis_url=self.redis.url, **options)
             self.client: Any = connect(self.redis.url, 10)
             self.keyspace = Keyspace("headrace", self.settings.shards)

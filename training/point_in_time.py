@@ -1,0 +1,341 @@
+"""The point-in-time join: every feature of each label's entities, as of its time, from the events strictly before.
+
+Nothing is computed here. Events are sorted to the entities that labels name (`Splitter`); of each entity the rows are
+made that the stream would have made until each time (`make_rows`, by `features.history`); and features are evaluated of
+them as the server does (`evaluate`). Each step works on parts that know nothing of each other, and hands the next one
+files; so memory does not grow with events and labels, and parts can be done anywhere that sees the same folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from features.events import Kind
+from features.history import rows_at
+from features.kernel import Events
+from features.layout import Bundle
+from features.plan import Plan
+from features.program import Asked, Program
+from features.values import to_arrow
+from store.codec import decode, encode
+
+Ints = NDArray[np.int64]
+
+CHUNK_ROWS: Final = 8192
+"""So many labels are evaluated at once."""
+PARTITION_EVENTS: Final = 250_000
+"""About so many events are in memory at once."""
+OVERRIDE: Final = "__"
+"""Between the entity and the field in the name of a column that overrides what an entity's row knows."""
+
+
+class LabelsError(ValueError):
+    """The table of labels lacks a column, or has one that can't be used."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be joined: everything that its steps need to know.
+
+    Attributes:
+        plan: the plan.
+        full_names: of the features.
+        time_column: of the labels.
+        partitions: among how many entities are divided.
+        folder: where the steps leave files for each other.
+        until_ms: no label is later.
+        since_ms: no event before it is read.
+    """
+
+    plan: Plan
+    full_names: tuple[str, ...]
+    time_column: str
+    partitions: int
+    folder: Path
+    since_ms: int
+    until_ms: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without what is made of it: that is made again where it is needed."""
+        return Job, tuple(getattr(self, field.name) for field in fields(self))
+
+    @cached_property
+    def program(self) -> Program:
+        """The features, ready to be evaluated."""
+        return Program(self.plan, self.full_names)
+
+    @cached_property
+    def bundles(self) -> dict[str, Bundle]:
+        """By entity, the rows that are read."""
+        return {bundle.entity: bundle for bundle in self.program.bundles}
+
+    def key(self, entity: str) -> str:
+        """The column with an entity's ids."""
+        return self.plan.entity(entity).key
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a chunk of labels asks of one entity.
+
+    Attributes:
+        ids: text[m], each once at each time; the empty one, of no entity, for null.
+        times_ms: int64[m].
+        rows: intp[labels], which of them each label asks.
+    """
+
+    ids: pa.StringArray
+    times_ms: Ints
+    rows: NDArray[np.intp]
+
+
+def questions(job: Job, labels: pa.RecordBatch) -> dict[str, Questions]:
+    """By entity, what a chunk of labels asks."""
+    times_ms = times_of(labels, job.time_column)
+    found = {}
+    for entity in job.program.entities:
+        encoded = _texts(labels[job.key(entity)]).fill_null("").dictionary_encode()
+        codes = np.asarray(encoded.indices)
+        if _overrides(labels.schema, entity):
+            first, rows = np.arange(len(codes)), np.arange(len(codes))
+        else:
+            order = np.lexsort((times_ms, codes))
+            is_new = np.ones(len(order), bool)
+            is_new[1:] = (np.diff(codes[order]) != 0) | (np.diff(times_ms[order]) != 0)
+            first, rows = order[is_new], np.empty(len(order), np.intp)
+            rows[order] = np.cumsum(is_new) - 1
+        found[entity] = Questions(encoded.dictionary.take(encoded.indices.take(pa.array(first))), times_ms[first], rows)
+    return found
+
+
+def times_of(labels: pa.RecordBatch, column: str) -> Ints:
+    """int64[n]: the time of each label, ms; a part of a millisecond counts as a whole one.
+
+    Raises:
+        LabelsError: if a label has none.
+    """
+    times = labels[column]
+    if times.null_count:
+        msg = f"{column}: {times.null_count} labels have no time; leave them out"
+        raise LabelsError(msg)
+    if not pa.types.is_timestamp(times.type):
+        msg = f"{column}: {times.type} is no time; make it a timestamp (UTC if it has no zone)"
+        raise LabelsError(msg)
+    ns = np.asarray(times.cast(pa.timestamp("ns", times.type.tz)).view(pa.int64()))
+    return -(-ns // 1_000_000)
+
+
+class Entities:
+    """Every entity of one kind that labels name, numbered, and all that is asked of each.
+
+    Args:
+        asked: the questions of each chunk of labels, in order.
+    """
+
+    def __init__(self, asked: Sequence[Questions]) -> None:
+        ids = pa.chunked_array([each.ids for each in asked], pa.string())
+        self.ids = pc.unique(ids)
+        self.numbers = self.find(ids)
+        self.times_ms = np.concatenate([each.times_ms for each in asked])
+        counts = [len(each.times_ms) for each in asked]
+        self.chunks = np.repeat(np.arange(len(counts)), counts)
+        self.places = np.concatenate([np.arange(count) for count in counts])
+
+    def find(self, ids: pa.Array | pa.ChunkedArray) -> Ints:
+        """int64[n]: the number of each entity, -1 of those that nobody asks for."""
+        return np.asarray(pc.index_in(ids, self.ids).fill_null(-1)).astype(np.int64)
+
+
+class Splitter:
+    """Writes events to files of those partitions whose entities they concern. To be used by `with`.
+
+    Args:
+        job: the job.
+        entities: by kind.
+        name: tells these files from others.
+    """
+
+    def __init__(self, job: Job, entities: Mapping[str, Entities], name: str) -> None:
+        self._job, self._entities, self._name = job, entities, name
+        self._files: dict[tuple[str, str, int], Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def add(self, contract: str, events: pa.RecordBatch) -> None:
+        """Events of a contract, as `store.archive.events_of` gives them."""
+        job = self._job
+        for entity, bundle in job.bundles.items():
+            if contract not in bundle.events or job.key(entity) not in events.schema.names:
+                continue
+            numbers = self._entities[entity].find(events[job.key(entity)])
+            kept = np.flatnonzero(numbers >= 0)
+            kept = kept[np.argsort(numbers[kept] % job.partitions, kind="stable")]
+            bounds = np.searchsorted(numbers[kept] % job.partitions, np.arange(job.partitions + 1)).tolist()
+            columns = [*bundle.fields[contract], "t", "_partition", "_offset"]
+            mine = events.select(columns).take(pa.array(kept)).append_column("_row", pa.array(numbers[kept]))
+            for partition, (begin, end) in enumerate(pairwise(bounds)):
+                if begin < end:
+                    self._file(entity, contract, partition, mine.schema).write_batch(mine.slice(begin, end - begin))
+
+    def _file(self, entity: str, contract: str, partition: int, schema: pa.Schema) -> Any:
+        place = entity, contract, partition
+        if place not in self._files:
+            folder = _events_folder(self._job, *place)
+            folder.mkdir(parents=True, exist_ok=True)
+            file = pa.ipc.new_stream(str(folder / f"{self._name}.arrow"), schema)
+            self._files[place] = self._stack.enter_context(file)
+        return self._files[place]
+
+
+def _events_folder(job: Job, entity: str, contract: str, partition: int) -> Path:
+    return job.folder / "events" / entity / str(partition) / contract
+
+
+def fields_of(job: Job, contract: str) -> dict[str, Kind]:
+    """The fields of a contract that the job reads."""
+    kinds = job.plan.event(contract).fields
+    wanted: dict[str, Kind] = {}
+    for entity, bundle in job.bundles.items():
+        if contract in bundle.events and job.key(entity) in kinds:
+            wanted |= {name: kinds[name] for name in (job.key(entity), *bundle.fields[contract])}
+    return wanted
+
+
+def make_rows(job: Job, entity: str, of: Entities, partition: int) -> None:
+    """Writes the rows of a partition's entities as they were at the times asked for, by chunk of labels."""
+    bundle = job.bundles[entity]
+    mine = np.flatnonzero(of.numbers % job.partitions == partition)
+    mine = mine[np.lexsort((of.times_ms[mine], of.numbers[mine]))]
+    if not len(mine):
+        return
+    events = {name: _events(job, entity, partition, name) for name in bundle.events}
+    happened = {name: each for name, each in events.items() if each is not None}
+    rows, times_ms = of.numbers[mine], of.times_ms[mine]
+    columns: dict[str, list[bytes]] = {}
+    for family in bundle.families:
+        columns[family.name] = []
+        for _, state in rows_at(family, happened, rows, times_ms):
+            columns[family.name] += encode(family, state)
+    by_chunk = np.argsort(of.chunks[mine], kind="stable")
+    chunks = of.chunks[mine][by_chunk]
+    table = pa.table(
+        {"place": of.places[mine], **{name: pa.array(blobs, pa.binary()) for name, blobs in columns.items()}}
+    ).take(pa.array(by_chunk))
+    for begin, end in pairwise([*np.flatnonzero(np.diff(chunks, prepend=-1)).tolist(), len(chunks)]):
+        folder = job.folder / "rows" / entity / str(chunks[begin])
+        folder.mkdir(parents=True, exist_ok=True)
+        with pa.ipc.new_stream(str(folder / f"{partition}.arrow"), table.schema) as file:
+            file.write_table(table.slice(begin, end - begin))
+
+
+def evaluate(job: Job, labels: pa.RecordBatch, chunk: int) -> pa.RecordBatch:
+    """A chunk of labels with every feature added."""
+    asked = questions(job, labels)
+    states = {
+        bundle.name: decode(bundle, _blobs(job, bundle, asked[bundle.entity], chunk)) for bundle in job.bundles.values()
+    }
+    overrides = {
+        entity: {field: labels[column].to_pylist() for field, column in found.items()}
+        for entity in asked
+        if (found := _overrides(labels.schema, entity))
+    }
+    pairs = {entity: each.rows for entity, each in asked.items()}
+    frame = job.program.evaluate(
+        states,
+        Asked({entity: each.ids.to_pylist() for entity, each in asked.items()}, pairs, overrides),
+        {entity: each.times_ms for entity, each in asked.items()},
+    )
+    for feature in job.program.features:
+        column = to_arrow(frame.values[feature.full_name], feature.value_type)
+        if len(feature.entities) == 1:
+            column = column.take(pa.array(pairs[feature.entities[0]]))
+        labels = labels.append_column(feature.full_name, column)
+    return labels
+
+
+def check(job: Job, schema: pa.Schema) -> None:
+    """Raises LabelsError if labels of this schema can't be joined."""
+    for column, what in [
+        (job.time_column, "the time of each label"),
+        *((job.key(entity), f"the key of {entity}") for entity in job.program.entities),
+    ]:
+        if column not in schema.names:
+            msg = f"labels have no column {column!r}, {what}; they have: {', '.join(schema.names) or 'none'}"
+            raise LabelsError(msg)
+    for entity in job.program.entities:
+        for field, column in _overrides(schema, entity).items():
+            if (entity, field) not in job.program.overridable:
+                known = ", ".join(f"{each}{OVERRIDE}{name}" for each, name in sorted(job.program.overridable)) or "none"
+                msg = f"{column}: no feature here is the last {field!r} of {entity}; what can be overridden: {known}"
+                raise LabelsError(msg)
+    if taken := [name for name in job.full_names if name in schema.names]:
+        msg = f"{', '.join(taken)}: a column of the labels has the name of a feature; rename it"
+        raise LabelsError(msg)
+
+
+def _overrides(schema: pa.Schema, entity: str) -> dict[str, str]:
+    """By field, the columns that stand in for what an entity's row knows: `item__price`."""
+    prefix = f"{entity}{OVERRIDE}"
+    return {name.removeprefix(prefix): name for name in schema.names if name.startswith(prefix)}
+
+
+def _blobs(job: Job, bundle: Bundle, asked: Questions, chunk: int) -> list[bytes | None]:
+    """The rows of a chunk's entities, family by family, as the store has them."""
+    n = len(asked.times_ms)
+    blobs: list[bytes | None] = [None] * (n * len(bundle.families))
+    folder = job.folder / "rows" / bundle.entity / str(chunk)
+    for path in folder.iterdir() if folder.exists() else ():
+        with pa.ipc.open_stream(str(path)) as file:
+            table = file.read_all()
+        places = table["place"].to_pylist()
+        for at, family in enumerate(bundle.families):
+            for place, blob in zip(places, table[family.name].to_pylist(), strict=True):
+                blobs[at * n + place] = blob or None
+    return blobs
+
+
+def _events(job: Job, entity: str, partition: int, contract: str) -> Events | None:
+    """All events of a contract that concern a partition, in order of their records."""
+    folder = _events_folder(job, entity, contract, partition)
+    tables = []
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        with pa.ipc.open_stream(str(path)) as file:
+            tables.append(file.read_all())
+    if not tables:
+        return None
+    # Whatever order files were read in: sums depend on it in their last digit.
+    table = pa.concat_tables(tables)
+    order = np.lexsort((np.asarray(table["_offset"]), np.asarray(table["_partition"])))
+    table = table.take(pa.array(order)).combine_chunks()
+    columns = {name: _column(table[name]) for name in job.bundles[entity].fields[contract]}
+    return Events(np.asarray(table["_row"]), np.asarray(table["t"]), columns)
+
+
+def _column(column: pa.ChunkedArray) -> Any:
+    """A column of an archive's table as `features.rows.Events` has it."""
+    if pa.types.is_string(column.type):
+        return pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
+    return np.asarray(pc.fill_null(column.cast(pa.float64()), np.nan))
+
+
+def _texts(column: pa.Array) -> pa.StringArray:
+    """Ids as text."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pa.string())
