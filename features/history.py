@@ -20,8 +20,8 @@ from features.rows import Events, Index, Ints, Rows
 from features.texts import unify
 from features.tiles import merge_tables
 
-WORDS_MAX: Final = 1 << 23
-"""So many numbers of rows are made at once: 64 MB."""
+WORDS_MAX: Final = 1 << 21
+"""So many numbers of rows are made at once: 16 MB."""
 _NONE: Final = np.zeros(0, np.int64)
 
 

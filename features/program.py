@@ -247,10 +247,10 @@ class Frame:
                 for derived in program._derived:
                     self._derive(*derived)
 
-    @cached_property
+    @property
     def values(self) -> Mapping[str, Values]:
         """Values by full name; lists and maps are made when they are asked for."""
-        return _FrameValues(self)
+        return _FrameValues(self)  # Kept, it would be a cycle: large, and seldom looked for.
 
     def to_json(self, target: Target) -> dict[str, list[Any]]:
         """Values of all features about a target, by full name: see `features.values.to_json`."""

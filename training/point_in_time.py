@@ -34,7 +34,7 @@ Ints = NDArray[np.int64]
 
 CHUNK_ROWS: Final = 8192
 """So many labels are evaluated at once."""
-PARTITION_EVENTS: Final = 250_000
+PARTITION_EVENTS: Final = 100_000
 """About so many events are in memory at once."""
 OVERRIDE: Final = "__"
 """Between the entity and the field in the name of a column that overrides what an entity's row knows."""
