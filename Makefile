@@ -12,7 +12,7 @@ PYTHON ?= python3.12 python3.11 python3
 
 BIN := .venv/bin
 READY := .venv/.ready
-CODE := $(wildcard config features store registry streams serving headrace tests benchmarks)
+CODE := $(wildcard config features store streams training registry serving headrace tests benchmarks)
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18

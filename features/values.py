@@ -72,6 +72,21 @@ class Maps(Lists):
 Values = Floats | Texts | Lists | Maps
 
 
+_ARROW: Final[dict[Type, pa.DataType]] = {
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+    "str": pa.string(),
+    "list[str]": pa.list_(pa.string()),
+    "map[str, float]": pa.map_(pa.string(), pa.float64()),
+}
+
+
+def arrow_type(value_type: Type) -> pa.DataType:
+    """The type of `to_arrow`'s arrays."""
+    return _ARROW[value_type]
+
+
 def to_arrow(values: Values, value_type: Type) -> pa.Array:
     """The values as an Arrow array of the feature's own type, NaN as null."""
     if not isinstance(values, np.ndarray):

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -192,6 +193,66 @@ def archive(
             for number, at in sorted(archived.complete().items()):
                 until = f"all before offset {at.next:,}, the last of {when(at.recorded_ms)}"
                 out.print(f"  partition {number}: {until}", highlight=False)
+
+
+@app.command()
+def train(  # noqa: PLR0913, PLR0917  # each is an option of the command
+    labels: Annotated[Path, typer.Argument(help="Parquet, or CSV with a header", exists=True, dir_okay=False)],
+    out_file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The training set, a Parquet file")],
+    service: Annotated[str | None, typer.Option(help="The service whose features are wanted")] = None,
+    feature: Annotated[
+        list[str] | None, typer.Option(metavar="VIEW:FEATURE", help="A feature, instead; repeat it")
+    ] = None,
+    time_column: Annotated[str, typer.Option(help="The column with each label's time")] = "event_timestamp",
+    since: Annotated[datetime | None, typer.Option(help="No event before counts (UTC); to read less")] = None,
+    start: Annotated[datetime | None, typer.Option(help="Only labels from then on (UTC)")] = None,
+    end: Annotated[datetime | None, typer.Option(help="Only labels before then (UTC)")] = None,
+    tail: Annotated[bool, typer.Option(help="Read from Kafka what the archive has not yet")] = True,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Do it on a Ray cluster; `local` for one here")
+    ] = None,
+    spill: Annotated[
+        Path | None, typer.Option(help="Folder for intermediate files; all machines of a Ray cluster must see it")
+    ] = None,
+) -> None:
+    """Add to labels every feature as of their times, from the events strictly before: a training set.
+
+    Labels have a column with the ids of each entity that features are about (user_id, item_id), a time, and whatever
+    else, which is kept. A column such as item__price stands in for what the item is known by.
+    """
+    from rich.progress import Progress
+
+    from store.plans import load_plan
+    from training.run import Limits, read_labels, write_training_set
+
+    settings = _settings()
+    applied = load_plan(settings)
+    if (service is None) == (not feature):
+        message = f"name a service ({', '.join(spec.name for spec in applied.services)}), or features by --feature"
+        raise typer.BadParameter(message)
+    names = applied.service(service).features if service else [name.replace(":", "__", 1) for name in feature or ()]
+    if unknown := [name for name in names if name not in applied.features]:
+        message = f"{', '.join(unknown)}: no such feature is applied; `headrace plan` compares with the definitions"
+        raise typer.BadParameter(message)
+    limits = Limits(*map(_ms, (since, start, end)))
+    with Progress(console=err, disable=not err.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def on_progress(step: str, done: int, of: int) -> None:
+            if step not in tasks:
+                tasks[step] = progress.add_task(step, total=of)
+            progress.update(tasks[step], completed=done, total=of)
+
+        given: dict[str, Any] = {"limits": limits, "time_column": time_column, "with_tail": tail, "folder": spill}
+        given |= {"ray": ray, "on_progress": on_progress}
+        made = write_training_set(
+            settings, applied, names, read_labels(labels), out_file, on_progress=on_progress, **given
+        )
+    out.print(f"{out_file}: {made}", highlight=False)
+
+
+def _ms(at: datetime | None) -> int | None:
+    return None if at is None else int(at.replace(tzinfo=UTC).timestamp() * 1000)
 
 
 @app.command()

@@ -13,10 +13,11 @@ BELOW: dict[str, set[str]] = {
     "config": set(),
     "features": set(),
     "store": {"config", "features"},
-    "registry": {"config", "features", "store"},
     "streams": {"config", "features", "store"},
+    "training": {"config", "features", "store", "streams"},
+    "registry": {"config", "features", "store", "training"},
     "serving": {"config", "features", "store"},
-    "headrace": {"config", "features", "store", "registry", "streams", "serving"},
+    "headrace": {"config", "features", "store", "streams", "training", "registry", "serving"},
 }
 """What each package may import besides itself."""
 CLOCKS = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}

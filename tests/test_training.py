@@ -157,3 +157,27 @@ def test_labels_that_lack_something_are_refused_with_what(
 ) -> None:
     with pytest.raises(point_in_time.LabelsError, match=said):
         joined(settings, plan, pa.table(columns))
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_cluster_writes_the_same_file(plan: Plan, settings: Settings, rng: random.Random, tmp_path: Path) -> None:
+    """Byte for byte: sums depend in their last digit on the order of events, which no division of labour may change."""
+    events = events_of(rng)
+    archive(settings, plan, events, rng)
+    clicks = events["Click"]
+    labels = TableLabels(
+        pa.table(
+            {
+                "user_id": [event["user_id"] for event in clicks],
+                "item_id": [event["item_id"] for event in clicks],
+                "event_timestamp": times([event["t"] for event in clicks]),
+            }
+        )
+    )
+    files = []
+    for ray in (None, "local"):
+        files.append(tmp_path / f"{ray}.parquet")
+        given = (settings, plan, plan.service("ranking_v1").features, labels, files[-1])
+        made = run.write_training_set(*given, with_tail=False, ray=ray)
+        assert (made.labels, made.features) == (len(clicks), 58)
+    assert files[0].read_bytes() == files[1].read_bytes()

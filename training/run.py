@@ -7,7 +7,8 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -17,7 +18,9 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from config.settings import Settings
+from features.events import NEWEST_MS
 from features.plan import EventSpec, Plan
+from features.values import arrow_type
 from store.archive import ArchiveTable, events_of, tables_of
 from store.commit import CommitRecord
 from training.point_in_time import (
@@ -94,11 +97,18 @@ def read_labels(path: Path) -> Labels:
 
 @dataclass(frozen=True)
 class Limits:
-    """Which events and labels count: events from `since_ms` on, labels with `start_ms <= time < end_ms`."""
+    """Events count from `since_ms` on, and labels with `start_ms <= time < end_ms`; ms since the epoch."""
 
-    since_ms: int = 0
+    since_ms: int | None = None
     start_ms: int | None = None
     end_ms: int | None = None
+
+    def of(self, labels: pa.RecordBatch, time_column: str) -> pa.RecordBatch:
+        """The labels within."""
+        if self.start_ms is None and self.end_ms is None:
+            return labels
+        times_ms = times_of(labels, time_column)
+        return labels.filter(pa.array((times_ms >= (self.start_ms or 0)) & (times_ms < (self.end_ms or NEWEST_MS))))
 
 
 def training_set(  # noqa: PLR0913  # each is an option of its users
@@ -108,7 +118,7 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
     labels: Labels,
     *,
     time_column: str = TIME_COLUMN,
-    since_ms: int = 0,
+    limits: Limits = Limits(),
     with_tail: bool = True,
     run: Run | None = None,
     folder: Path | None = None,
@@ -123,7 +133,7 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
         labels: a row each, with the ids of the entities, a time, and anything else, which is kept; `item__price` stands
             in for the price that the item's row knows.
         time_column: the label's time.
-        since_ms: no event before it counts.
+        limits: of times.
         with_tail: whether to read what the archive has not yet from Kafka.
         run: runs the steps; by default in threads.
         folder: for files of the steps, seen by all who run them; by default one that is gone afterwards.
@@ -132,43 +142,97 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
     Raises:
         LabelsError: if labels lack what is needed.
     """
-    run = run or _in_threads
+    run = run or in_threads
+
+    def chunks() -> Iterator[pa.RecordBatch]:
+        return filter(len, (limits.of(chunk, time_column) for chunk in labels.chunks()))
+
     with tempfile.TemporaryDirectory(prefix="headrace-train-", dir=folder) as spill:
-        job = Job(plan, tuple(full_names), time_column, 1, Path(spill), since_ms, 0)
+        job = Job(plan, tuple(full_names), time_column, 1, Path(spill), limits.since_ms or 0, 0)
         check(job, labels.schema)
         asked: dict[str, list[Questions]] = {entity: [] for entity in job.program.entities}
-        n_chunks, until_ms = 0, 0
-        for chunk in labels.chunks():
+        n_chunks = until_ms = 0
+        for chunk in chunks():
             for entity, each in questions(job, chunk).items():
                 asked[entity].append(each)
             until_ms = max(until_ms, int(times_of(chunk, time_column).max()))
             n_chunks += 1
         if not n_chunks:
             return
-        entities = {entity: Entities(each) for entity, each in asked.items()}
+        entities = {entity: Entities(asked.pop(entity)) for entity in tuple(asked)}
         tables = tables_of(settings, plan)
-        contracts = [spec for spec in plan.events if any(spec.name in bundle.events for bundle in job.bundles.values())]
-        n_events = sum(tables[spec.topic].n_rows for spec in contracts)
-        partitions = 1 + n_events // PARTITION_EVENTS
-        job = Job(plan, tuple(full_names), time_column, partitions, Path(spill), since_ms, until_ms)
-        read = [(spec, tables[spec.topic]) for spec in contracts]
+        read = [(spec, tables[spec.topic]) for spec in plan.events if fields_of(job, spec.name)]
+        partitions = 1 + sum(table.n_rows for _, table in read) // PARTITION_EVENTS
+        job = replace(job, partitions=partitions, until_ms=until_ms)
         pieces = [(job, entities, spec, table, share) for spec, table in read for share in _shares(table)]
         for done, _ in enumerate(run(_split, pieces), 1):
-            on_progress("events of the archive", done, len(pieces))
+            on_progress("archive", done, len(pieces))
         if with_tail:
-            record = CommitRecord("")
-            for table in tables.values():
-                record = record.advanced("", table.record().positions, table.record().topics)
-            _split_tail(job, entities, settings, record)
-            on_progress("events of Kafka", 1, 1)
-        todo = [(job, entity, of, number) for entity, of in entities.items() for number in range(partitions)]
-        todo = [each for each in todo if each[1] in job.bundles]
+            on_progress("Kafka", 0, 1)
+            _split_tail(job, entities, settings, tables.values())
+            on_progress("Kafka", 1, 1)
+        todo = [(job, entity, entities[entity], number) for entity in job.bundles for number in range(partitions)]
         for done, _ in enumerate(run(make_rows, todo), 1):
             on_progress("rows", done, len(todo))
-        numbered = ((job, chunk, number) for number, chunk in enumerate(labels.chunks()))
-        for done, batch in enumerate(run(evaluate, numbered), 1):
+        for done, batch in enumerate(run(evaluate, ((job, chunk, at) for at, chunk in enumerate(chunks()))), 1):
             on_progress("features", done, n_chunks)
             yield batch
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a training set has."""
+
+    labels: int
+    features: int
+
+    def __str__(self) -> str:
+        return f"{self.labels:,} labels with {self.features} features"
+
+
+def write_training_set(  # as above
+    settings: Settings,
+    plan: Plan,
+    full_names: Sequence[str],
+    labels: Labels,
+    path: Path,
+    *,
+    ray: str | None = None,
+    **options: Any,
+) -> Made:
+    """Writes a training set to a Parquet file, which is there once it is whole.
+
+    Args:
+        settings: as of `training_set`, like the next three and the options.
+        plan: declares the features.
+        full_names: which features.
+        labels: the labels.
+        path: the file.
+        ray: the address of a Ray cluster that runs the steps; `local` for one on this machine.
+        options: more of `training_set`'s.
+    """
+    n_labels = 0
+    part = path.with_name(f".{path.name}.part")
+    with ExitStack() as stack:
+        stack.callback(part.unlink, missing_ok=True)
+        if ray is not None:
+            from training.on_ray import on_ray
+
+            options["run"] = stack.enter_context(on_ray(ray))
+        schema = schema_of(plan, full_names, labels.schema)
+        with pq.ParquetWriter(part, schema) as file:
+            for batch in training_set(settings, plan, full_names, labels, **options):
+                file.write_batch(batch)
+                n_labels += len(batch)
+        part.replace(path)
+    return Made(n_labels, len(full_names))
+
+
+def schema_of(plan: Plan, full_names: Sequence[str], labels: pa.Schema) -> pa.Schema:
+    """The columns of a training set: the labels', and the features."""
+    for name in full_names:
+        labels = labels.append(pa.field(name, arrow_type(plan.features[name].value_type)))
+    return labels
 
 
 def _shares(table: ArchiveTable) -> list[tuple[int, int]]:
@@ -184,20 +248,20 @@ def _split(
             splitter.add(spec.name, events)
 
 
-def _split_tail(job: Job, entities: dict[str, Entities], settings: Settings, record: CommitRecord) -> int:
+def _split_tail(job: Job, entities: dict[str, Entities], settings: Settings, tables: Iterable[ArchiveTable]) -> None:
     from streams.tail import tail
 
-    n_events = 0
+    record = CommitRecord("")
+    for table in tables:
+        record = record.advanced("", table.record().positions, table.record().topics)
     with Splitter(job, entities, "tail") as splitter:
         for part in tail(settings, job.plan, record):
             fields = fields_of(job, part.spec.name)
             for rows in part.rows.combine_chunks().to_batches() if part.rows is not None and fields else ():
-                n_events += len(rows)
                 splitter.add(part.spec.name, events_of(rows, fields, job.since_ms, job.until_ms))
-    return n_events
 
 
-def _in_threads(step: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+def in_threads(step: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     """As many at once as there are processors: what takes long lets other threads run."""
     n = os.cpu_count() or 1
     todo = iter(arguments)
