@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -220,9 +220,8 @@ def train(  # noqa: PLR0913, PLR0917  # each is an option of the command
     Labels have a column with the ids of each entity that features are about (user_id, item_id), a time, and whatever
     else, which is kept. A column such as item__price stands in for what the item is known by.
     """
-    from rich.progress import Progress
-
     from store.plans import load_plan
+    from training.progress import shown
     from training.run import Limits, read_labels, write_training_set
 
     settings = _settings()
@@ -235,19 +234,16 @@ def train(  # noqa: PLR0913, PLR0917  # each is an option of the command
         message = f"{', '.join(unknown)}: no such feature is applied; `headrace plan` compares with the definitions"
         raise typer.BadParameter(message)
     limits = Limits(*map(_ms, (since, start, end)))
-    with Progress(console=err, disable=not err.is_terminal) as progress:
-        tasks: dict[str, Any] = {}
-
-        def on_progress(step: str, done: int, of: int) -> None:
-            if step not in tasks:
-                tasks[step] = progress.add_task(step, total=of)
-            progress.update(tasks[step], completed=done, total=of)
-
-        given: dict[str, Any] = {"limits": limits, "time_column": time_column, "with_tail": tail, "folder": spill}
-        given |= {"ray": ray, "on_progress": on_progress}
-        made = write_training_set(
-            settings, applied, names, read_labels(labels), out_file, on_progress=on_progress, **given
-        )
+    given: dict[str, Any] = {
+        "limits": limits,
+        "time_column": time_column,
+        "with_tail": tail,
+        "folder": spill,
+        "ray": ray,
+    }
+    with shown() as on_progress:
+        wanted = (settings, applied, names, read_labels(labels), out_file)
+        made = write_training_set(*wanted, **given, folder=spill, on_progress=on_progress)
     out.print(f"{out_file}: {made}", highlight=False)
 
 

@@ -71,7 +71,7 @@ def apply(
     catalogued = registered_plan(store)
     registered = catalogued is None or catalogued.fingerprint != plan.fingerprint
     if registered:
-        register(store, plan, settings.kafka)
+        register(store, plan, settings)
     now_ms = int(clock() * 1000)
     records = _initialise(client, applied, plan, now_ms)
     if changed:

@@ -10,15 +10,17 @@ from typing import Any, Final
 
 import feast
 from feast import types as feast_types
-from feast.data_format import JsonFormat
+from feast.data_format import DeltaFormat, JsonFormat
 from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.project import Project
 from feast.transformation.pandas_transformation import PandasTransformation
 from feast.value_type import ValueType
 
+from config.settings import Settings
 from features.plan import EntitySpec, EventSpec, Feature, Plan, ViewSpec, arguments, features_of
 from features.times import duration_ms
 from features.values import Type
+from registry.plans import PLAN_TAG
 
 # What users of Feast and kafka-python can do nothing about stays out of our commands' output. Only here, once Feast is
 # imported, as it puts filters of its own in front.
@@ -35,8 +37,6 @@ for _variable in ("PROMETHEUS_MULTIPROCESS_DIR", "PROMETHEUS_MULTIPROC_DIR"):
     if "feast_metrics_" in os.environ.get(_variable, ""):
         del os.environ[_variable]
 
-PLAN_TAG: Final = "headrace.plan"
-
 FEAST_TYPES: Final[dict[Type, Any]] = {
     "int": feast_types.Int64,
     "float": feast_types.Float64,
@@ -47,11 +47,11 @@ FEAST_TYPES: Final[dict[Type, Any]] = {
 }
 
 
-def compile_to_feast(plan: Plan, kafka: str) -> dict[str, Any]:
+def compile_to_feast(plan: Plan, settings: Settings) -> dict[str, Any]:
     """Feast's objects, each by a name: what `feast apply` finds in registry/feast_repo.py, `headrace apply` applies."""
     project = Project(name=plan.project, description="A Headrace feature store", tags={PLAN_TAG: plan.encode()})
     entities = {spec.name: _entity(spec) for spec in plan.entities}
-    sources = {spec.name: _source(spec, kafka) for spec in plan.events}
+    sources = {spec.name: _source(spec, settings) for spec in plan.events}
     views: dict[str, Any] = {}
     for spec in plan.views:
         if len(spec.entities) == 1:
@@ -71,17 +71,20 @@ def _entity(spec: EntitySpec) -> feast.Entity:
     return feast.Entity(name=spec.name, join_keys=[spec.key], value_type=ValueType.STRING, description=spec.doc)
 
 
-def _source(spec: EventSpec, kafka: str) -> feast.KafkaSource:
-    archive = feast.FileSource(
-        name=f"{spec.topic}_archive", path=f"data/archive/{spec.topic}", timestamp_field="occurred_at"
+def _source(spec: EventSpec, settings: Settings) -> feast.KafkaSource:
+    archived = feast.FileSource(
+        name=f"{spec.topic}_archive",
+        path=f"{settings.archive.rstrip('/')}/{spec.topic}",
+        file_format=DeltaFormat(),
+        timestamp_field="occurred_at",
     )
     return feast.KafkaSource(
         name=spec.topic,
         timestamp_field="occurred_at",
         message_format=JsonFormat(schema_json=", ".join(f"{name} {kind}" for name, kind in spec.fields.items())),
-        kafka_bootstrap_servers=kafka,
+        kafka_bootstrap_servers=settings.kafka,
         topic=spec.topic,
-        batch_source=archive,
+        batch_source=archived,
         description=spec.doc,
         tags={"contract": spec.code, "fingerprint": spec.fingerprint},
     )
@@ -138,7 +141,8 @@ def _cross_view(spec: ViewSpec, views: dict[str, Any]) -> CrossFeatureView:
     needed = dict.fromkeys(name.split("__")[0] for feature in made for name in arguments(feature.spec))
     return CrossFeatureView(
         name=spec.name,
-        sources=[views[name] for name in needed if name != spec.name],
+        # None of their features: Feast would add those to every training set.
+        sources=[views[name][[]] for name in needed if name != spec.name],
         schema=[_field(feature) for feature in made],
         feature_transformation=PandasTransformation(udf=namespace[spec.name], udf_string=source),
         mode="pandas",

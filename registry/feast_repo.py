@@ -8,4 +8,4 @@ from store.plans import plan_changes
 
 _settings = Settings(repo=Path(__file__).resolve().parent.parent)
 # Feast looks at a module's attributes.
-globals().update(compile_to_feast(plan_changes(_settings).plan, _settings.kafka))
+globals().update(compile_to_feast(plan_changes(_settings).plan, _settings))

@@ -25,7 +25,7 @@ from feast.repo_config import FeastConfigBaseModel
 
 from config.settings import Settings
 from features.plan import Plan
-from registry.compile import PLAN_TAG
+from registry.plans import full_names_of, ordered_as_a_service, plan_of
 from store.completeness import Completeness, look
 from store.connect import connect
 from store.plans import layouts_of
@@ -71,7 +71,7 @@ class HeadraceOnlineStore(OnlineStore):
         include_feature_view_version_metadata: bool = False,
     ) -> OnlineResponse:
         """All features of all entities in one round trip; see `feast.FeatureStore.get_online_features`."""
-        plan = _plan(registry, project)
+        plan = plan_of(registry, project)
         full_names = _full_names(plan, features)
         reader = self._reader(config, plan, full_names)
         return LazyResponse(
@@ -100,7 +100,7 @@ class HeadraceOnlineStore(OnlineStore):
                 rows[key].append(value.string_val)
         if not entity_keys:
             return []
-        plan = _plan(_registry_at(str(config.repo_path)), config.project)
+        plan = plan_of(_registry_at(str(config.repo_path)), config.project)
         reader = self._reader(config, plan, [f"{table.name}__{name}" for name in names])
         return LazyResponse(reader.read(self._redis(config).mget, rows, self._now_ms(), full=False)).by_row()
 
@@ -235,48 +235,12 @@ def _columns(entity_rows: list[dict[str, Any]] | Mapping[str, Any]) -> dict[str,
 
 
 def _full_names(plan: Plan, features: list[str] | FeatureService) -> list[str]:
-    """Full names in the plan's order for a service, in the order asked for a list of `view:feature`.
-
-    Raises:
-        KeyError: if a feature isn't in the plan.
-    """
-    if isinstance(features, FeatureService):
-        # Feast's registry lists a view's join key among its features. Only the view's own: a feature may have the name
-        # of another entity's key.
-        keys = {f"{view.name}__{plan.entity(entity).key}" for view in plan.views for entity in view.entities}
-        wanted = {
-            f"{projection.name}__{field.name}"
-            for projection in features.feature_view_projections
-            for field in projection.features
-        } - keys
-        names = [
-            name
-            for name in next((spec.features for spec in plan.services if spec.name == features.name), ())
-            if name in wanted
-        ]
-        names += sorted(wanted - set(names))
-    else:
-        names = [reference.replace(":", "__", 1) for reference in features]
-    for name in names:
-        if name not in plan.features:
-            msg = f"no feature {name!r} is applied; run `headrace plan` to compare the definitions with what is"
-            raise KeyError(msg)
-    return names
-
-
-def _plan(registry: BaseRegistry, project: str) -> Plan:
-    return _decode(_applied_text(project, registry))
-
-
-def _applied_text(project: str, registry: BaseRegistry) -> str:
-    text = registry.get_project(project, allow_cache=True).tags.get(PLAN_TAG)
-    if text is None:
-        msg = f"project {project!r} has no Headrace plan in this registry: run `headrace apply`"
-        raise KeyError(msg)
-    return text
-
-
-_decode: Callable[[str], Plan] = lru_cache(maxsize=8)(Plan.decode)
+    """Full names, in the plan's order for a service, in the order asked for a list of `view:feature`."""
+    if not isinstance(features, FeatureService):
+        return full_names_of(plan, features)
+    projections = features.feature_view_projections
+    names = full_names_of(plan, [f"{each.name}:{field.name}" for each in projections for field in each.features])
+    return ordered_as_a_service(plan, names)
 
 
 @lru_cache(maxsize=8)

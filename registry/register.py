@@ -7,8 +7,10 @@ from typing import Any
 from feast import FeatureStore, OnDemandFeatureView
 from feast.errors import FeastObjectNotFoundException
 
+from config.settings import Settings
 from features.plan import Plan
-from registry.compile import PLAN_TAG, compile_to_feast
+from registry.compile import compile_to_feast
+from registry.plans import PLAN_TAG
 
 
 def registered_plan(store: FeatureStore) -> Plan | None:
@@ -21,9 +23,9 @@ def registered_plan(store: FeatureStore) -> Plan | None:
     return Plan.decode(text) if text else None
 
 
-def register(store: FeatureStore, plan: Plan, kafka: str) -> None:
+def register(store: FeatureStore, plan: Plan, settings: Settings) -> None:
     """Makes Feast's registry hold the plan and its objects, and nothing else of this project."""
-    made = list(compile_to_feast(plan, kafka).values())
+    made = list(compile_to_feast(plan, settings).values())
     names = {(_kind(each), each.name) for each in made}
     registry, project = store.registry, store.project
     there: list[Any] = [

@@ -291,17 +291,6 @@ def test_values_are_never_written_through_feast(project: Project) -> None:
     assert project.rows.client.dbsize() == before
 
 
-@pytest.mark.parametrize("features", ["ranking_v1", ["user_activity:clicks_7d"], ["user_item:clicked"]])
-def test_history_says_what_to_do_instead(project: Project, features: Any) -> None:
-    """Also of a service with a cross view, whose features Feast did not find by their descriptions."""
-    if isinstance(features, str):
-        features = project.store.get_feature_service(features)
-    at = pd.Timestamp("2033-05-18", tz="UTC")
-    asked = pd.DataFrame({"user_id": ["u1"], "item_id": ["i1"], "seller_id": ["s1"], "event_timestamp": [at]})
-    with pytest.raises(NotImplementedError, match=r"no offline store yet.*POST /v1/features"):
-        project.store.get_historical_features(asked, features, full_feature_names=True)
-
-
 def test_feasts_command_to_materialize_says_what_to_do_instead(project: Project) -> None:
     """In one line: a traceback ended with a file that nobody ever writes."""
     done = CliRunner().invoke(feast_cli, ["-c", str(project.store.repo_path), "materialize-incremental", "2033-05-18"])
@@ -439,7 +428,7 @@ async def test_every_feature_of_a_service_is_in_every_answer(tmp_path: Path, red
         folder = project_folder(tmp_path / str(at))
         store = feast.FeatureStore(str(folder))
         store.config.online_store.redis_url = redis_url
-        register(store, plan, "127.0.0.1:1")
+        register(store, plan, Settings(kafka="127.0.0.1:1"))
         columns = {key: ["x"] for key in keys.values()}
         async with served(settings_of(redis_url), plan, Clock()) as http:
             for spec in plan.services:

@@ -26,7 +26,8 @@ from features.plan import At, CodeChangedError, Derived, Plan
 from features.program import Program
 from headrace.embedded import EmbeddedBroker
 from registry import apply as applying
-from registry.compile import PLAN_TAG, compile_to_feast
+from registry.compile import compile_to_feast
+from registry.plans import PLAN_TAG
 from registry.register import register, registered_plan
 from serving.app import create_app
 from store.connect import connect
@@ -152,7 +153,7 @@ def test_a_changed_plan_leaves_every_view_that_it_still_has(settings: Settings, 
     plan = apply(settings).plan
     for number in range(times):
         plan = replace(plan, services=tuple(replace(each, doc=f"Anew {number}") for each in plan.services))
-        register(store_of(settings), plan, settings.kafka)
+        register(store_of(settings), plan, settings)
     store = store_of(settings)
     assert [view.name for view in store.list_on_demand_feature_views()] == ["user_item"]
     assert {view.name for view in store.list_stream_feature_views()} == {
@@ -170,7 +171,7 @@ def test_what_is_no_longer_declared_disappears_from_feast(settings: Settings) ->
         services=tuple(each for each in before.services if each.name == "feed_v1"),
         entities=tuple(each for each in before.entities if each.name != "seller"),
     )
-    register(store_of(settings), after, settings.kafka)
+    register(store_of(settings), after, settings)
     registered = catalogue_of(store_of(settings))
     assert {name for name in registered if name.startswith(("view", "service", "entity"))} == {
         "view item_activity",
@@ -181,7 +182,7 @@ def test_what_is_no_longer_declared_disappears_from_feast(settings: Settings) ->
         "entity item",
         "entity user",
     }
-    register(store_of(settings), before, settings.kafka)
+    register(store_of(settings), before, settings)
     assert "view seller_activity" in catalogue_of(store_of(settings))
 
 
@@ -312,7 +313,7 @@ def test_the_registry_is_read_by_feast_without_our_code(settings: Settings, tmp_
 
 def test_the_objects_of_one_plan_are_the_same_every_time() -> None:
     plan = catalogue()
-    first, second = compile_to_feast(plan, "k:1"), compile_to_feast(plan, "k:1")
+    first, second = (compile_to_feast(plan, Settings(kafka="k:1")) for _ in range(2))
     assert list(first) == list(second)
     assert first["project"].tags == second["project"].tags
     assert Plan.decode(first["project"].tags[PLAN_TAG]) == plan

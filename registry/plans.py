@@ -1,0 +1,51 @@
+"""The plan that Feast's registry holds, and features as Feast names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Final
+
+from feast.infra.registry.base_registry import BaseRegistry
+
+from features.plan import Plan
+
+PLAN_TAG: Final = "headrace.plan"
+
+
+def plan_of(registry: BaseRegistry, project: str) -> Plan:
+    """The registered plan.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    text = registry.get_project(project, allow_cache=True).tags.get(PLAN_TAG)
+    if text is None:
+        msg = f"project {project!r} has no Headrace plan in this registry: run `headrace apply`"
+        raise KeyError(msg)
+    return _decode(text)
+
+
+def full_names_of(plan: Plan, references: Iterable[str]) -> list[str]:
+    """Full names of `view:feature` references, without the join keys that Feast lists among a view's features.
+
+    Raises:
+        KeyError: if a feature isn't in the plan.
+    """
+    # Only the view's own key: a feature may have the name of another entity's.
+    keys = {f"{view.name}__{plan.entity(entity).key}" for view in plan.views for entity in view.entities}
+    names = [name for name in (each.replace(":", "__", 1) for each in references) if name not in keys]
+    for name in names:
+        if name not in plan.features:
+            msg = f"no feature {name!r} is applied; run `headrace plan` to compare the definitions with what is"
+            raise KeyError(msg)
+    return names
+
+
+def ordered_as_a_service(plan: Plan, full_names: list[str]) -> list[str]:
+    """The features of a whole service in its order, as Feast's varies from process to process; others as they are."""
+    wanted = set(full_names)
+    return next((list(spec.features) for spec in plan.services if set(spec.features) == wanted), full_names)
+
+
+_decode: Callable[[str], Plan] = lru_cache(maxsize=8)(Plan.decode)
