@@ -234,13 +234,7 @@ def train(  # noqa: PLR0913, PLR0917  # each is an option of the command
         message = f"{', '.join(unknown)}: no such feature is applied; `headrace plan` compares with the definitions"
         raise typer.BadParameter(message)
     limits = Limits(*map(_ms, (since, start, end)))
-    given: dict[str, Any] = {
-        "limits": limits,
-        "time_column": time_column,
-        "with_tail": tail,
-        "folder": spill,
-        "ray": ray,
-    }
+    given: dict[str, Any] = {"limits": limits, "time_column": time_column, "with_tail": tail, "ray": ray}
     with shown() as on_progress:
         wanted = (settings, applied, names, read_labels(labels), out_file)
         made = write_training_set(*wanted, **given, folder=spill, on_progress=on_progress)

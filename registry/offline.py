@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -9,7 +11,8 @@ import click
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from feast import FeatureView, RepoConfig
+from feast import FeatureView, FileSource, RepoConfig
+from feast.data_source import DataSource
 from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalJob, RetrievalMetadata
 from feast.infra.offline_stores.offline_utils import infer_event_timestamp_from_entity_df
@@ -17,6 +20,7 @@ from feast.infra.registry.base_registry import BaseRegistry
 from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import FeastConfigBaseModel
 from feast.saved_dataset import SavedDatasetStorage
+from pyarrow import dataset
 
 from config.settings import Settings
 from features.plan import Plan
@@ -52,7 +56,7 @@ class HeadraceOfflineStore(OfflineStore):
         project: str,
         full_feature_names: bool = False,
         **_: Any,
-    ) -> HistoricalFeatures:
+    ) -> TrainingJob:
         """See `feast.FeatureStore.get_historical_features`; columns such as `item__price` override: see README."""
         if not isinstance(entity_df, pd.DataFrame):
             msg = (
@@ -62,7 +66,7 @@ class HeadraceOfflineStore(OfflineStore):
             raise NotOfferedError(msg)
         plan = plan_of(registry, project)
         names = ordered_as_a_service(plan, full_names_of(plan, feature_refs))
-        return HistoricalFeatures(config, plan, names, entity_df, full=full_feature_names)
+        return _historical(config, plan, names, entity_df, full=full_feature_names)
 
     @staticmethod
     def pull_latest_from_table_or_query(*_: Any, **__: Any) -> NoReturn:
@@ -73,18 +77,43 @@ class HeadraceOfflineStore(OfflineStore):
         )
         raise NotOfferedError(msg)
 
-    pull_all_from_table_or_query = pull_latest_from_table_or_query
+    @staticmethod
+    def pull_all_from_table_or_query(
+        config: RepoConfig,
+        data_source: DataSource,
+        join_key_columns: list[str],
+        feature_name_columns: list[str],
+        timestamp_field: str,
+        created_timestamp_column: str | None = None,  # noqa: ARG004  # Feast's signature
+        start_date: datetime | None = None,
+        end_date: datetime | None = None,
+    ) -> TrainingJob:
+        """Reads a file, such as one that a training set was persisted to."""
+        if not isinstance(data_source, FileSource):
+            msg = f"{type(data_source).__name__}: Headrace's offline store reads files (feast.FileSource)"
+            raise NotOfferedError(msg)
+        path, time = _path(config, data_source.path), dataset.field(timestamp_field)
+        columns = [*dict.fromkeys([*join_key_columns, *feature_name_columns, timestamp_field])]
+
+        def read() -> pa.Table:
+            every = dataset.dataset(path)
+            within = pa.scalar(True)
+            if start_date is not None:
+                within = time >= pa.scalar(start_date).cast(every.schema.field(timestamp_field).type)
+            if end_date is not None:
+                within &= time <= pa.scalar(end_date).cast(every.schema.field(timestamp_field).type)
+            return every.to_table(columns, filter=within if isinstance(within, dataset.Expression) else None)
+
+        return TrainingJob(read, RetrievalMetadata(feature_name_columns, join_key_columns), config, full=True)
 
 
-class HistoricalFeatures(RetrievalJob):
-    """A training set that is made when it is asked for, with a progress bar where somebody looks."""
+class TrainingJob(RetrievalJob):
+    """A table that is made when it is asked for."""
 
     def __init__(
-        self, config: RepoConfig, plan: Plan, full_names: list[str], entity_df: pd.DataFrame, *, full: bool
+        self, make: Callable[[], pa.Table], metadata: RetrievalMetadata, config: RepoConfig, *, full: bool
     ) -> None:
-        self._config, self._plan, self._full_names, self._full = config, plan, full_names, full
-        self._time_column = infer_event_timestamp_from_entity_df(dict(entity_df.dtypes))
-        self._labels = pa.Table.from_pandas(entity_df, preserve_index=False).replace_schema_metadata()
+        self._make, self._metadata, self._config, self._full = make, metadata, config, full
 
     @property
     def full_feature_names(self) -> bool:
@@ -99,12 +128,10 @@ class HistoricalFeatures(RetrievalJob):
     @property
     def metadata(self) -> RetrievalMetadata:
         """What was asked for."""
-        times = self._labels[self._time_column].to_pandas()
-        keys = [name for name in self._labels.column_names if name != self._time_column]
-        return RetrievalMetadata([*self._full_names], keys, times.min(), times.max())
+        return self._metadata
 
     def persist(self, storage: SavedDatasetStorage, allow_overwrite: bool = False, timeout: int | None = None) -> None:
-        """Writes the training set to a Parquet file.
+        """Writes the table to a Parquet file.
 
         Raises:
             NotOfferedError: if the storage is no file.
@@ -113,32 +140,50 @@ class HistoricalFeatures(RetrievalJob):
         if not isinstance(storage, SavedDatasetFileStorage):
             msg = f"{type(storage).__name__}: training sets are persisted to files, by SavedDatasetFileStorage(path=…)"
             raise NotOfferedError(msg)
-        path = Path(storage.file_options.uri)
-        path = path if path.is_absolute() else Path(str(self._config.repo_path)) / path
+        path = _path(self._config, storage.file_options.uri)
         if path.exists() and not allow_overwrite:
             msg = f"{path} is there already: pass allow_overwrite=True, or another path"
             raise FileExistsError(msg)
         pq.write_table(self._to_arrow_internal(timeout), path)
 
-    def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:  # Feast's signature
-        settings = Settings(repo=Path(str(self._config.repo_path)))
-        schema = schema_of(self._plan, self._full_names, self._labels.schema)
-        with shown() as on_progress:
-            given = (settings, self._plan, self._full_names, TableLabels(self._labels))
-            options: Any = {"time_column": self._time_column, "with_tail": self._config.offline_store.tail}
-            batches = list(training_set(*given, **options, on_progress=on_progress))
-        table = pa.Table.from_batches(batches, schema)
-        if self._full:
-            return table
-        names = [self._plan.features[name].name for name in self._full_names]
-        return table.rename_columns([*self._labels.column_names, *names])
+    def to_df(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
+        """As `to_arrow`; maps are dictionaries."""
+        return _frame(self.to_arrow(*args, **kwargs))
 
     def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
         return _frame(self._to_arrow_internal(timeout))
 
-    def to_df(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-        """As `to_arrow`; maps are dictionaries."""
-        return _frame(self.to_arrow(*args, **kwargs))
+    def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:  # Feast's signature
+        return self._make()
+
+
+def _historical(
+    config: RepoConfig, plan: Plan, full_names: list[str], entity_df: pd.DataFrame, *, full: bool
+) -> TrainingJob:
+    time_column = infer_event_timestamp_from_entity_df(dict(entity_df.dtypes))
+    labels = pa.Table.from_pandas(entity_df, preserve_index=False).replace_schema_metadata()
+
+    def make() -> pa.Table:
+        settings = Settings(repo=Path(str(config.repo_path)))
+        schema = schema_of(plan, full_names, labels.schema)
+        options: Any = {"time_column": time_column, "with_tail": config.offline_store.tail}
+        with shown() as on_progress:
+            given = (settings, plan, full_names, TableLabels(labels))
+            table = pa.Table.from_batches(training_set(*given, **options, on_progress=on_progress), schema)
+        if full:
+            return table
+        names = [plan.features[name].name for name in full_names]
+        return table.rename_columns([*labels.column_names, *names])
+
+    keys = [name for name in labels.column_names if name != time_column]
+    features = [name.replace("__", ":", 1) for name in full_names]
+    times = entity_df[time_column]
+    return TrainingJob(make, RetrievalMetadata(features, keys, times.min(), times.max()), config, full=full)
+
+
+def _path(config: RepoConfig, uri: str) -> Path:
+    """A file, by default in the project's folder."""
+    return Path(str(config.repo_path)) / uri
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:

@@ -22,6 +22,7 @@ class Expected:
 
     def __init__(self, plan: Plan, events: Mapping[str, Sequence[Event]]) -> None:
         self._plan = plan
+        self._known: dict[tuple[Any, ...], Any] = {}
         self._of: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for entity in plan.entities:
             own = self._of[entity.name] = defaultdict(list)
@@ -40,6 +41,12 @@ class Expected:
 
     def value(self, feature: Feature, ids: Mapping[str, str | None], query_ms: int) -> Any:
         """A feature's value for some entities at a time, from the events before it."""
+        asked = (feature.full_name, *(ids[entity] for entity in feature.entities), query_ms)
+        if asked not in self._known:
+            self._known[asked] = self._value(feature, ids, query_ms)
+        return self._known[asked]
+
+    def _value(self, feature: Feature, ids: Mapping[str, str | None], query_ms: int) -> Any:
         spec = feature.spec
         if isinstance(spec, Aggregation):
             assert feature.window is not None
