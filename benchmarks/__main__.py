@@ -16,7 +16,18 @@ from typing import Final
 
 from benchmarks.harness import Report, add_options, end_on_sigterm, figure, read_report, say
 
-NAMES: Final = ("read", "read_sdk", "read_floor", "read_one", "stream", "freshness", "memory", "growth", "start")
+NAMES: Final = (
+    "read",
+    "read_sdk",
+    "read_floor",
+    "read_one",
+    "stream",
+    "freshness",
+    "memory",
+    "growth",
+    "start",
+    "train",
+)
 FOLDER: Final = Path(__file__).resolve().parent
 PAGE: Final = FOLDER / "README.md"
 _PACKAGES: Final = ("numpy", "fastapi", "uvicorn", "redis", "hiredis", "feast", "bytewax", "confluent-kafka")

@@ -33,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Headrace: a real-time feature store. Settings are HEADRACE_* variables: see README.md.",
 )
-_SECRET = ("HEADRACE_REDIS_URL", "HEADRACE_KAFKA_OPTIONS")
+_SECRET = ("HEADRACE_REDIS_URL", "HEADRACE_KAFKA_OPTIONS", "HEADRACE_ARCHIVE_OPTIONS")
 """Variables that hold passwords."""
 keys = typer.Typer(no_args_is_help=True, help="API keys of the server: the file HEADRACE_API_KEYS_FILE.")
 app.add_typer(keys, name="keys")

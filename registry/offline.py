@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -26,7 +26,7 @@ from config.settings import Settings
 from features.plan import Plan
 from registry.plans import full_names_of, ordered_as_a_service, plan_of
 from training.progress import shown
-from training.run import TableLabels, schema_of, training_set
+from training.run import Limits, TableLabels, interactions, schema_of, training_set
 
 
 class NotOfferedError(click.ClickException, NotImplementedError):
@@ -47,7 +47,7 @@ class HeadraceOfflineStore(OfflineStore):
     """Computes every feature for every row of `entity_df` as of its time: see `training.point_in_time`."""
 
     @staticmethod
-    def get_historical_features(
+    def get_historical_features(  # noqa: PLR0913, PLR0917  # Feast's signature
         config: RepoConfig,
         feature_views: list[FeatureView],  # noqa: ARG004  # Feast's signature; the plan knows the views
         feature_refs: list[str],
@@ -55,18 +55,29 @@ class HeadraceOfflineStore(OfflineStore):
         registry: BaseRegistry,
         project: str,
         full_feature_names: bool = False,
+        start_date: datetime | None = None,
+        end_date: datetime | None = None,
         **_: Any,
     ) -> TrainingJob:
-        """See `feast.FeatureStore.get_historical_features`; columns such as `item__price` override: see README."""
-        if not isinstance(entity_df, pd.DataFrame):
-            msg = (
-                "get_historical_features needs entity_df, a DataFrame with a row for each label: its entities' ids, "
-                "its event_timestamp, and whatever else is to be kept"
-            )
-            raise NotOfferedError(msg)
+        """See `feast.FeatureStore.get_historical_features`; columns such as `item__price` override: see README.
+
+        Without `entity_df` there is a row for every event of the time from `start_date` to `end_date` that names all
+        entities that the features are about.
+        """
         plan = plan_of(registry, project)
         names = ordered_as_a_service(plan, full_names_of(plan, feature_refs))
-        return _historical(config, plan, names, entity_df, full=full_feature_names)
+        if isinstance(entity_df, str):
+            msg = (
+                "entity_df is SQL, which Headrace has nothing to ask: give a DataFrame with a row for each label, of "
+                "its entities' ids, its event_timestamp, and whatever else is to be kept"
+            )
+            raise NotOfferedError(msg)
+        labels: Any = entity_df
+        if entity_df is None:
+            limits = Limits(start_ms=_ms(start_date), end_ms=_ms(end_date))
+            settings = Settings(repo=Path(str(config.repo_path)))
+            labels = interactions(settings, plan, names, limits, with_tail=config.offline_store.tail).to_pandas()
+        return _historical(config, plan, names, labels, full=full_feature_names)
 
     @staticmethod
     def pull_latest_from_table_or_query(*_: Any, **__: Any) -> NoReturn:
@@ -179,6 +190,13 @@ def _historical(
     features = [name.replace("__", ":", 1) for name in full_names]
     times = entity_df[time_column]
     return TrainingJob(make, RetrievalMetadata(features, keys, times.min(), times.max()), config, full=full)
+
+
+def _ms(date: datetime | None) -> int | None:
+    """Epoch milliseconds of a date; without a zone it is UTC, as everywhere in Feast."""
+    if date is None:
+        return None
+    return round((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def _path(config: RepoConfig, uri: str) -> Path:

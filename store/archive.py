@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, SchemaMismatchError, TableNotFoundError
 from numpy.typing import NDArray
 
 from config.settings import Settings
@@ -181,8 +181,11 @@ class ArchiveTable:
         if self._table is None:
             return
         dataset = self._table.to_pyarrow_dataset()
-        read = dict.fromkeys(_column(name, kind, dataset.schema) for name, kind in fields.items())
-        columns = [*(each for each in read if each in dataset.schema.names), *_TIMES, "_partition", "_offset"]
+        # Under their own names, whatever columns they are in.
+        columns = {name: ds.field(name) for name in (*_TIMES, "_partition", "_offset")}
+        for name, kind in fields.items():
+            if (column := _column(name, kind, dataset.schema)) in dataset.schema.names:
+                columns[name] = ds.field(column)
         days = (ds.field("_day") >= _day(since_ms)) & (ds.field("_day") <= _day(until_ms))
         fragments = sorted(dataset.get_fragments(filter=days), key=lambda fragment: fragment.path)
         for fragment in fragments[share[0] :: share[1]]:
@@ -195,6 +198,9 @@ class ArchiveTable:
             return DeltaTable(self.url, version=self._version, storage_options=self._options)
         except TableNotFoundError:
             return None
+        except (DeltaError, OSError) as error:
+            msg = f"the archive at {self.url} can't be read: {error}"
+            raise ConnectionError(msg) from error
 
     @property
     def _there(self) -> DeltaTable:
@@ -225,6 +231,11 @@ class ArchiveTable:
         except CommitFailedError as error:
             msg = f"{self.url} was written to by another archiver: {error}"
             raise FencedError(msg, superseded=True) from error
+        except SchemaMismatchError:
+            raise
+        except (DeltaError, OSError) as error:
+            msg = f"the archive at {self.url} can't be written to: {error}"
+            raise ConnectionError(msg) from error
 
 
 def tables_of(settings: Settings, plan: Plan) -> dict[str, ArchiveTable]:
@@ -316,8 +327,7 @@ def events_of(
     t = np.minimum(*(_ms(rows[name]) for name in _TIMES))
     found: dict[str, Any] = {}
     for name, kind in fields.items():
-        column = _column(name, kind, rows.schema)
-        found[name] = rows[column] if column in rows.schema.names else pa.nulls(len(rows), _TYPES[kind])
+        found[name] = rows[name] if name in rows.schema.names else pa.nulls(len(rows), _TYPES[kind])
     found |= {"t": pa.array(t), "_partition": rows["_partition"], "_offset": rows["_offset"]}
     inside = (t >= since_ms) & (t < until_ms)
     events = pa.record_batch(found)

@@ -117,7 +117,7 @@ class _Supervisor:
         while not self._stopping and (reason := away(self._settings)):
             if time.monotonic() - said_s >= _SAID_S:
                 said_s = time.monotonic()
-                log.warning("stream_waits", reason=reason)
+                log.warning(self._event("waits"), reason=reason)
             self._sleep(0.5)
 
     def _replace(self, working: Crew, statuses: list[int]) -> int | None:
@@ -130,7 +130,10 @@ class _Supervisor:
         if self._working is not None:
             return None  # It has claimed their shards, or is about to.
         if SUPERSEDED_STATUS in statuses:
-            log.critical("stream_superseded", reason="another stream has claimed these shards; this one stops")
+            log.critical(
+                self._event("superseded"),
+                reason="another one has claimed what this one writes; this one stops",
+            )
             return SUPERSEDED_STATUS
         return self._again(statuses, claimed=claimed, lived_s=time.monotonic() - working.began_s)
 
@@ -181,7 +184,7 @@ class _Supervisor:
         self._failures += 1
         if self._failures > len(_BACKOFF_S) and not heals:
             log.critical(
-                "stream_gives_up",
+                self._event("gives_up"),
                 failures=self._failures,
                 statuses=statuses,
                 remedy="see the errors above, and `headrace doctor`",
@@ -194,6 +197,10 @@ class _Supervisor:
         while not self._stopping and time.monotonic() < until_s:
             self._sleep(0.1)
         return None
+
+    def _event(self, what: str) -> str:
+        """What happened, as logs have it: `stream_waits`, `archive_waits`."""
+        return f"{self._work}_{what}"
 
     def _end(self, crew: Crew) -> None:
         crew.stop(0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,28 @@ def test_an_event_does_not_count_at_its_own_time(project: Project) -> None:
     assert after == before + 1
 
 
-@pytest.mark.parametrize("entity_df", [None, "SELECT 1"])
-def test_labels_are_a_data_frame(project: Project, entity_df: Any) -> None:
+def test_without_labels_every_event_of_a_time_is_one(project: Project) -> None:
+    """As Feast has it: a row for what happened in a time, as of when it happened, with what was known before."""
+    start_ms = NOW_MS - 6 * 3_600_000
+    features = ["user_item:clicked", "item_activity:clicks_7d"]
+    start, end = (datetime.fromtimestamp(ms / 1000, UTC) for ms in (start_ms, NOW_MS))
+    job = project.store.get_historical_features(
+        features=features, full_feature_names=True, start_date=start, end_date=end
+    )
+    found = job.to_df()
+    happened = {
+        (event["user_id"], event["item_id"], event["t"])
+        for many in project.events.values()
+        for event in many
+        if start_ms <= event["t"] < NOW_MS
+    }
+    times_ms = [at.value // 1_000_000 for at in found["event_timestamp"]]
+    rows = list(zip(found["user_id"], found["item_id"], times_ms, strict=True))
+    assert rows == sorted(happened, key=lambda each: (each[2], each[0], each[1]))
+    labels = found[["user_id", "item_id", "event_timestamp"]]
+    assert project.history(labels, features).to_df().equals(found)
+
+
+def test_labels_are_no_sql(project: Project) -> None:
     with pytest.raises(NotImplementedError, match="a row for each label"):
-        project.history(entity_df, ["user_activity:clicks_7d"])
+        project.history("SELECT 1", ["user_activity:clicks_7d"])  # type: ignore[arg-type]  # as Feast lets one

@@ -135,15 +135,20 @@ def test_a_certificate_that_is_none_is_an_error_that_names_it(
 
 def test_secrets_come_from_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Kubernetes and Docker hand them over; a variable wins, and child processes get the same."""
-    for name in ("HEADRACE_REDIS_URL", "HEADRACE_KAFKA_OPTIONS"):
+    for name in ("HEADRACE_REDIS_URL", "HEADRACE_KAFKA_OPTIONS", "HEADRACE_ARCHIVE_OPTIONS"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "HEADRACE_REDIS_URL").write_text(f"redis://serve:{SECRET}@127.0.0.1:1/0\n")
     (tmp_path / "headrace_kafka_options").write_text('{"sasl.password": "hidden"}')
+    (tmp_path / "headrace_archive_options").write_text('{"secret_access_key": "hidden"}')
     monkeypatch.setenv("HEADRACE_SECRETS_DIR", str(tmp_path))
     settings = Settings()
     assert settings.redis_url.get_secret_value() == f"redis://serve:{SECRET}@127.0.0.1:1/0"
     assert settings.kafka_options == {"sasl.password": "hidden"}
-    for shown in (repr(settings), str(settings), settings.model_dump_json(exclude={"kafka_options"})):
+    for shown in (
+        repr(settings),
+        str(settings),
+        settings.model_dump_json(exclude={"kafka_options", "archive_options"}),
+    ):
         assert SECRET not in shown
         assert "hidden" not in shown
     for name, value in settings.environment().items():
@@ -183,6 +188,7 @@ def test_no_command_shows_a_password(command: list[str], tmp_path: Path) -> None
         "HEADRACE_REDIS_URL": f"redis://serve:{SECRET}@127.0.0.1:{free_port()}/0",
         "HEADRACE_KAFKA": f"127.0.0.1:{free_port()}",
         "HEADRACE_KAFKA_OPTIONS": json.dumps({"sasl.password": SECRET, "sasl.username": "u", **_PLAIN}),
+        "HEADRACE_ARCHIVE_OPTIONS": json.dumps({"secret_access_key": SECRET}),
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
     }

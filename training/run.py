@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from config.settings import Settings
-from features.events import NEWEST_MS
+from features.events import NEWEST_MS, Kind
 from features.plan import EventSpec, Plan
+from features.program import Program
 from features.values import arrow_type
 from store.archive import ArchiveTable, events_of, tables_of
 from store.commit import CommitRecord
@@ -169,7 +171,11 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
             on_progress("archive", done, len(pieces))
         if with_tail:
             on_progress("Kafka", 0, 1)
-            _split_tail(job, entities, settings, tables.values())
+            with Splitter(job, entities, "tail") as splitter:
+                for contract, events in _tail_of(
+                    settings, plan, tables.values(), lambda spec: fields_of(job, spec.name)
+                ):
+                    splitter.add(contract, events)
             on_progress("Kafka", 1, 1)
         todo = [(job, entity, entities[entity], number) for entity in job.bundles for number in range(partitions)]
         for done, _ in enumerate(run(make_rows, todo), 1):
@@ -177,6 +183,36 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
         for done, batch in enumerate(run(evaluate, ((job, chunk, at) for at, chunk in enumerate(chunks()))), 1):
             on_progress("features", done, n_chunks)
             yield batch
+
+
+def interactions(
+    settings: Settings, plan: Plan, full_names: Sequence[str], limits: Limits, *, with_tail: bool = True
+) -> pa.Table:
+    """Labels made of events: each that names every entity that the features are about, at its time, once.
+
+    Args:
+        settings: as of `training_set`, like the next two and the last.
+        plan: declares the features.
+        full_names: which features.
+        limits: of the events' times.
+        with_tail: whether to read what the archive has not yet from Kafka.
+    """
+    keys = [plan.entity(entity).key for entity in Program(plan, full_names).entities]
+    start_ms, end_ms = limits.start_ms or 0, limits.end_ms or NEWEST_MS
+
+    def wanted(spec: EventSpec) -> Mapping[str, Kind]:
+        return dict.fromkeys(keys, "str") if set(keys) <= spec.fields.keys() else {}
+
+    tables = tables_of(settings, plan)
+    found = [batch for spec in plan.events if wanted(spec) for batch in tables[spec.topic].scan(wanted(spec))]
+    if with_tail:
+        found += [batch for _, batch in _tail_of(settings, plan, tables.values(), wanted)]
+    schema = pa.schema([*((key, pa.string()) for key in keys), ("t", pa.int64())])
+    table = pa.Table.from_batches([batch.select(schema.names) for batch in found], schema).drop_null()
+    table = table.filter((pc.field("t") >= start_ms) & (pc.field("t") < end_ms))
+    table = table.group_by(schema.names).aggregate([]).sort_by([(name, "ascending") for name in ("t", *keys)])
+    times = pc.cast(table["t"], pa.timestamp("ms", "UTC"))
+    return table.drop_columns("t").append_column(TIME_COLUMN, times)
 
 
 @dataclass(frozen=True)
@@ -248,17 +284,23 @@ def _split(
             splitter.add(spec.name, events)
 
 
-def _split_tail(job: Job, entities: dict[str, Entities], settings: Settings, tables: Iterable[ArchiveTable]) -> None:
+def _tail_of(
+    settings: Settings,
+    plan: Plan,
+    tables: Iterable[ArchiveTable],
+    wanted: Callable[[EventSpec], Mapping[str, Kind]],
+    since_ms: int = 0,
+) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """What the archive has not yet: contract and events (see `store.archive.events_of`) with the fields wanted."""
     from streams.tail import tail
 
     record = CommitRecord("")
     for table in tables:
         record = record.advanced("", table.record().positions, table.record().topics)
-    with Splitter(job, entities, "tail") as splitter:
-        for part in tail(settings, job.plan, record):
-            fields = fields_of(job, part.spec.name)
-            for rows in part.rows.combine_chunks().to_batches() if part.rows is not None and fields else ():
-                splitter.add(part.spec.name, events_of(rows, fields, job.since_ms, job.until_ms))
+    for part in tail(settings, plan, record):
+        fields = wanted(part.spec)
+        for rows in part.rows.combine_chunks().to_batches() if part.rows is not None and fields else ():
+            yield part.spec.name, events_of(rows, fields, since_ms)
 
 
 def in_threads(step: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:

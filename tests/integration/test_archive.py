@@ -10,11 +10,14 @@ import subprocess
 import time
 from collections import Counter
 from functools import partial
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 from deltalake import DeltaTable
 
+from features.events import Kind
 from store.archive import ArchiveTable, tables_of
 from store.plans import load_plan
 from tests.support.feed import an_event
@@ -23,6 +26,7 @@ from tests.support.stack import TOPICS, Stack, children_of, wait_for
 pytestmark = pytest.mark.kafka
 
 KILLS = 20
+KINDS: tuple[Kind, ...] = ("str", "float")
 
 
 def tables(stack: Stack) -> dict[str, ArchiveTable]:
@@ -36,11 +40,21 @@ def read_up_to(stack: Stack) -> dict[str, list[int]]:
 
 
 def is_complete(stack: Stack) -> bool:
-    return read_up_to(stack) == {topic: [end for end in stack.ends(topic) if end] for topic in TOPICS}
+    read = read_up_to(stack)
+    return read == {topic: [end for end in stack.ends(topic) if end] for topic in read}
 
 
 def has_moved(stack: Stack, before: dict[str, list[int]]) -> bool:
     return read_up_to(stack) != before
+
+
+def taken_up(stack: Stack, n: int) -> bool:
+    """Whether an archiver of the n-th plan writes: what one of an earlier plan archives has not the new fields."""
+    return stack.log("archiver").count("tables_claimed") == n
+
+
+def has_noticed(stack: Stack, name: str) -> bool:
+    return "was made anew" in stack.log(name)
 
 
 def events_in(stack: Stack, topic: str) -> list[dict[str, Any]]:
@@ -138,3 +152,91 @@ def check(stack: Stack, topic: str, accepted: dict[str, dict[str, Any]]) -> None
         assert {name: row[name] for name in ("user_id", "item_id", "category", "price")} == {
             name: event[name] for name in ("user_id", "item_id", "category", "price")
         }
+
+
+DECLARED = """
+from headrace import Entity, Event, agg, service, view
+
+user = Entity("user", key="user_id", forget_after="90d")
+
+
+class Click(Event, topic="clicks"):
+    user_id: str
+    {fields}
+
+{more}
+@view(user)
+class Activity:
+    clicks = agg.count(Click, over="24h")
+    {features}
+
+
+shop_v1 = service("shop_v1", Activity)
+"""
+LIKE = """
+class Like(Event, topic="likes"):
+    user_id: str
+
+"""
+
+
+def test_the_archive_follows_plans_and_topics(tmp_path: Path) -> None:
+    """A field and a topic are added, a field gets another type, a topic is made anew: no event is lost, none another's.
+
+    The archiver is told nothing; the last needs the consent that the stream needs.
+    """
+    likes = 'likes = agg.count(Like, over="1h")'
+
+    def declare(fields: str, more: str = "", features: str = "") -> None:
+        (tmp_path / "shop.py").write_text(DECLARED.format(fields=fields, more=more, features=features))
+
+    declare("price: float | None = None")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        with Stack(code=tmp_path, definitions="shop", archive_commit_s=0.2, partitions=1) as stack:
+            number = count()
+
+            def send(topic: str, n: int, **fields: Any) -> None:
+                every = [{"event_id": f"e{next(number)}", "occurred_at": time.time_ns() // 1_000_000} for _ in range(n)]
+                stack.produce((topic, "u1", {**event, "user_id": "u1", **fields}) for event in every)
+
+            def archived(n: int) -> None:
+                wait_for("all is archived", lambda: is_complete(stack) and len(events_in(stack, "clicks")) == n)
+
+            start(stack)
+            send("clicks", 5, price=2.5)
+            archived(5)
+
+            declare("price: float | None = None\n    surface: str | None = None", LIKE, likes)
+            stack.headrace("apply")
+            wait_for("it is taken up", partial(taken_up, stack, 2))
+            send("clicks", 4, price=3.5, surface="search")
+            send("likes", 3)
+            archived(9)
+            assert [row["surface"] for row in events_in(stack, "clicks")] == [None] * 5 + ["search"] * 4
+            assert len(events_in(stack, "likes")) == 3
+
+            declare("price: str | None = None\n    surface: str | None = None", LIKE, likes)
+            stack.headrace("apply", "--replace", "Click")
+            wait_for("it is taken up", partial(taken_up, stack, 3))
+            send("clicks", 2, price="dear")
+            archived(11)
+            table = tables(stack)["clicks"]
+            now, before = (
+                [price for batch in table.scan({"price": kind}) for price in batch["price"].to_pylist()]
+                for kind in KINDS
+            )
+            assert sorted(now, key=str) == [None] * 9 + ["dear"] * 2
+            assert sorted(before, key=str) == [2.5] * 5 + [3.5] * 4 + [None] * 2
+
+            stack.start_stream(1)
+            stack.wait_until_committed()
+            stack.make_anew("clicks")
+            send("clicks", 3)
+            for name in ("archiver", "stream"):
+                wait_for("the topic is seen to be another", partial(has_noticed, stack, name))
+                stack.stop(name)
+            stack.headrace("accept-topic", "clicks")
+            start(stack)
+            archived(14)
+            assert [row["_offset"] for row in events_in(stack, "clicks")][:6] == [0, 0, 1, 1, 2, 2]

@@ -15,7 +15,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # where they 
 )
 
 from headrace import doctor
-from tests.integration.test_topics_made_anew import make_anew, stopped
+from tests.integration.test_topics_made_anew import stopped
 from tests.support.feed import Feed
 from tests.support.kafka import RealKafka
 from tests.support.stack import Stack
@@ -78,7 +78,7 @@ def test_the_doctor_finds_what_is_wrong_though_everything_is_up(
         assert good is False
         assert found.startswith("7 records came more than 0 s ago")
 
-        make_anew(stack, "clicks")
+        stack.make_anew("clicks")
         done = subprocess.run(
             [sys.executable, "-m", "headrace", "doctor"],
             env=stack.environment,

@@ -6,8 +6,6 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # it is there
 
 from tests.support.feed import Feed, differences
 from tests.support.kafka import RealKafka
@@ -23,20 +21,6 @@ LENGTHS = {"shorter": 10, "as long": OLD, "longer": 63}
 def kafka() -> Iterator[RealKafka]:
     with RealKafka() as server:
         yield server
-
-
-def make_anew(stack: Stack, topic: str) -> None:
-    admin = AdminClient({"bootstrap.servers": stack.kafka.bootstrap_servers, "log_level": 0})
-    admin.delete_topics([topic])[topic].result()
-
-    def made() -> bool:
-        try:
-            admin.create_topics([NewTopic(topic, 1, 1)])[topic].result()
-        except KafkaException:  # The old one is on its way.
-            return False
-        return True
-
-    wait_for("the topic is made", made)
 
 
 def has_noticed(stack: Stack, since: int = 0) -> bool:
@@ -67,7 +51,7 @@ def test_a_topic_made_anew_is_read_from_its_start_once_it_is_accepted(
         stack.wait_until_committed()
         if not running:
             assert stopped(stream) == 0
-        make_anew(stack, "clicks")
+        stack.make_anew("clicks")
         feed.made_anew("clicks")
         feed.send(LENGTHS[length])
         if not running:

@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
-from confluent_kafka import Consumer, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # it is there
 
 from config.settings import Settings
 from headrace.embedded import EmbeddedRedis, end, free_port, spawn
@@ -231,6 +231,20 @@ class Stack:
         for topic, key, value in records:
             sender.send(topic, key, value)
         sender.flush()
+
+    def make_anew(self, topic: str) -> None:
+        """Deletes a topic and makes another of its name, with one partition."""
+        admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap_servers, "log_level": 0})
+        admin.delete_topics([topic])[topic].result()
+
+        def made() -> bool:
+            try:
+                admin.create_topics([NewTopic(topic, 1, 1)])[topic].result()
+            except KafkaException:  # The old one is on its way.
+                return False
+            return True
+
+        wait_for("the topic is made", made)
 
     def ends(self, topic: str) -> list[int]:
         """The offset after the last record of each partition."""
