@@ -195,20 +195,19 @@ def _groups(lines: Ints, has_starts: int) -> tuple[Ints, Ints]:
 @compiled
 def _slots(lines: Ints, groups: Ints, n_groups: int, windows: Ints, now_ms: Ints) -> Ints:
     """Where each entry is counted first: at its group in the finest window that holds it; -1 for nowhere."""
-    tails = tails_at(windows, now_ms)
+    tails, now_tick = tails_of(windows, now_ms[0]), now_ms[0] // TICK_MS
     rows, starts = lines[0], lines[1]
-    # A time a row, or one for all.
-    step = np.int64(len(now_ms) > 1)
     slots = np.empty(len(groups), np.int64)
     for entry in range(len(groups)):
         p = np.uint64(entry)
-        t = np.uint64(rows[p] * step)
+        if len(now_ms) > 1 and (entry == 0 or rows[p] != rows[p - np.uint64(1)]):
+            tails, now_tick = tails_of(windows, now_ms[rows[p]]), now_ms[rows[p]] // TICK_MS
         # Longer windows begin earlier: the first that holds the tile is the finest, and all after it hold it too.
         window = 0
-        for tail in tails[t]:
+        for tail in tails:
             window += starts[p] < tail
         # Of the future, only the tile that holds now has begun.
-        held = window < len(windows) and starts[p] <= now_ms[t] // TICK_MS
+        held = window < len(windows) and starts[p] <= now_tick
         slots[p] = window * n_groups + groups[p] if held else -1
     return slots
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from features.fold import groups_of, tails_at
+from features.fold import groups_of, tail_of
 from features.loops import compiled
 from features.texts import look_up
 from features.times import TICK_MS, Window, hop_ms
@@ -131,10 +131,12 @@ def _finish_one(
         for at in range(len(values)):
             values[at] = _ratio(totals[np.uint64(x + at)], totals[np.uint64(y + at)], p, q)
     else:
-        begins_ms = tails_at(np.array([[width_ms, hop_ms]]), now_ms) * TICK_MS
+        row_ms, begin_ms = now_ms[0], tail_of(now_ms[0], width_ms, hop_ms) * TICK_MS
         for at in range(len(values)):
-            t = 0 if len(now_ms) == 1 else rows[at] if len(rows) else at
-            values[at] = _value(totals, formula, x + at, y + at, z + at, p, begins_ms[t, 0], now_ms[t])
+            if len(now_ms) > 1:
+                row_ms = now_ms[rows[at] if len(rows) else at]
+                begin_ms = tail_of(row_ms, width_ms, hop_ms) * TICK_MS
+            values[at] = _value(totals, formula, x + at, y + at, z + at, p, begin_ms, row_ms)
     return tidy(values, default)
 
 
