@@ -208,6 +208,7 @@ def train(  # noqa: PLR0913, PLR0917  # each is an option of the command
     start: Annotated[datetime | None, typer.Option(help="Only labels from then on (UTC)")] = None,
     end: Annotated[datetime | None, typer.Option(help="Only labels before then (UTC)")] = None,
     tail: Annotated[bool, typer.Option(help="Read from Kafka what the archive has not yet")] = True,
+    declared: Annotated[bool, typer.Option("--declared", help="Features as declared here, applied or not")] = False,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Do it on a Ray cluster; `local` for one here")
     ] = None,
@@ -220,23 +221,30 @@ def train(  # noqa: PLR0913, PLR0917  # each is an option of the command
     Labels have a column with the ids of each entity that features are about (user_id, item_id), a time, and whatever
     else, which is kept. A column such as item__price stands in for what the item is known by.
     """
+    from config.settings import project_of
+    from features.definitions import compile_definitions
     from store.plans import load_plan
     from training.progress import shown
     from training.run import Limits, read_labels, write_training_set
 
     settings = _settings()
-    applied = load_plan(settings)
+    if declared:
+        known = compile_definitions(settings.definitions, project_of(settings.repo), settings.shards)
+    else:
+        known = load_plan(settings)
     if (service is None) == (not feature):
-        message = f"name a service ({', '.join(spec.name for spec in applied.services)}), or features by --feature"
+        message = f"name a service ({', '.join(spec.name for spec in known.services)}), or features by --feature"
         raise typer.BadParameter(message)
-    names = applied.service(service).features if service else [name.replace(":", "__", 1) for name in feature or ()]
-    if unknown := [name for name in names if name not in applied.features]:
-        message = f"{', '.join(unknown)}: no such feature is applied; `headrace plan` compares with the definitions"
+    names = known.service(service).features if service else [name.replace(":", "__", 1) for name in feature or ()]
+    if unknown := [name for name in names if name not in known.features]:
+        message = (
+            f"{', '.join(unknown)}: no such feature is applied; with --declared, those that are not may be named too"
+        )
         raise typer.BadParameter(message)
     limits = Limits(*map(_ms, (since, start, end)))
     given: dict[str, Any] = {"limits": limits, "time_column": time_column, "with_tail": tail, "ray": ray}
     with shown() as on_progress:
-        wanted = (settings, applied, names, read_labels(labels), out_file)
+        wanted = (settings, known, names, read_labels(labels), out_file)
         made = write_training_set(*wanted, **given, folder=spill, on_progress=on_progress)
     out.print(f"{out_file}: {made}", highlight=False)
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import msgspec
+import pyarrow.parquet as pq
 import pytest
 
 from config.settings import Settings
@@ -24,10 +27,11 @@ from registry.apply import apply
 from store.connect import connect
 from store.keys import Keyspace, plans_key
 from store.plans import ApplyError, append_plan
-from tests.support.served import SHARDS, Clock, Rows, catalogue, project_folder
+from tests.support.archived import archive
+from tests.support.served import NOW_MS, SHARDS, Clock, Rows, catalogue, project_folder
 from tests.support.stack import wait_for
 
-COMMANDS = ["apply", "demo", "doctor", "history", "plan", "replay", "serve", "show", "stream"]
+COMMANDS = ["apply", "archive", "demo", "doctor", "history", "plan", "replay", "serve", "show", "stream", "train"]
 
 
 @dataclass
@@ -476,3 +480,89 @@ def test_pairs_need_both_halves(applied: Settings, run: Run, tmp_path: Path) -> 
     ran = run("replay", str(tmp_path / "events.csv"), "--topic", "clicks", "--map", "user_id")
     assert ran.status == 2
     assert "--map 'user_id': write it as NAME=VALUE" in ran.flat
+
+
+# train, archive
+
+
+@pytest.fixture
+def labels(settings: Settings) -> Path:
+    """One label; of its user's click and like the archive knows, and no server is asked."""
+    file = settings.repo / "labels.csv"
+    file.write_text("user_id,item_id,event_timestamp,label\nu1,i1,2033-05-18T10:00:00Z,7\n")
+    click = {"t": NOW_MS - 1, "user_id": "u1", "item_id": "i1"}
+    archive(settings, catalogue(), {"Click": [click], "Like": [click]}, random.Random(1))
+    return file
+
+
+def test_train_needs_no_server_for_features_as_declared(run: Run, labels: Path) -> None:
+    """What is not applied yet can be trained on: neither Redis nor Kafka has to be there."""
+    out = labels.with_name("training.parquet")
+    with mock.patch.dict("os.environ", HEADRACE_REDIS_URL="redis://127.0.0.1:1", HEADRACE_KAFKA="127.0.0.1:1"):
+        named = ["--feature", "user_activity:likes_1h", "--feature", "user_item:clicked"]
+        done = run("train", str(labels), "--out", str(out), *named, "--declared", "--no-tail")
+    assert done.status == 0, done.err
+    assert "1 labels with 2 features" in done.flat
+    assert pq.read_table(out).to_pylist() == [
+        {
+            "user_id": "u1",
+            "item_id": "i1",
+            "event_timestamp": datetime(2033, 5, 18, 10, tzinfo=UTC),
+            "label": 7,
+            "user_activity__likes_1h": 1,
+            "user_item__clicked": True,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--service", "ranking_v1", "--feature", "user_activity:clicks_1h"], "name a service (feed_v1, ranking_v1"),
+        ([], "or features by --feature"),
+        (["--feature", "user_activity:clicks_2h"], "user_activity__clicks_2h: no such feature is applied"),
+        (["--service", "ranking_v9"], "no service 'ranking_v9' in the plan; there is: feed_v1"),
+        (
+            ["--service", "seller_v1"],
+            "labels have no column 'seller_id', the key of seller; they have: user_id, item_id",
+        ),
+    ],
+)
+def test_train_says_what_is_wrong(run: Run, labels: Path, given: list[str], said: str) -> None:
+    """And leaves no half of a file behind."""
+    before = sorted(labels.parent.iterdir())
+    done = run("train", str(labels), "--out", str(labels.with_name("out.parquet")), *given, "--declared", "--no-tail")
+    assert done.status != 0
+    assert said in done.flat
+    assert sorted(labels.parent.iterdir()) == before
+
+
+def test_train_takes_labels_of_a_time_only(run: Run, labels: Path) -> None:
+    with labels.open("a") as file:
+        file.write("u1,i1,2033-05-19T10:00:00Z,8\n")
+    out = labels.with_name("training.parquet")
+    wanted = ["--feature", "user_activity:clicks_7d", "--declared", "--no-tail", "--out", str(out)]
+    for limits, left in (
+        (["--start", "2033-05-19"], [8]),
+        (["--end", "2033-05-19"], [7]),
+        (["--end", "2033-05-01"], []),
+        (["--since", "2033-05-18T10:00:00"], [7, 8]),
+    ):
+        assert run("train", str(labels), *wanted, *limits).status == 0
+        table = pq.read_table(out)
+        assert table["label"].to_pylist() == left
+        expected = [0] * len(left) if "--since" in limits else [1] * len(left)
+        assert table["user_activity__clicks_7d"].to_pylist() == expected
+
+
+def test_archive_is_looked_after(run: Run, applied: Settings) -> None:
+    """Small files become large ones, old days go, and it is said what is there."""
+    now_ms = time.time_ns() // 1_000_000
+    clicks = [{"t": now_ms - days * 86_400_000, "user_id": "u1", "item_id": "i1"} for days in range(9)]
+    archive(applied, catalogue(), {"Click": clicks}, random.Random(1))
+    assert "impressions: nothing is archived likes: nothing is archived" in run("archive", "--status").flat
+    assert "clicks: about 9 events in" in run("archive", "--status").flat
+    archive(applied, catalogue(), {"Click": clicks}, random.Random(2))
+    assert re.search(r"clicks: 1\d files are 9 now", run("archive", "--compact").flat)
+    assert "clicks: 10 events are deleted" in run("archive", "--keep", "3d").flat
+    assert "clicks: about 8 events in" in run("archive", "--vacuum", "--status").flat

@@ -7,7 +7,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from features.program import Program
 from features.values import arrow_type
 from store.archive import ArchiveTable, events_of, tables_of
 from store.commit import CommitRecord
+from streams.tail import Tail
 from training.point_in_time import (
     CHUNK_ROWS,
     PARTITION_EVENTS,
@@ -164,19 +165,19 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
         entities = {entity: Entities(asked.pop(entity)) for entity in tuple(asked)}
         tables = tables_of(settings, plan)
         read = [(spec, tables[spec.topic]) for spec in plan.events if fields_of(job, spec.name)]
-        partitions = 1 + sum(table.n_rows for _, table in read) // PARTITION_EVENTS
-        job = replace(job, partitions=partitions, until_ms=until_ms)
-        pieces = [(job, entities, spec, table, share) for spec, table in read for share in _shares(table)]
-        for done, _ in enumerate(run(_split, pieces), 1):
-            on_progress("archive", done, len(pieces))
-        if with_tail:
-            on_progress("Kafka", 0, 1)
-            with Splitter(job, entities, "tail") as splitter:
-                for contract, events in _tail_of(
-                    settings, plan, tables.values(), lambda spec: fields_of(job, spec.name)
-                ):
-                    splitter.add(contract, events)
-            on_progress("Kafka", 1, 1)
+        with _tail(settings, plan, tables.values()) if with_tail else nullcontext() as tail:
+            n_events = sum(table.n_rows for _, table in read) + (tail.n_records if tail else 0)
+            partitions = 1 + n_events // PARTITION_EVENTS
+            job = replace(job, partitions=partitions, until_ms=until_ms)
+            pieces = [(job, entities, spec, table, share) for spec, table in read for share in _shares(table)]
+            for done, _ in enumerate(run(_split, pieces), 1):
+                on_progress("archive", done, len(pieces))
+            if tail:
+                on_progress("Kafka", 0, 1)
+                with Splitter(job, entities, "tail") as splitter:
+                    for contract, events in _events_of(tail, lambda spec: fields_of(job, spec.name), limits.since_ms):
+                        splitter.add(contract, events)
+                on_progress("Kafka", 1, 1)
         todo = [(job, entity, entities[entity], number) for entity in job.bundles for number in range(partitions)]
         for done, _ in enumerate(run(make_rows, todo), 1):
             on_progress("rows", done, len(todo))
@@ -206,7 +207,8 @@ def interactions(
     tables = tables_of(settings, plan)
     found = [batch for spec in plan.events if wanted(spec) for batch in tables[spec.topic].scan(wanted(spec))]
     if with_tail:
-        found += [batch for _, batch in _tail_of(settings, plan, tables.values(), wanted)]
+        with _tail(settings, plan, tables.values()) as tail:
+            found += [events for _, events in _events_of(tail, wanted)]
     schema = pa.schema([*((key, pa.string()) for key in keys), ("t", pa.int64())])
     table = pa.Table.from_batches([batch.select(schema.names) for batch in found], schema).drop_null()
     table = table.filter((pc.field("t") >= start_ms) & (pc.field("t") < end_ms))
@@ -284,23 +286,22 @@ def _split(
             splitter.add(spec.name, events)
 
 
-def _tail_of(
-    settings: Settings,
-    plan: Plan,
-    tables: Iterable[ArchiveTable],
-    wanted: Callable[[EventSpec], Mapping[str, Kind]],
-    since_ms: int = 0,
-) -> Iterator[tuple[str, pa.RecordBatch]]:
-    """What the archive has not yet: contract and events (see `store.archive.events_of`) with the fields wanted."""
-    from streams.tail import tail
-
+def _tail(settings: Settings, plan: Plan, tables: Iterable[ArchiveTable]) -> Tail:
+    """What the archive has not yet."""
     record = CommitRecord("")
     for table in tables:
         record = record.advanced("", table.record().positions, table.record().topics)
-    for part in tail(settings, plan, record):
+    return Tail(settings, plan, record)
+
+
+def _events_of(
+    tail: Tail, wanted: Callable[[EventSpec], Mapping[str, Kind]], since_ms: int | None = None
+) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """Contract and events, with the fields that are wanted: see `store.archive.events_of`."""
+    for part in tail:
         fields = wanted(part.spec)
         for rows in part.rows.combine_chunks().to_batches() if part.rows is not None and fields else ():
-            yield part.spec.name, events_of(rows, fields, since_ms)
+            yield part.spec.name, events_of(rows, fields, since_ms or 0)
 
 
 def in_threads(step: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
