@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Final
@@ -44,6 +45,7 @@ _PARTITIONS: Final = "headrace/partitions"
 _TOPIC_ID: Final = "headrace.topic_id"
 _SCAN_ROWS: Final = 1 << 17
 _NOTHING_READ: Final = -1
+_ATTEMPTS: Final = 10
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,15 @@ class ArchiveTable:
             # Who comes second finds it made.
             schema = _schema(self._spec)
             made: Any = {"partition_by": ["_day"], "mode": "ignore", "storage_options": self._options}
-            DeltaTable.create(self.url, schema, description=self._spec.doc, **made)
+            with self._done("made"):
+                DeltaTable.create(self.url, schema, description=self._spec.doc, **made)
+        while True:
             self._table = self._open()
-        self._commit(_schema(self._spec).empty_table(), {_WRITER: secrets.randbits(62)})
+            try:
+                self._commit(_schema(self._spec).empty_table(), {_WRITER: secrets.randbits(62)})
+            except FencedError:
+                continue  # Whoever writes has done so since it was opened.
+            return
 
     def append(self, rows: pa.Table | None, complete: Mapping[int, Complete], horizons: Mapping[int, int]) -> None:
         """Writes events (see `rows_of`), if there are any, and what the table is then complete to, as one.
@@ -157,15 +165,28 @@ class ArchiveTable:
 
     def compact(self) -> dict[str, Any]:
         """Writes the small files of each day as few large ones; readers see no difference. Returns what was done."""
-        return self._there.optimize.compact()
+        with self._done("compacted"):
+            return self._there.optimize.compact()
 
     def vacuum(self, retention_hours: int | None = None) -> list[str]:
         """Deletes files that no version of the last days (7 by default) names; returns which."""
-        return self._there.vacuum(retention_hours, dry_run=False, enforce_retention_duration=retention_hours is None)
+        with self._done("vacuumed"):
+            return self._there.vacuum(
+                retention_hours, dry_run=False, enforce_retention_duration=retention_hours is None
+            )
 
     def forget_before(self, ms: int) -> int:
         """Deletes the events of all days before the one that this is in; returns how many."""
-        found = self._there.delete(f"_day < '{_day(ms).isoformat()}'")
+        with self._done("deleted from"):
+            for attempts_left in reversed(range(_ATTEMPTS)):
+                self._table = self._open()
+                try:
+                    found = self._there.delete(f"_day < '{_day(ms).isoformat()}'")
+                except CommitFailedError:
+                    if attempts_left:
+                        continue  # Events came meanwhile: what it is to delete is to be looked for again.
+                    raise
+                break
         return int(found["num_deleted_rows"] or 0)
 
     # Reading
@@ -194,19 +215,17 @@ class ArchiveTable:
                 yield events_of(batch, fields, since_ms, until_ms)
 
     def _open(self) -> DeltaTable | None:
-        try:
-            return DeltaTable(self.url, version=self._version, storage_options=self._options)
-        except TableNotFoundError:
-            return None
-        except (DeltaError, OSError) as error:
-            msg = f"the archive at {self.url} can't be read: {error}"
-            raise ConnectionError(msg) from error
+        with self._done("read"):
+            try:
+                return DeltaTable(self.url, version=self._version, storage_options=self._options)
+            except TableNotFoundError:
+                return None
 
     @property
     def _there(self) -> DeltaTable:
         if self._table is None:
             msg = f"there is no archive at {self.url}: run `headrace archive`"
-            raise FileNotFoundError(msg)
+            raise LookupError(msg)
         return self._table
 
     @property
@@ -220,21 +239,28 @@ class ArchiveTable:
         transactions = [Transaction(name, version) for name, version in said.items()]
         there, own = pa.schema(self._there.schema().to_arrow()), _own(self._spec)
         names = [_column(name, own[name], there) if name in own else name for name in rows.column_names]
+        with self._done("written to"):
+            try:
+                write_deltalake(
+                    self._there,
+                    rows.rename_columns(names),
+                    mode="append",
+                    schema_mode="merge",
+                    commit_properties=CommitProperties(app_transactions=transactions),
+                )
+            except CommitFailedError as error:
+                msg = f"{self.url} was written to by another archiver: {error}"
+                raise FencedError(msg, superseded=True) from error
+
+    @contextmanager
+    def _done(self, what: str) -> Iterator[None]:
+        """What the object store or another writer stands in the way of may be done again: it will pass."""
         try:
-            write_deltalake(
-                self._there,
-                rows.rename_columns(names),
-                mode="append",
-                schema_mode="merge",
-                commit_properties=CommitProperties(app_transactions=transactions),
-            )
-        except CommitFailedError as error:
-            msg = f"{self.url} was written to by another archiver: {error}"
-            raise FencedError(msg, superseded=True) from error
+            yield
         except SchemaMismatchError:
             raise
         except (DeltaError, OSError) as error:
-            msg = f"the archive at {self.url} can't be written to: {error}"
+            msg = f"the archive at {self.url} can't be {what} now: {error}"
             raise ConnectionError(msg) from error
 
 

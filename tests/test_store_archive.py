@@ -1,0 +1,148 @@
+"""The archive's tables: one writer at a time, events as they were, and errors that say what is the matter."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+
+from features.events import Kind
+from features.plan import EventSpec
+from store.archive import ArchiveTable, Complete, rows_of
+from store.commit import FencedError, Position
+
+OWN: dict[str, Kind] = {"name": "str", "n": "int", "x": "float", "yes": "bool"}
+SPEC = EventSpec("Seen", "seen", {"event_id": "str", "occurred_at": "int", **OWN}, "nowhere:Seen", "0")
+DAY_MS = 86_400_000
+T_MS = 1_763_683_200_000
+"""2025-11-21T00:00:00Z."""
+
+
+def rows(first: int, n: int, at_ms: int = T_MS, late_ms: int = 0) -> pa.Table:
+    offsets = np.arange(first, first + n)
+    fields: dict[str, Any] = {
+        "name": pa.array([None if at % 3 == 0 else f"é{at}" for at in offsets.tolist()], pa.string()),
+        "n": np.where(offsets % 3 == 1, np.nan, offsets + 2.0**52),
+        "x": np.where(offsets % 3 == 2, np.nan, offsets / 3),
+        "yes": np.where(offsets % 4 == 0, np.nan, offsets % 2),
+    }
+    times_ms = at_ms + offsets
+    return rows_of(SPEC, pa.array([f"e{at}" for at in offsets]), times_ms + late_ms, times_ms, 2, offsets, fields)
+
+
+def table_of(folder: Path, spec: EventSpec = SPEC) -> ArchiveTable:
+    return ArchiveTable(str(folder / "archive"), spec)
+
+
+def append(table: ArchiveTable, first: int, n: int) -> None:
+    table.append(rows(first, n), {2: Complete(first + n, T_MS + first + n)}, {2: max(0, first - 5)})
+
+
+def test_events_are_read_as_they_were_written(tmp_path: Path) -> None:
+    """Every kind, nulls too; the time is the event's, or the record's where that is earlier."""
+    table = table_of(tmp_path)
+    assert not table.exists
+    assert list(table.scan({"x": "float"})) == []
+    table.claim()
+    append(table, 0, 10)
+    assert (table.n_rows, table.complete()) == (10, {2: Complete(10, T_MS + 10)})
+    assert table.record().position("seen", 2) == Position(10, 0)
+    assert table.record().position("seen", 0) is None
+    (batch,) = table.scan({**OWN, "new": "str"})
+    assert batch["_offset"].to_pylist() == list(range(10))
+    assert batch["t"].to_pylist() == [T_MS + at for at in range(10)]
+    assert batch["name"].to_pylist()[:4] == [None, "é1", "é2", None]
+    assert batch["n"].to_pylist()[:4] == [2**52, None, 2**52 + 2, 2**52 + 3]
+    assert batch["x"].to_pylist()[:4] == [0.0, 1 / 3, None, 1.0]
+    assert batch["yes"].to_pylist()[:6] == [None, True, False, True, None, True]
+    assert batch["new"].to_pylist() == [None] * 10
+
+    table.append(rows(10, 1, late_ms=DAY_MS), {2: Complete(11, T_MS)}, {2: 0})
+    assert [t for batch in table.scan({}, since_ms=T_MS + 9) for t in batch["t"].to_pylist()] == [T_MS + 9, T_MS + 10]
+    assert [t for batch in table.scan({}, until_ms=T_MS + 1) for t in batch["t"].to_pylist()] == [T_MS]
+    assert DeltaTable(table.url).metadata().partition_columns == ["_day"]
+
+
+def test_who_was_replaced_can_write_no_more(tmp_path: Path) -> None:
+    """Positions in another commit than the events', or compared by who wrote last only, let a zombie repeat events."""
+    first, second = table_of(tmp_path), table_of(tmp_path)
+    first.claim()
+    append(first, 0, 3)
+    second.claim()  # Of a version that is long gone: it opens the newest.
+    with pytest.raises(FencedError, match="another archiver") as raised:
+        append(first, 3, 3)
+    assert raised.value.superseded
+    assert second.complete() == {2: Complete(3, T_MS + 3)}
+    append(second, 3, 2)
+    assert table_of(tmp_path).n_rows == 5
+
+
+def test_a_claim_is_made_whoever_writes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that commits between another's look and its claim must not have that one stop as if it were the old."""
+    first, second = table_of(tmp_path), table_of(tmp_path)
+    first.claim()
+    opened, offsets = second._open, iter((0, 1))
+
+    def open_late() -> Any:
+        found = opened()
+        if (offset := next(offsets, None)) is not None:
+            append(first, offset, 1)
+        return found
+
+    monkeypatch.setattr(second, "_open", open_late)
+    second.claim()
+    assert second.n_rows == 2
+    append(second, 2, 1)
+
+
+def test_looking_after_a_table_disturbs_no_writer(tmp_path: Path) -> None:
+    writer = table_of(tmp_path)
+    writer.claim()
+    for first in range(5):
+        append(writer, first, 1)
+    writer.append(rows(5, 1, at_ms=T_MS + DAY_MS), {2: Complete(6, T_MS)}, {2: 0})
+    keeper = table_of(tmp_path)
+    append(writer, 6, 1)
+    assert keeper.compact()["numFilesAdded"] == 1
+    append(writer, 7, 1)
+    assert keeper.forget_before(T_MS + DAY_MS + 5) == 7  # All of the first day, that which just came too.
+    keeper.vacuum()
+    append(writer, 8, 1)
+    assert [each for batch in table_of(tmp_path).scan({}) for each in batch["_offset"].to_pylist()] == [5, 8]
+    assert table_of(tmp_path).complete()[2].next == 9
+
+
+def test_another_process_reads_what_this_one_would(tmp_path: Path) -> None:
+    """Also if somebody writes before it does."""
+    table = table_of(tmp_path)
+    table.claim()
+    append(table, 0, 4)
+    sent = pickle.dumps(table)
+    append(table, 4, 1)
+    there = pickle.loads(sent)  # noqa: S301  # our own
+    assert (there.n_rows, there.complete()[2].next) == (4, 4)
+
+
+def test_shares_are_all_of_it_and_nothing_twice(tmp_path: Path) -> None:
+    table = table_of(tmp_path)
+    table.claim()
+    for first in range(7):
+        append(table, first, 1)
+    shares = [[n for b in table.scan({}, share=(number, 3)) for n in b["_offset"].to_pylist()] for number in range(3)]
+    assert sorted(offset for share in shares for offset in share) == list(range(7))
+    assert all(shares)
+
+
+def test_a_place_that_is_none_is_said(tmp_path: Path) -> None:
+    """As what passes: a worker that stops for it is started again when it has."""
+    (tmp_path / "archive").write_text("a file")
+    table = table_of(tmp_path)
+    with pytest.raises(OSError, match=f"the archive at {tmp_path}/archive/seen can't be made now: "):
+        table.claim()
+    with pytest.raises(LookupError, match="run `headrace archive`"):
+        table.compact()
