@@ -74,6 +74,7 @@ class ArchiveTable:
         self._base, self._spec, self._options = url, spec, dict(options or {})
         self._version = version
         self._table = self._open()
+        self._token: int | None = None
 
     def __repr__(self) -> str:
         version = "none" if self._table is None else self._table.version()
@@ -131,7 +132,7 @@ class ArchiveTable:
         while True:
             self._table = self._open()
             try:
-                self._commit(_schema(self._spec).empty_table(), {_WRITER: secrets.randbits(62)})
+                self._commit(_schema(self._spec).empty_table(), {})
             except FencedError:
                 continue  # Whoever writes has done so since it was opened.
             return
@@ -142,10 +143,7 @@ class ArchiveTable:
         Raises:
             FencedError: if another writer has claimed the table.
         """
-        said = {
-            _WRITER: secrets.randbits(62),
-            _PARTITIONS: 1 + max(self.complete().keys() | complete.keys(), default=-1),
-        }
+        said = {_PARTITIONS: 1 + max(self.complete().keys() | complete.keys(), default=-1)}
         for partition, at in complete.items():
             said[_name(partition, "next")] = at.next
             said[_name(partition, "recorded_ms")] = at.recorded_ms
@@ -160,7 +158,7 @@ class ArchiveTable:
     def accept_topic(self, topic_id: str) -> None:
         """The topic was made anew: the table goes on with its beginning, and keeps what it has of the old one."""
         read = {_name(partition, "next"): _NOTHING_READ for partition in self.complete()}
-        self._commit(_schema(self._spec).empty_table(), {_WRITER: secrets.randbits(62), **read})
+        self._commit(_schema(self._spec).empty_table(), read)
         self._there.alter.set_table_properties({_TOPIC_ID: topic_id}, raise_if_not_exists=False)
 
     def compact(self) -> dict[str, Any]:
@@ -236,21 +234,30 @@ class ArchiveTable:
         return None if self._table is None else self._table.transaction_version(name)
 
     def _commit(self, rows: pa.Table, said: Mapping[str, int]) -> None:
-        transactions = [Transaction(name, version) for name, version in said.items()]
-        there, own = pa.schema(self._there.schema().to_arrow()), _own(self._spec)
-        names = [_column(name, own[name], there) if name in own else name for name in rows.column_names]
+        """Writes both as one, and this writer's next token.
+
+        Raises:
+            FencedError: if another writer's token is there.
+        """
+        token, own = secrets.randbits(62), _own(self._spec)
+        transactions = [Transaction(name, version) for name, version in {**said, _WRITER: token}.items()]
+        properties = CommitProperties(app_transactions=transactions)
         with self._done("written to"):
-            try:
-                write_deltalake(
-                    self._there,
-                    rows.rename_columns(names),
-                    mode="append",
-                    schema_mode="merge",
-                    commit_properties=CommitProperties(app_transactions=transactions),
-                )
-            except CommitFailedError as error:
-                msg = f"{self.url} was written to by another archiver: {error}"
-                raise FencedError(msg, superseded=True) from error
+            for attempts_left in reversed(range(_ATTEMPTS)):
+                there = pa.schema(self._there.schema().to_arrow())
+                named = rows.rename_columns([_column(n, own[n], there) if n in own else n for n in rows.column_names])
+                options: Any = {"mode": "append", "schema_mode": "merge", "commit_properties": properties}
+                try:
+                    write_deltalake(self._there, named, **options)
+                except CommitFailedError as error:
+                    # By another writer, or by who looks after the table.
+                    self._table = self._open()
+                    if attempts_left and self._token is not None and self._said(_WRITER) == self._token:
+                        continue
+                    msg = f"{self.url} was written to by another archiver: {error}"
+                    raise FencedError(msg, superseded=True) from error
+                self._token = token
+                return
 
     @contextmanager
     def _done(self, what: str) -> Iterator[None]:

@@ -63,7 +63,8 @@ def test_events_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert batch["new"].to_pylist() == [None] * 10
 
     table.append(rows(10, 1, late_ms=DAY_MS), {2: Complete(11, T_MS)}, {2: 0})
-    assert [t for batch in table.scan({}, since_ms=T_MS + 9) for t in batch["t"].to_pylist()] == [T_MS + 9, T_MS + 10]
+    last = sorted(t for batch in table.scan({}, since_ms=T_MS + 9) for t in batch["t"].to_pylist())
+    assert last == [T_MS + 9, T_MS + 10]
     assert [t for batch in table.scan({}, until_ms=T_MS + 1) for t in batch["t"].to_pylist()] == [T_MS]
     assert DeltaTable(table.url).metadata().partition_columns == ["_day"]
 
@@ -113,7 +114,8 @@ def test_looking_after_a_table_disturbs_no_writer(tmp_path: Path) -> None:
     assert keeper.forget_before(T_MS + DAY_MS + 5) == 7  # All of the first day, that which just came too.
     keeper.vacuum()
     append(writer, 8, 1)
-    assert [each for batch in table_of(tmp_path).scan({}) for each in batch["_offset"].to_pylist()] == [5, 8]
+    left = sorted(each for batch in table_of(tmp_path).scan({}) for each in batch["_offset"].to_pylist())
+    assert left == [5, 8]
     assert table_of(tmp_path).complete()[2].next == 9
 
 
