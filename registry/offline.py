@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 import click
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from feast import FeatureView, FileSource, RepoConfig
+from feast.data_format import DeltaFormat
 from feast.data_source import DataSource
 from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalJob, RetrievalMetadata
@@ -27,6 +28,11 @@ from features.plan import Plan
 from registry.plans import full_names_of, ordered_as_a_service, plan_of
 from training.progress import shown
 from training.run import Limits, TableLabels, interactions, schema_of, training_set
+
+_NOTHING_TO_MATERIALIZE: Final = (
+    "there is nothing to materialize: Headrace's rows are written by its stream (`headrace stream`), "
+    "and old events are sent through it by `headrace replay FILE`"
+)
 
 
 class NotOfferedError(click.ClickException, NotImplementedError):
@@ -82,11 +88,7 @@ class HeadraceOfflineStore(OfflineStore):
     @staticmethod
     def pull_latest_from_table_or_query(*_: Any, **__: Any) -> NoReturn:
         """Refused: Feast materializes through this."""
-        msg = (
-            "there is nothing to materialize: Headrace's rows are written by its stream (`headrace stream`), "
-            "and old events are sent through it by `headrace replay FILE`"
-        )
-        raise NotOfferedError(msg)
+        raise NotOfferedError(_NOTHING_TO_MATERIALIZE)
 
     @staticmethod
     def pull_all_from_table_or_query(
@@ -100,6 +102,8 @@ class HeadraceOfflineStore(OfflineStore):
         end_date: datetime | None = None,
     ) -> TrainingJob:
         """Reads a file, such as one that a training set was persisted to."""
+        if isinstance(data_source, FileSource) and isinstance(data_source.file_format, DeltaFormat):
+            raise NotOfferedError(_NOTHING_TO_MATERIALIZE)  # An archive of events.
         if not isinstance(data_source, FileSource):
             msg = f"{type(data_source).__name__}: Headrace's offline store reads files (feast.FileSource)"
             raise NotOfferedError(msg)

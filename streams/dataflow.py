@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import bytewax.operators as op
 import redis
@@ -52,10 +52,6 @@ from streams.lane import Lane
 from streams.metrics import METRICS
 from streams.supervise import SUPERSEDED_STATUS, WAITING_STATUS
 
-if TYPE_CHECKING:
-    # Delta Lake is for the archiver alone.
-    from streams.archive import ArchivePart, Archiver
-
 _WAIT_S = 0.002
 """An idle worker waits for records, and wakes with the first; other workers' parts wait for it no longer than this."""
 DRAIN_S = 7
@@ -77,29 +73,39 @@ def flow(number: int | None = None, on_claimed: Callable[[Plan], object] = lambd
     dataflow = Dataflow("headrace")
     chunks = op.input("kafka", dataflow, ChunkSource(settings, plan, partial(records_of, plan, client)))
     parts = op.flat_map_batch("decode", chunks, DecodeStep(settings, plan))
-    op.output("lanes", parts, LaneSink(settings, plan, on_claimed))
+    op.output("lanes", parts, Sink(settings.lanes, Lanes(settings, plan, on_claimed)))
     return dataflow
 
 
 def archive_flow(number: int | None = None, on_claimed: Callable[[Plan], object] = lambda _: None) -> Dataflow:
     """As `flow`, the archive's: what is claimed are the tables of a lane."""
-    from streams.archive import archived, part_of
+    from streams.archive import Archiver, archived, part_of
 
     settings, plan, client = _begin(number)
-    decoder, lane_of = Decoder(plan, 1, settings.dedupe_s * 1000), _lane_of_topics(settings, plan)
+    decoder, topics = Decoder(plan, 1, settings.dedupe_s * 1000), [spec.topic for spec in plan.events]
+    lane_of = {topic: at % settings.lanes for at, topic in enumerate(topics)}
 
     def check(chunks: list[Chunk]) -> list[tuple[str, Any]]:
         with _failures_said():
             return [
-                (lane_of[checked.spec.topic], part_of(checked))
+                (_lane_key(lane_of[checked.spec.topic]), part_of(checked))
                 for checked in decoder.check_all(chunks)
                 if not checked.chunk.start < checked.chunk.end <= checked.chunk.fresh
             ]
 
+    def make(number: int) -> Target:
+        mine = [topic for topic in topics if lane_of[topic] == number]
+        archiver = Archiver(settings, plan, mine, client, confirm=TopicIds(settings, mine).ask)
+        log.info("tables_claimed", topics=mine, plan=plan.fingerprint)
+        # To lanes of no topic no part ever comes: the first speaks for them.
+        for _ in range(1 if number else 1 + max(0, settings.lanes - len(topics))):
+            on_claimed(plan)
+        return Target(archiver.start, archiver.settle)
+
     dataflow = Dataflow("headrace_archive")
     chunks = op.input("kafka", dataflow, ChunkSource(settings, plan, partial(archived, settings, plan, client)))
     parts = op.flat_map_batch("check", chunks, check)
-    op.output("tables", parts, ArchiveSink(settings, plan, on_claimed))
+    op.output("tables", parts, Sink(settings.lanes, make))
     return dataflow
 
 
@@ -197,121 +203,77 @@ class DecodeStep:
         return out
 
 
-class LaneSink(FixedPartitionedSink[Part, None]):
-    """A partition a lane."""
+class Sink(FixedPartitionedSink[Any, None]):
+    """A partition a lane, made with its first part: until then, who has what it claims writes on."""
+
+    def __init__(self, lanes: int, make: Callable[[int], Target]) -> None:
+        self._lanes, self._make = lanes, make
+
+    def list_parts(self) -> list[str]:
+        return [_lane_key(lane) for lane in range(self._lanes)]
+
+    def part_fn(self, item_key: str) -> int:
+        return int(item_key)
+
+    def build_part(self, step_id: str, for_part: str, resume_state: None) -> StatefulSinkPartition[Any, None]:
+        return _SinkPartition(partial(self._make, int(for_part)))
+
+
+class _SinkPartition(StatefulSinkPartition[Any, None]):
+    def __init__(self, make: Callable[[], Target]) -> None:
+        self._make = make
+        self._made: Target | None = None
+
+    def write_batch(self, items: list[Any]) -> None:
+        with _failures_said():
+            self._made = self._made or self._make()
+            self._made.start(items)
+
+    def close(self) -> None:
+        if self._made is not None:
+            with _failures_said():
+                self._made.settle()
+
+    def snapshot(self) -> None:
+        return None
+
+
+class Target(NamedTuple):
+    """What writes the parts of a lane, and what returns once they are written."""
+
+    start: Callable[[list[Any]], object]
+    settle: Callable[[], None]
+
+
+class Lanes:
+    """Makes the stream's lanes, each once it is to claim its shards."""
 
     def __init__(self, settings: Settings, plan: Plan, on_claimed: Callable[[Plan], object]) -> None:
-        self._settings = settings
-        self._plan = plan
-        self._on_claimed = on_claimed
+        self._settings, self._plan, self._on_claimed = settings, plan, on_claimed
         self._ids: TopicIds | None = None
 
-    def list_parts(self) -> list[str]:
-        return [_lane_key(lane) for lane in range(self._settings.lanes)]
+    def __call__(self, number: int) -> Target:
+        settings, plan = self._settings, self._plan
+        client = connect(settings.redis_url.get_secret_value(), settings.redis_timeout_s)
+        cache_bytes_max = settings.row_cache_mb * 1_000_000 // settings.lanes
+        self._ids = self._ids or TopicIds(settings, [spec.topic for spec in plan.events])
+        lane = Lane(
+            plan,
+            number,
+            settings.lanes,
+            client,
+            layouts=layouts_of(client, plan),
+            cache_bytes_max=cache_bytes_max,
+            confirm=self._ids.ask,
+        )
+        log.info("lane_claimed", lane=number, plan=plan.fingerprint)
+        self._on_claimed(plan)
 
-    def part_fn(self, item_key: str) -> int:
-        return int(item_key)
+        def start(parts: list[Part]) -> None:
+            written = lane.start(parts)
+            METRICS.committed(written.rows, written.evicted)
 
-    def build_part(self, step_id: str, for_part: str, resume_state: None) -> StatefulSinkPartition[Part, None]:
-        return _LanePartition(partial(self._lane, for_part))
-
-    def _lane(self, for_part: str) -> Lane:
-        client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
-        cache_bytes_max = self._settings.row_cache_mb * 1_000_000 // self._settings.lanes
-        with _failures_said():
-            self._ids = self._ids or TopicIds(self._settings, [spec.topic for spec in self._plan.events])
-            lane = Lane(
-                self._plan,
-                int(for_part),
-                self._settings.lanes,
-                client,
-                layouts=layouts_of(client, self._plan),
-                cache_bytes_max=cache_bytes_max,
-                confirm=self._ids.ask,
-            )
-        log.info("lane_claimed", lane=for_part, plan=self._plan.fingerprint)
-        self._on_claimed(self._plan)
-        return lane
-
-
-class _LanePartition(StatefulSinkPartition[Part, None]):
-    """A lane, which claims its shards with the first part: until then, who has them writes on."""
-
-    def __init__(self, make: Callable[[], Lane]) -> None:
-        self._make = make
-        self._lane: Lane | None = None
-
-    def write_batch(self, items: list[Part]) -> None:
-        with _failures_said():
-            self._lane = self._lane or self._make()
-            written = self._lane.start(items)
-        METRICS.committed(written.rows, written.evicted)
-
-    def close(self) -> None:
-        if self._lane is not None:
-            with _failures_said():
-                self._lane.settle()
-
-    def snapshot(self) -> None:
-        return None
-
-
-class ArchiveSink(FixedPartitionedSink["ArchivePart", None]):
-    """A partition a lane, as `LaneSink` has; each writes the tables of its topics."""
-
-    def __init__(self, settings: Settings, plan: Plan, on_claimed: Callable[[Plan], object]) -> None:
-        self._settings = settings
-        self._plan = plan
-        self._on_claimed = on_claimed
-
-    def list_parts(self) -> list[str]:
-        return [_lane_key(lane) for lane in range(self._settings.lanes)]
-
-    def part_fn(self, item_key: str) -> int:
-        return int(item_key)
-
-    def build_part(self, step_id: str, for_part: str, resume_state: None) -> StatefulSinkPartition[ArchivePart, None]:
-        topics = [topic for topic, lane in _lane_of_topics(self._settings, self._plan).items() if lane == for_part]
-        if not topics:
-            self._on_claimed(self._plan)  # No part will ever come.
-        return _ArchivePartition(partial(self._archiver, topics))
-
-    def _archiver(self, topics: list[str]) -> Archiver:
-        from streams.archive import Archiver
-
-        client = connect(self._settings.redis_url.get_secret_value(), self._settings.redis_timeout_s)
-        with _failures_said():
-            ids = TopicIds(self._settings, topics)
-            archiver = Archiver(self._settings, self._plan, topics, client, confirm=ids.ask)
-        log.info("tables_claimed", topics=topics, plan=self._plan.fingerprint)
-        self._on_claimed(self._plan)
-        return archiver
-
-
-class _ArchivePartition(StatefulSinkPartition["ArchivePart", None]):
-    """Tables, which are claimed with the first part, as a lane is."""
-
-    def __init__(self, make: Callable[[], Archiver]) -> None:
-        self._make = make
-        self._archiver: Archiver | None = None
-
-    def write_batch(self, items: list[ArchivePart]) -> None:
-        with _failures_said():
-            self._archiver = self._archiver or self._make()
-            self._archiver.start(items)
-
-    def close(self) -> None:
-        if self._archiver is not None:
-            with _failures_said():
-                self._archiver.settle()
-
-    def snapshot(self) -> None:
-        return None
-
-
-def _lane_of_topics(settings: Settings, plan: Plan) -> dict[str, str]:
-    """Which lane writes the table of each topic."""
-    return {spec.topic: _lane_key(at % settings.lanes) for at, spec in enumerate(plan.events)}
+        return Target(start, lane.settle)
 
 
 @contextmanager

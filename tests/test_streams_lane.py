@@ -248,7 +248,7 @@ def test_crashes_zombies_and_other_numbers_of_lanes_leave_the_rows_of_one_undist
     now_ms = time.time_ns() // 1_000_000  # Rows expire by the clock of Redis.
     log, events = a_log(rng, now_ms, 350)
     log.rng = rng
-    monkeypatch.setattr(kafka, "_consumer", lambda _: log.consumer())
+    monkeypatch.setattr(kafka, "consumer_of", lambda _: log.consumer())
     plain = plan_called("undisturbed")
     initialise(client, Keyspace("undisturbed", SHARDS), ["user", "item"])
     calm = Clock(now_ms)
@@ -304,7 +304,7 @@ def test_crashes_zombies_and_other_numbers_of_lanes_leave_the_rows_of_one_undist
 
 
 def a_reader(monkeypatch: pytest.MonkeyPatch, client: redis.Redis, log: Log, plan: Plan = PLAN) -> PartitionReader:
-    monkeypatch.setattr(kafka, "_consumer", lambda _: log.consumer())
+    monkeypatch.setattr(kafka, "consumer_of", lambda _: log.consumer())
     return PartitionReader(Settings(chunk_events=1000), CLICKS, partial(records_of, plan, client), Clock(0))
 
 
@@ -348,7 +348,7 @@ def test_a_crash_before_every_shard_has_an_offset_loses_nothing(
     users = [f"u{number}" for number in range(40)]
     log = Log({CLICKS: clicks(*users, at_ms=now_ms - 1000)})
     log.rng = random.Random(1)
-    monkeypatch.setattr(kafka, "_consumer", lambda _: log.consumer())
+    monkeypatch.setattr(kafka, "consumer_of", lambda _: log.consumer())
     clock = Clock(now_ms)
     first = Worker(PLAN, 2, client, log, clock, 1000)
     while not first.queues[0] or first.queues[0][-1].end < len(users):

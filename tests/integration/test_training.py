@@ -139,10 +139,10 @@ def test_training_values_are_what_was_served(source: str, tmp_path: Path) -> Non
     seed = random.randrange(1 << 32)
     print("seed", seed)
     rng = random.Random(seed)
-    (tmp_path / "shop.py").write_text(textwrap.dedent(MORE))
+    (tmp_path / "trained_shop.py").write_text(textwrap.dedent(MORE))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
-        with Stack(code=tmp_path, definitions="shop", archive_commit_s=0.5) as stack:
+        with Stack(code=tmp_path, definitions="trained_shop", archive_commit_s=0.5) as stack:
             plan = load_plan(stack.settings)
             shop = Shop(stack, plan, simulated(rng) if source == "simulated" else real(Path(str(FILE))), rng)
             stack.start_worker("worker")
