@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -114,9 +114,10 @@ class Program:
         }
 
     @property
-    def overridable(self) -> Collection[tuple[str, str]]:
-        """The (entity, event field) that a value can be given for instead of what is known: see `Asked`."""
-        return {(entity, field) for entity, field in self._last if field is not None}
+    def overridable(self) -> dict[tuple[str, str], Type]:
+        """The (entity, event field) that a value can be given for instead of what is known (`Asked`), and its type."""
+        of_last = ((entity, str(field), name) for (entity, field), name in self._last.items())
+        return {(entity, field): self._stage_of[name].type_of(name) for entity, field, name in of_last}
 
     @property
     def bundles(self) -> tuple[Bundle, ...]:
@@ -405,6 +406,10 @@ class _Stage:
         self.evaluator = Evaluator(bundle, features)
         self.names = {feature.full_name: (feature, slots) for feature, slots in features}
         self.first_row = 0
+
+    def type_of(self, name: str) -> Type:
+        """The type of a feature."""
+        return self.names[name][0].value_type
 
     def is_text(self, name: str) -> bool:
         """Whether a feature is a text."""

@@ -112,10 +112,10 @@ class Scenario:
 
     def add(self, happened: Event | Iterable[Event]) -> None:
         """More events, at any time; one whose event_id was there is a duplicate, and counts no more."""
-        known = {event.event_id for event in self.events}
+        known = {(type(event), event.event_id) for event in self.events}
         for event in [happened] if isinstance(happened, Event) else happened:
-            if event.event_id not in known:
-                known.add(event.event_id)
+            if (type(event), event.event_id) not in known:
+                known.add((type(event), event.event_id))
                 self.events.append(event)
 
     def at(self, when: When, **ids: Any) -> Moment:

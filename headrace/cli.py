@@ -221,6 +221,9 @@ def train(  # noqa: PLR0913, PLR0917  # each is an option of the command
     Labels have a column with the ids of each entity that features are about (user_id, item_id), a time, and whatever
     else, which is kept. A column such as item__price stands in for what the item is known by.
     """
+    from confluent_kafka import KafkaException
+
+    from config.brokers import unreachable
     from config.settings import project_of
     from features.definitions import compile_definitions
     from store.plans import load_plan
@@ -235,7 +238,8 @@ def train(  # noqa: PLR0913, PLR0917  # each is an option of the command
     if (service is None) == (not feature):
         message = f"name a service ({', '.join(spec.name for spec in known.services)}), or features by --feature"
         raise typer.BadParameter(message)
-    names = known.service(service).features if service else [name.replace(":", "__", 1) for name in feature or ()]
+    named = known.service(service).features if service else (name.replace(":", "__", 1) for name in feature or ())
+    names = list(dict.fromkeys(named))
     if unknown := [name for name in names if name not in known.features]:
         message = (
             f"{', '.join(unknown)}: no such feature is applied; with --declared, those that are not may be named too"
@@ -244,8 +248,11 @@ def train(  # noqa: PLR0913, PLR0917  # each is an option of the command
     limits = Limits(*map(_ms, (since, start, end)))
     given: dict[str, Any] = {"limits": limits, "time_column": time_column, "with_tail": tail, "ray": ray}
     with shown() as on_progress:
-        wanted = (settings, known, names, read_labels(labels), out_file)
-        made = write_training_set(*wanted, **given, folder=spill, on_progress=on_progress)
+        wanted = (settings, known, names, read_labels(labels, known), out_file)
+        try:
+            made = write_training_set(*wanted, **given, folder=spill, on_progress=on_progress)
+        except KafkaException as error:
+            raise RuntimeError(f"{unreachable(settings, error)} (--no-tail does without)") from None  # noqa: EM102  # ours
     out.print(f"{out_file}: {made}", highlight=False)
 
 

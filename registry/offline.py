@@ -112,12 +112,13 @@ class HeadraceOfflineStore(OfflineStore):
 
         def read() -> pa.Table:
             every = dataset.dataset(path)
-            within = pa.scalar(True)
+            kind = every.schema.field(timestamp_field).type
+            within = time.is_valid()
             if start_date is not None:
-                within = time >= pa.scalar(start_date).cast(every.schema.field(timestamp_field).type)
+                within &= time >= pa.scalar(start_date).cast(kind)
             if end_date is not None:
-                within &= time <= pa.scalar(end_date).cast(every.schema.field(timestamp_field).type)
-            return every.to_table(columns, filter=within if isinstance(within, dataset.Expression) else None)
+                within &= time <= pa.scalar(end_date).cast(kind)
+            return every.to_table(columns, filter=within)
 
         return TrainingJob(read, RetrievalMetadata(feature_name_columns, join_key_columns), config, full=True)
 
@@ -178,6 +179,11 @@ def _historical(
     time_column = infer_event_timestamp_from_entity_df(dict(entity_df.dtypes))
     labels = pa.Table.from_pandas(entity_df, preserve_index=False).replace_schema_metadata()
 
+    names = full_names if full else [plan.features[name].name for name in full_names]
+    if taken := sorted(set(names) & set(labels.column_names)):
+        msg = f"{', '.join(taken)}: a feature and a column of entity_df share the name: pass full_feature_names=True"
+        raise ValueError(msg)
+
     def make() -> pa.Table:
         settings = Settings(repo=Path(str(config.repo_path)))
         schema = schema_of(plan, full_names, labels.schema)
@@ -185,9 +191,6 @@ def _historical(
         with shown() as on_progress:
             given = (settings, plan, full_names, TableLabels(labels))
             table = pa.Table.from_batches(training_set(*given, **options, on_progress=on_progress), schema)
-        if full:
-            return table
-        names = [plan.features[name].name for name in full_names]
         return table.rename_columns([*labels.column_names, *names])
 
     keys = [name for name in labels.column_names if name != time_column]

@@ -99,7 +99,8 @@ class ArchiveTable:
         """About how many events there are."""
         if self._table is None:
             return 0
-        return int(pc.sum(pa.table(self._table.get_add_actions(flatten=True))["num_records"]).as_py() or 0)
+        files = pa.table(self._table.get_add_actions(flatten=True))
+        return int(pc.sum(files["num_records"]).as_py() or 0) if "num_records" in files.column_names else 0
 
     def complete(self) -> dict[int, Complete]:
         """By partition, what the table has of it."""
@@ -153,13 +154,13 @@ class ArchiveTable:
     def be_of_topic(self, topic_id: str) -> None:
         """Remembers Kafka's id of the topic, if none is known."""
         if topic_id and not self._topic_id:
-            self._there.alter.set_table_properties({_TOPIC_ID: topic_id}, raise_if_not_exists=False)
+            self._set_topic_id(topic_id)
 
     def accept_topic(self, topic_id: str) -> None:
         """The topic was made anew: the table goes on with its beginning, and keeps what it has of the old one."""
         read = {_name(partition, "next"): _NOTHING_READ for partition in self.complete()}
         self._commit(_schema(self._spec).empty_table(), read)
-        self._there.alter.set_table_properties({_TOPIC_ID: topic_id}, raise_if_not_exists=False)
+        self._set_topic_id(topic_id)
 
     def compact(self) -> dict[str, Any]:
         """Writes the small files of each day as few large ones; readers see no difference. Returns what was done."""
@@ -217,6 +218,8 @@ class ArchiveTable:
             try:
                 return DeltaTable(self.url, version=self._version, storage_options=self._options)
             except TableNotFoundError:
+                if self._version is not None:
+                    raise  # It was there where this was made.
                 return None
 
     @property
@@ -252,12 +255,35 @@ class ArchiveTable:
                 except CommitFailedError as error:
                     # By another writer, or by who looks after the table.
                     self._table = self._open()
-                    if attempts_left and self._token is not None and self._said(_WRITER) == self._token:
+                    found = self._said(_WRITER)
+                    if found != token:  # It is, where the answer to what was done was lost.
+                        if self._token is None or found != self._token:
+                            raise self._fenced() from error
+                        if not attempts_left:
+                            raise
                         continue
-                    msg = f"{self.url} was written to by another archiver: {error}"
-                    raise FencedError(msg, superseded=True) from error
                 self._token = token
                 return
+
+    def _set_topic_id(self, topic_id: str) -> None:
+        """Like `_commit`; but this can't be written with a token, so it is looked at before and after."""
+        with self._done("written to"):
+            for attempts_left in reversed(range(_ATTEMPTS)):
+                self._table = self._open()
+                if self._said(_WRITER) != self._token:
+                    break
+                try:
+                    self._there.alter.set_table_properties({_TOPIC_ID: topic_id}, raise_if_not_exists=False)
+                except CommitFailedError:
+                    if not attempts_left:
+                        raise
+                    continue
+                break
+        if self._said(_WRITER) != self._token:
+            raise self._fenced()
+
+    def _fenced(self) -> FencedError:
+        return FencedError(f"{self.url} was written to by another archiver", superseded=True)
 
     @contextmanager
     def _done(self, what: str) -> Iterator[None]:
@@ -353,15 +379,15 @@ def _typed(column: Any, kind: Kind) -> pa.Array:
 def events_of(
     rows: pa.RecordBatch, fields: Mapping[str, Kind], since_ms: int = 0, until_ms: int = NEWEST_MS
 ) -> pa.RecordBatch:
-    """Rows of a table as events with `since_ms <= t < until_ms`: fields, `t` (int64, ms), `_partition` and `_offset`.
+    """Rows of a table as events with `since_ms <= t < until_ms`: fields, `_t` (int64, ms), `_partition` and `_offset`.
 
-    `t` is the event's time by the window rule. A field that the table has not (yet) is null.
+    `_t` is the event's time by the window rule. A field that the table has not (yet) is null.
     """
     t = np.minimum(*(_ms(rows[name]) for name in _TIMES))
     found: dict[str, Any] = {}
     for name, kind in fields.items():
         found[name] = rows[name] if name in rows.schema.names else pa.nulls(len(rows), _TYPES[kind])
-    found |= {"t": pa.array(t), "_partition": rows["_partition"], "_offset": rows["_offset"]}
+    found |= {"_t": pa.array(t), "_partition": rows["_partition"], "_offset": rows["_offset"]}
     inside = (t >= since_ms) & (t < until_ms)
     events = pa.record_batch(found)
     return events if inside.all() else events.filter(pa.array(inside))

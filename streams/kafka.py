@@ -333,12 +333,14 @@ class WorkerReader:
             log.warning("partitions_unknown", error=str(error), again_in_s=LOOK_S)
 
     def _read(self, there: Iterable[Partition]) -> None:
-        for each in there:
-            if each not in self._readers and self._is_mine(each):
+        new = [each for each in there if each not in self._readers and self._is_mine(each)]
+        records = self._records() if new else ()
+        for each in new:
+            if each not in self._readers:
                 self._readers[each] = PartitionReader(
                     self._settings,
                     each,
-                    self._records,
+                    lambda: records,
                     consumer=_OfPartition(self._shared, each),
                     topic_id=self._ids.known.get(each.topic, ""),
                 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
+import structlog
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from config.brokers import PASSING
@@ -18,11 +19,14 @@ from streams.decode import Decoder
 from streams.kafka import TopicChangedError, TopicIds, columns_of, consumer_of, partitions_of, start_of
 
 _TIMEOUT_S = 30.0
+log = structlog.get_logger()
 _Heard = dict[Partition, tuple[list[Any], bool]]
 
 
 class Tail:
-    """The accepted events that come after a record's positions, up to where each partition ends now. By `with`, once.
+    """The accepted events of topics after a record's positions, up to where each partition ends now. Once, by `with`.
+
+    What retention took before the archive had it is said, as the stream says it.
 
     Attributes:
         n_records: about how many records it will read.
@@ -35,24 +39,32 @@ class Tail:
     """
 
     def __init__(
-        self, settings: Settings, plan: Plan, record: CommitRecord, clock: Callable[[], float] = time.monotonic
+        self,
+        settings: Settings,
+        plan: Plan,
+        topics: Sequence[str],
+        record: CommitRecord,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._clock = settings, clock
-        topics = [spec.topic for spec in plan.events]
         for topic, topic_id in TopicIds(settings, topics).known.items():
             if other := record.of_other_topic(topic, topic_id):
                 raise TopicChangedError(topic, other, topic_id)
         self._decoder = Decoder(plan, 1, settings.dedupe_s * 1000)
         self._at: dict[Partition, int] = {}
         self._fresh: dict[Partition, int] = {}
+        self._until: dict[Partition, int] = {}
         self.n_records = 0
         self._consumer = consumer_of(settings, **{"enable.partition.eof": True})
         try:
             for each in partitions_of(settings, topics):
                 low, high = self._consumer.get_watermark_offsets(TopicPartition(*each), timeout=_TIMEOUT_S)
                 start = start_of(each, [record.position(*each)], low, high)
+                if start.lost:
+                    first, last = start.lost[0], start.lost[1] - 1
+                    log.error("records_lost", partition=str(each), first=first, last=last, reason="retention")
                 if start.fresh < high:
-                    self._at[each], self._fresh[each] = start.at, start.fresh
+                    self._at[each], self._fresh[each], self._until[each] = start.at, start.fresh, high
                     self.n_records += high - start.at
         except BaseException:
             self._consumer.close()
@@ -65,15 +77,19 @@ class Tail:
         self._consumer.close()
 
     def __iter__(self) -> Iterator[ArchivePart]:
-        self._consumer.assign([TopicPartition(*each, offset) for each, offset in self._at.items()])
+        self._consumer.incremental_assign([TopicPartition(*each, offset) for each, offset in self._at.items()])
         while self._at:
             for each, (messages, ended) in self._next().items():
-                if messages and each in self._at:
+                if each not in self._at:
+                    continue  # What was on its way.
+                if messages:
                     start_at, self._at[each] = self._at[each], messages[-1].offset() + 1
                     chunk = Chunk(each, start_at, self._at[each], self._fresh[each], *columns_of(messages))
                     yield part_of(self._decoder.check_all([chunk])[0])
-                if ended:
-                    self._at.pop(each, None)
+                # Where records keep coming, there never is an end.
+                if ended or self._at[each] >= self._until[each]:
+                    del self._at[each]
+                    self._consumer.incremental_unassign([TopicPartition(*each)])
 
     def _next(self) -> _Heard:
         """The next records of some partitions, and whether these are their last."""
@@ -83,13 +99,13 @@ class Tail:
             for message in self._consumer.consume(self._settings.chunk_events, timeout=0.5):
                 error, each = message.error(), Partition(str(message.topic()), int(message.partition() or 0))
                 messages, ended = found.get(each, ([], False))
+                if error is not None and error.code() != KafkaError._PARTITION_EOF:
+                    if error.fatal() or error.code() not in PASSING:
+                        raise KafkaException(error)
+                    continue
                 if error is None:
                     messages.append(message)
-                elif error.code() == KafkaError._PARTITION_EOF:
-                    ended = True
-                elif error.fatal() or error.code() not in PASSING:
-                    raise KafkaException(error)
-                found[each] = messages, ended
+                found[each] = messages, ended or error is not None
             if found:
                 return found
         msg = (

@@ -137,6 +137,13 @@ def test_short_names_are_feasts(project: Project) -> None:
     assert job.to_df().columns.tolist() == [*asked(), "clicks_7d"]
 
 
+def test_a_short_name_that_a_column_has_is_refused(project: Project) -> None:
+    """Two columns of one name can't be told apart."""
+    frame = asked().assign(clicks_7d=1)
+    with pytest.raises(ValueError, match=r"clicks_7d: .*full_feature_names=True"):
+        project.store.get_historical_features(frame, ["user_activity:clicks_7d"], full_feature_names=False)
+
+
 def test_an_event_does_not_count_at_its_own_time(project: Project) -> None:
     """Strictly before: what is to be predicted must not be among what it is predicted from."""
     labels = project.events["likes"][-1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,14 @@ def test_events_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert not table.exists
     assert list(table.scan({"x": "float"})) == []
     table.claim()
+    assert (table.n_rows, table.n_files, table.complete()) == (0, 0, {})
     append(table, 0, 10)
     assert (table.n_rows, table.complete()) == (10, {2: Complete(10, T_MS + 10)})
     assert table.record().position("seen", 2) == Position(10, 0)
     assert table.record().position("seen", 0) is None
     (batch,) = table.scan({**OWN, "new": "str"})
     assert batch["_offset"].to_pylist() == list(range(10))
-    assert batch["t"].to_pylist() == [T_MS + at for at in range(10)]
+    assert batch["_t"].to_pylist() == [T_MS + at for at in range(10)]
     assert batch["name"].to_pylist()[:4] == [None, "é1", "é2", None]
     assert batch["n"].to_pylist()[:4] == [2**52, None, 2**52 + 2, 2**52 + 3]
     assert batch["x"].to_pylist()[:4] == [0.0, 1 / 3, None, 1.0]
@@ -63,9 +65,9 @@ def test_events_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert batch["new"].to_pylist() == [None] * 10
 
     table.append(rows(10, 1, late_ms=DAY_MS), {2: Complete(11, T_MS)}, {2: 0})
-    last = sorted(t for batch in table.scan({}, since_ms=T_MS + 9) for t in batch["t"].to_pylist())
+    last = sorted(t for batch in table.scan({}, since_ms=T_MS + 9) for t in batch["_t"].to_pylist())
     assert last == [T_MS + 9, T_MS + 10]
-    assert [t for batch in table.scan({}, until_ms=T_MS + 1) for t in batch["t"].to_pylist()] == [T_MS]
+    assert [t for batch in table.scan({}, until_ms=T_MS + 1) for t in batch["_t"].to_pylist()] == [T_MS]
     assert DeltaTable(table.url).metadata().partition_columns == ["_day"]
 
 
@@ -81,6 +83,19 @@ def test_who_was_replaced_can_write_no_more(tmp_path: Path) -> None:
     assert second.complete() == {2: Complete(3, T_MS + 3)}
     append(second, 3, 2)
     assert table_of(tmp_path).n_rows == 5
+
+
+def test_what_a_topic_is_called_by_kafka_is_said_by_its_writer_only(tmp_path: Path) -> None:
+    """It takes the writer to the table's newest version, where another may have claimed it."""
+    first, second = table_of(tmp_path), table_of(tmp_path)
+    first.claim()
+    second.claim()
+    with pytest.raises(FencedError):
+        first.be_of_topic("abc")
+    second.be_of_topic("abc")
+    append(second, 0, 1)
+    second.accept_topic("def")
+    assert (second.complete(), second.record().topics) == ({}, {"seen": "def"})
 
 
 def test_a_claim_is_made_whoever_writes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +143,9 @@ def test_another_process_reads_what_this_one_would(tmp_path: Path) -> None:
     append(table, 4, 1)
     there = pickle.loads(sent)  # noqa: S301  # our own
     assert (there.n_rows, there.complete()[2].next) == (4, 4)
+    shutil.rmtree(tmp_path / "archive")
+    with pytest.raises(OSError, match="can't be read now"):  # A machine that does not see it: not one without events.
+        pickle.loads(sent)  # noqa: S301  # as above
 
 
 def test_shares_are_all_of_it_and_nothing_twice(tmp_path: Path) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+import resource
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from config.settings import Settings
+from features.compile import compile_plan
 from features.plan import Plan
+from headrace import Entity, Event, agg, service, view
 from tests.support.archived import archive
 from tests.support.expected import Expected
 from tests.support.served import NOW_MS, catalogue, random_events
@@ -181,3 +185,81 @@ def test_a_cluster_writes_the_same_file(plan: Plan, settings: Settings, rng: ran
         made = run.write_training_set(*given, with_tail=False, ray=ray)
         assert (made.labels, made.features) == (len(clicks), 58)
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_fields_and_views_may_have_any_name(settings: Settings, rng: random.Random) -> None:
+    """Also those that the join's own columns would be called by."""
+    user = Entity("user", key="user_id", forget_after="90d")
+
+    class Step(Event, topic="steps"):
+        user_id: str
+        t: float
+        place: str | None = None
+
+    @view(user)
+    class Place:
+        t = agg.sum(Step, "t", over="1h")
+        row = agg.last(Step, "place")
+
+    plan = compile_plan([{"service": service("places_v1", Place)}], "test", 1)
+    steps = [{"t": NOW_MS - 5, "user_id": "u1", "place": "here"}]  # The helper takes a field `t` for the time.
+    archive(settings, plan, {"Step": steps}, rng)
+    labels = pa.table({"user_id": ["u1"], "event_timestamp": times([NOW_MS])})
+    table = joined(settings, plan, labels, "place__t_1h", "place__row")
+    assert (table["place__t_1h"].to_pylist(), table["place__row"].to_pylist()) == ([NOW_MS - 5.0], ["here"])
+
+
+def test_no_label_and_no_event_are_no_mistake(plan: Plan, settings: Settings, tmp_path: Path) -> None:
+    """A file of no labels becomes a file of none, with all columns; where nothing is archived, nothing has happened."""
+    names = ("user_activity__clicks_1h", "user_history__clicked", "user_taste__category_likes")
+    for ids in ([], ["u1", None]):
+        at = times([NOW_MS] * len(ids))
+        labels = TableLabels(pa.table({"user_id": pa.array(ids, pa.string()), "event_timestamp": at}))
+        file = tmp_path / "training.parquet"
+        run.write_training_set(settings, plan, names, labels, file, with_tail=False)
+        table = pq.read_table(file)
+        assert table.column_names == ["user_id", "event_timestamp", *names]
+        assert [table[name].to_pylist() for name in names] == [[0] * len(ids), [[]] * len(ids), [[]] * len(ids)]
+
+
+def test_ids_in_a_csv_are_texts_and_so_are_overrides(plan: Plan, settings: Settings, tmp_path: Path) -> None:
+    """Taken for numbers, `007` would be 7, which nobody is; and a category that is a number failed after all else."""
+    click = {"t": NOW_MS - 9, "user_id": "007", "item_id": "0", "category": "12"}
+    archive(settings, plan, {"Click": [click]}, random.Random(1))
+    file = tmp_path / "labels.csv"
+    file.write_text(
+        "user_id,item_id,event_timestamp,item__category\n007,0,2033-05-18T10:00:00Z,12\n,1,2033-05-18T10:00:00Z,\n"
+    )
+    names = ("user_activity__clicks_1h", "user_item__category_clicks")
+    labels = run.read_labels(file, plan)
+    table = pa.Table.from_batches(list(training_set(settings, plan, names, labels, with_tail=False)))
+    assert [table[name].to_pylist() for name in ("user_id", *names)] == [["007", None], [1, 0], [1.0, 0.0]]
+
+
+def test_a_machine_that_does_not_see_the_folder_says_so(plan: Plan, settings: Settings, tmp_path: Path) -> None:
+    """As on a cluster without a shared one: what is not there would be taken for entities of which nothing happened."""
+    job = point_in_time.Job(plan, ("user_activity__clicks_1h",), "at", 1, tmp_path / "elsewhere", 0, NOW_MS)
+    labels = pa.record_batch({"user_id": ["u1"], "at": times([NOW_MS])})
+    entities = point_in_time.Entities([point_in_time.questions(job, labels)["user"]])
+    for step in (
+        lambda: point_in_time.Splitter(job, {"user": entities}, "x"),
+        lambda: point_in_time.make_rows(job, "user", entities, 0),
+        lambda: point_in_time.evaluate(job, labels, 0),
+    ):
+        with pytest.raises(OSError, match="--spill"):
+            step()
+
+
+def test_no_more_files_are_open_than_threads(plan: Plan, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many partitions: a file for each of them, held open, is more than a process may have."""
+    clicks = [{"t": NOW_MS - 1 - at, "user_id": f"u{at}", "item_id": "i1"} for at in range(300)]
+    archive(settings, plan, {"Click": clicks}, random.Random(1))
+    monkeypatch.setattr(run, "PARTITION_EVENTS", 1)
+    labels = pa.table({"user_id": [f"u{at}" for at in range(300)], "event_timestamp": times([NOW_MS] * 300)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 60, hard))
+    try:
+        table = joined(settings, plan, labels, "user_activity__clicks_1h")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert table["user_activity__clicks_1h"].to_pylist() == [1] * 300

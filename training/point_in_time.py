@@ -8,8 +8,8 @@ files; so memory does not grow with events and labels, and parts can be done any
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
@@ -36,6 +36,8 @@ CHUNK_ROWS: Final = 8192
 """So many labels are evaluated at once."""
 PARTITION_EVENTS: Final = 100_000
 """About so many events are in memory at once."""
+_FINER: Final = {"us": 1_000, "ns": 1_000_000}
+"""Units of time in a millisecond."""
 OVERRIDE: Final = "__"
 """Between the entity and the field in the name of a column that overrides what an entity's row knows."""
 
@@ -79,6 +81,12 @@ class Job:
     def bundles(self) -> dict[str, Bundle]:
         """By entity, the rows that are read."""
         return {bundle.entity: bundle for bundle in self.program.bundles}
+
+    def must_see_folder(self) -> None:
+        """Raises OSError on a machine that does not see the files of the steps before."""
+        if not self.folder.is_dir():
+            msg = f"{socket.gethostname()} does not see {self.folder}: name a folder that all machines see by --spill"
+            raise OSError(msg)
 
     def key(self, entity: str) -> str:
         """The column with an entity's ids."""
@@ -132,8 +140,10 @@ def times_of(labels: pa.RecordBatch, column: str) -> Ints:
     if not pa.types.is_timestamp(times.type):
         msg = f"{column}: {times.type} is no time; make it a timestamp (UTC if it has no zone)"
         raise LabelsError(msg)
-    ns = np.asarray(times.cast(pa.timestamp("ns", times.type.tz)).view(pa.int64()))
-    return -(-ns // 1_000_000)
+    values = np.asarray(times.view(pa.int64()))
+    if times.type.unit in _FINER:
+        return -(-values // _FINER[times.type.unit])
+    return values * (1000 if times.type.unit == "s" else 1)
 
 
 class Entities:
@@ -158,28 +168,44 @@ class Entities:
 
 
 class Splitter:
-    """Writes events to files of those partitions whose entities they concern. To be used by `with`.
+    """Writes events to files of those partitions whose entities they concern, many at once. To be used by `with`.
 
     Args:
         job: the job.
         entities: by kind.
         name: tells these files from others.
+
+    Raises:
+        OSError: if the job's folder is not to be seen here.
     """
 
     def __init__(self, job: Job, entities: Mapping[str, Entities], name: str) -> None:
+        job.must_see_folder()
         self._job, self._entities, self._name = job, entities, name
-        self._files: dict[tuple[str, str, int], Any] = {}
-        self._stack = ExitStack()
+        self._waiting: dict[str, list[pa.RecordBatch]] = {}
+        self._written = 0
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        for contract in self._waiting if kind is None else ():
+            self._write(contract)
 
     def add(self, contract: str, events: pa.RecordBatch) -> None:
         """Events of a contract, as `store.archive.events_of` gives them."""
-        job = self._job
+        waiting = self._waiting.setdefault(contract, [])
+        waiting.append(events)
+        if sum(map(len, waiting)) >= PARTITION_EVENTS:
+            self._write(contract)
+
+    def _write(self, contract: str) -> None:
+        job, batches = self._job, self._waiting[contract]
+        self._waiting[contract] = []
+        if not batches:
+            return
+        (events,) = pa.Table.from_batches(batches).combine_chunks().to_batches() or batches[:1]
+        self._written += 1
         for entity, bundle in job.bundles.items():
             if contract not in bundle.events or job.key(entity) not in events.schema.names:
                 continue
@@ -187,20 +213,19 @@ class Splitter:
             kept = np.flatnonzero(numbers >= 0)
             kept = kept[np.argsort(numbers[kept] % job.partitions, kind="stable")]
             bounds = np.searchsorted(numbers[kept] % job.partitions, np.arange(job.partitions + 1)).tolist()
-            columns = [*bundle.fields[contract], "t", "_partition", "_offset"]
+            columns = [*bundle.fields[contract], "_t", "_partition", "_offset"]
             mine = events.select(columns).take(pa.array(kept)).append_column("_row", pa.array(numbers[kept]))
             for partition, (begin, end) in enumerate(pairwise(bounds)):
                 if begin < end:
-                    self._file(entity, contract, partition, mine.schema).write_batch(mine.slice(begin, end - begin))
+                    folder = _events_folder(job, entity, contract, partition)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    _write_file(folder / f"{self._name}-{self._written}.arrow", mine.slice(begin, end - begin))
 
-    def _file(self, entity: str, contract: str, partition: int, schema: pa.Schema) -> Any:
-        place = entity, contract, partition
-        if place not in self._files:
-            folder = _events_folder(self._job, *place)
-            folder.mkdir(parents=True, exist_ok=True)
-            file = pa.ipc.new_stream(str(folder / f"{self._name}.arrow"), schema)
-            self._files[place] = self._stack.enter_context(file)
-        return self._files[place]
+
+def _write_file(path: Path, events: pa.RecordBatch | pa.Table) -> None:
+    # Closed at once: there are as many of these files as processes may have open.
+    with pa.ipc.new_stream(str(path), events.schema) as file:
+        file.write(events)
 
 
 def _events_folder(job: Job, entity: str, contract: str, partition: int) -> Path:
@@ -219,6 +244,7 @@ def fields_of(job: Job, contract: str) -> dict[str, Kind]:
 
 def make_rows(job: Job, entity: str, of: Entities, partition: int) -> None:
     """Writes the rows of a partition's entities as they were at the times asked for, by chunk of labels."""
+    job.must_see_folder()
     bundle = job.bundles[entity]
     mine = np.flatnonzero(of.numbers % job.partitions == partition)
     mine = mine[np.lexsort((of.times_ms[mine], of.numbers[mine]))]
@@ -235,23 +261,23 @@ def make_rows(job: Job, entity: str, of: Entities, partition: int) -> None:
     by_chunk = np.argsort(of.chunks[mine], kind="stable")
     chunks = of.chunks[mine][by_chunk]
     table = pa.table(
-        {"place": of.places[mine], **{name: pa.array(blobs, pa.binary()) for name, blobs in columns.items()}}
+        {"_place": of.places[mine], **{name: pa.array(blobs, pa.binary()) for name, blobs in columns.items()}}
     ).take(pa.array(by_chunk))
     for begin, end in pairwise([*np.flatnonzero(np.diff(chunks, prepend=-1)).tolist(), len(chunks)]):
         folder = job.folder / "rows" / entity / str(chunks[begin])
         folder.mkdir(parents=True, exist_ok=True)
-        with pa.ipc.new_stream(str(folder / f"{partition}.arrow"), table.schema) as file:
-            file.write_table(table.slice(begin, end - begin))
+        _write_file(folder / f"{partition}.arrow", table.slice(begin, end - begin))
 
 
 def evaluate(job: Job, labels: pa.RecordBatch, chunk: int) -> pa.RecordBatch:
     """A chunk of labels with every feature added."""
+    job.must_see_folder()
     asked = questions(job, labels)
     states = {
         bundle.name: decode(bundle, _blobs(job, bundle, asked[bundle.entity], chunk)) for bundle in job.bundles.values()
     }
     overrides = {
-        entity: {field: labels[column].to_pylist() for field, column in found.items()}
+        entity: {field: _override(job, entity, field, labels[column]) for field, column in found.items()}
         for entity in asked
         if (found := _overrides(labels.schema, entity))
     }
@@ -295,6 +321,17 @@ def _overrides(schema: pa.Schema, entity: str) -> dict[str, str]:
     return {name.removeprefix(prefix): name for name in schema.names if name.startswith(prefix)}
 
 
+def _override(job: Job, entity: str, field: str, column: pa.Array) -> Any:
+    """The values of a column that overrides, a list, as the field has them."""
+    if job.program.overridable[entity, field] == "str":
+        return _texts(column).to_pylist()
+    try:
+        return column.cast(pa.float64()).to_pylist()
+    except pa.ArrowInvalid as error:
+        msg = f"{entity}{OVERRIDE}{field}: {error}; it stands in for a number"
+        raise LabelsError(msg) from error
+
+
 def _blobs(job: Job, bundle: Bundle, asked: Questions, chunk: int) -> list[bytes | None]:
     """The rows of a chunk's entities, family by family, as the store has them."""
     n = len(asked.times_ms)
@@ -303,7 +340,7 @@ def _blobs(job: Job, bundle: Bundle, asked: Questions, chunk: int) -> list[bytes
     for path in folder.iterdir() if folder.exists() else ():
         with pa.ipc.open_stream(str(path)) as file:
             table = file.read_all()
-        places = table["place"].to_pylist()
+        places = table["_place"].to_pylist()
         for at, family in enumerate(bundle.families):
             for place, blob in zip(places, table[family.name].to_pylist(), strict=True):
                 blobs[at * n + place] = blob or None
@@ -324,7 +361,7 @@ def _events(job: Job, entity: str, partition: int, contract: str) -> Events | No
     order = np.lexsort((np.asarray(table["_offset"]), np.asarray(table["_partition"])))
     table = table.take(pa.array(order)).combine_chunks()
     columns = {name: _column(table[name]) for name in job.bundles[entity].fields[contract]}
-    return Events(np.asarray(table["_row"]), np.asarray(table["t"]), columns)
+    return Events(np.asarray(table["_row"]), np.asarray(table["_t"]), columns)
 
 
 def _column(column: pa.ChunkedArray) -> Any:

@@ -85,14 +85,18 @@ class ParquetLabels:
             yield from file.iter_batches(batch_size=CHUNK_ROWS)
 
 
-def read_labels(path: Path) -> Labels:
-    """Labels in a file: Parquet, or CSV with a header.
+def read_labels(path: Path, plan: Plan) -> Labels:
+    """Labels in a file: Parquet, or CSV with a header. Ids are texts, whatever a CSV's look like.
 
     Raises:
         LabelsError: if it is neither.
     """
     try:
-        return TableLabels(pa_csv.read_csv(path)) if path.suffix == ".csv" else ParquetLabels(path)
+        if path.suffix != ".csv":
+            return ParquetLabels(path)
+        ids = {entity.key: pa.string() for entity in plan.entities}
+        options = pa_csv.ConvertOptions(column_types=ids, strings_can_be_null=True)
+        return TableLabels(pa_csv.read_csv(path, convert_options=options))
     except pa.ArrowInvalid as error:
         msg = f"{path}: {error}; labels are a Parquet file, or a CSV file with a header"
         raise LabelsError(msg) from error
@@ -165,10 +169,11 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
         entities = {entity: Entities(asked.pop(entity)) for entity in tuple(asked)}
         tables = tables_of(settings, plan)
         read = [(spec, tables[spec.topic]) for spec in plan.events if fields_of(job, spec.name)]
-        with _tail(settings, plan, tables.values()) if with_tail else nullcontext() as tail:
+        with _tail(settings, plan, [table for _, table in read]) if with_tail else nullcontext() as tail:
             n_events = sum(table.n_rows for _, table in read) + (tail.n_records if tail else 0)
-            partitions = 1 + n_events // PARTITION_EVENTS
-            job = replace(job, partitions=partitions, until_ms=until_ms)
+            n_asked = max(len(each.numbers) for each in entities.values())
+            partitions = 1 + max(n_events, n_asked) // PARTITION_EVENTS
+            job = replace(job, partitions=partitions, until_ms=min(until_ms, NEWEST_MS))
             pieces = [(job, entities, spec, table, share) for spec, table in read for share in _shares(table)]
             for done, _ in enumerate(run(_split, pieces), 1):
                 on_progress("archive", done, len(pieces))
@@ -205,16 +210,17 @@ def interactions(
         return dict.fromkeys(keys, "str") if set(keys) <= spec.fields.keys() else {}
 
     tables = tables_of(settings, plan)
-    found = [batch for spec in plan.events if wanted(spec) for batch in tables[spec.topic].scan(wanted(spec))]
+    read = [(spec, tables[spec.topic]) for spec in plan.events if wanted(spec)]
+    found = [events for spec, table in read for events in table.scan(wanted(spec), start_ms, end_ms)]
     if with_tail:
-        with _tail(settings, plan, tables.values()) as tail:
-            found += [events for _, events in _events_of(tail, wanted)]
-    schema = pa.schema([*((key, pa.string()) for key in keys), ("t", pa.int64())])
+        with _tail(settings, plan, [table for _, table in read]) as tail:
+            found += [events for _, events in _events_of(tail, wanted, start_ms)]
+    schema = pa.schema([*((key, pa.string()) for key in keys), ("_t", pa.int64())])
     table = pa.Table.from_batches([batch.select(schema.names) for batch in found], schema).drop_null()
-    table = table.filter((pc.field("t") >= start_ms) & (pc.field("t") < end_ms))
-    table = table.group_by(schema.names).aggregate([]).sort_by([(name, "ascending") for name in ("t", *keys)])
-    times = pc.cast(table["t"], pa.timestamp("ms", "UTC"))
-    return table.drop_columns("t").append_column(TIME_COLUMN, times)
+    table = table.filter((pc.field("_t") >= start_ms) & (pc.field("_t") < end_ms))
+    table = table.group_by(schema.names).aggregate([]).sort_by([(name, "ascending") for name in ("_t", *keys)])
+    times = pc.cast(table["_t"], pa.timestamp("ms", "UTC"))
+    return table.drop_columns("_t").append_column(TIME_COLUMN, times)
 
 
 @dataclass(frozen=True)
@@ -254,7 +260,11 @@ def write_training_set(  # as above
     with ExitStack() as stack:
         stack.callback(part.unlink, missing_ok=True)
         if ray is not None:
-            from training.on_ray import on_ray
+            try:
+                from training.on_ray import on_ray
+            except ImportError as error:
+                msg = f"{error}: install Headrace with its extra `ray` (pip install headrace[ray])"
+                raise RuntimeError(msg) from error
 
             options["run"] = stack.enter_context(on_ray(ray))
         schema = schema_of(plan, full_names, labels.schema)
@@ -286,12 +296,12 @@ def _split(
             splitter.add(spec.name, events)
 
 
-def _tail(settings: Settings, plan: Plan, tables: Iterable[ArchiveTable]) -> Tail:
-    """What the archive has not yet."""
+def _tail(settings: Settings, plan: Plan, tables: Sequence[ArchiveTable]) -> Tail:
+    """What tables of the archive have not yet."""
     record = CommitRecord("")
     for table in tables:
         record = record.advanced("", table.record().positions, table.record().topics)
-    return Tail(settings, plan, record)
+    return Tail(settings, plan, [table.topic for table in tables], record)
 
 
 def _events_of(
