@@ -127,6 +127,14 @@ class CommitRecord(msgspec.Struct, frozen=True, dict=True):
         return msgspec.structs.replace(self, positions=positions, topics=self.topics | {topic: topic_id})
 
 
+def united(records: Iterable[CommitRecord]) -> CommitRecord:
+    """One record of what several, each of topics of its own, include."""
+    whole = CommitRecord("")
+    for record in records:
+        whole = whole.advanced("", record.positions, record.topics)
+    return whole
+
+
 def _taken(taken: Mapping[int, int], numbers: Iterable[int]) -> dict[int, int]:
     """When each plan was taken up, or else the first later one; nothing of those of which neither was."""
     found = {number: taken_up_ms(taken, number) for number in numbers}

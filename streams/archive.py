@@ -13,7 +13,7 @@ import redis
 from config.settings import Settings
 from features.plan import EventSpec, Plan
 from store.archive import ArchiveTable, Complete, rows_of, tables_of
-from store.commit import CommitRecord
+from store.commit import CommitRecord, united
 from streams.chunk import Partition
 from streams.decode import Checked
 from streams.kafka import records_of
@@ -56,13 +56,13 @@ def part_of(checked: Checked) -> ArchivePart:
 def archived(settings: Settings, plan: Plan, client: redis.Redis) -> list[CommitRecord]:
     """What of the log the archive has, as one record; of a topic made anew nothing, once the stream has accepted it."""
     accepted = _accepted(records_of(plan, client))
-    whole = CommitRecord("")
+    records = []
     for topic, table in tables_of(settings, plan).items():
         record = table.record()
         if topic in accepted and record.of_other_topic(topic, accepted[topic]):
             record = record.from_the_start_of(topic, accepted[topic])
-        whole = whole.advanced("", record.positions, record.topics)
-    return [whole]
+        records.append(record)
+    return [united(records)]
 
 
 def _accepted(records: Iterable[CommitRecord]) -> dict[str, str]:

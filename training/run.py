@@ -24,7 +24,7 @@ from features.plan import EventSpec, Plan
 from features.program import Program
 from features.values import arrow_type
 from store.archive import ArchiveTable, events_of, tables_of
-from store.commit import CommitRecord
+from store.commit import united
 from streams.tail import Tail
 from training.point_in_time import (
     CHUNK_ROWS,
@@ -180,7 +180,7 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
             if tail:
                 on_progress("Kafka", 0, 1)
                 with Splitter(job, entities, "tail") as splitter:
-                    for contract, events in _events_of(tail, lambda spec: fields_of(job, spec.name), limits.since_ms):
+                    for contract, events in _events_of(tail, lambda spec: fields_of(job, spec.name), job.since_ms):
                         splitter.add(contract, events)
                 on_progress("Kafka", 1, 1)
         todo = [(job, entity, entities[entity], number) for entity in job.bundles for number in range(partitions)]
@@ -298,20 +298,17 @@ def _split(
 
 def _tail(settings: Settings, plan: Plan, tables: Sequence[ArchiveTable]) -> Tail:
     """What tables of the archive have not yet."""
-    record = CommitRecord("")
-    for table in tables:
-        record = record.advanced("", table.record().positions, table.record().topics)
-    return Tail(settings, plan, [table.topic for table in tables], record)
+    return Tail(settings, plan, [table.topic for table in tables], united(table.record() for table in tables))
 
 
 def _events_of(
-    tail: Tail, wanted: Callable[[EventSpec], Mapping[str, Kind]], since_ms: int | None = None
+    tail: Tail, wanted: Callable[[EventSpec], Mapping[str, Kind]], since_ms: int
 ) -> Iterator[tuple[str, pa.RecordBatch]]:
     """Contract and events, with the fields that are wanted: see `store.archive.events_of`."""
     for part in tail:
         fields = wanted(part.spec)
         for rows in part.rows.combine_chunks().to_batches() if part.rows is not None and fields else ():
-            yield part.spec.name, events_of(rows, fields, since_ms or 0)
+            yield part.spec.name, events_of(rows, fields, since_ms)
 
 
 def in_threads(step: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
