@@ -7,7 +7,7 @@ step by step, as each plan in between says what went on. See docs/decisions/0018
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple
 
@@ -42,7 +42,7 @@ class _Held(NamedTuple):
         return table.row, table.by, table.bucket, table.only, self.slot.partial, replace(measure, origin="")
 
 
-Sources = Mapping[str, Sequence[_Held | None]]
+Sources = Mapping[Aggregation, Sequence[_Held | None]]
 """By aggregation, what each of its slots goes on from."""
 
 
@@ -83,10 +83,59 @@ def as_declared(plan: Plan) -> Plan:
                 msgspec.structs.replace(spec, origin="") if isinstance(spec, Aggregation) else spec
                 for spec in view.features
             ),
+            filling=(),
         )
         for view in plan.views
     ]
     return msgspec.structs.replace(plan, number=0, views=tuple(views), known={})
+
+
+def backfilling(applied: Plan, full_names: Collection[str]) -> Plan:
+    """The plan after the applied one in which what some features are made of is kept a second time, from nothing.
+
+    So each shard's stream gives it the events from where it takes this plan up, whatever their times; and what history
+    must add are all events before, whatever the rows have of them. Features are served as before.
+
+    Args:
+        applied: the plan that runs.
+        full_names: of features that keep state.
+    """
+    number = applied.number + 1
+    specs = {id(applied.features[name].spec) for name in full_names}
+
+    def begun(view: ViewSpec) -> ViewSpec:
+        found = [spec for spec in view.features if isinstance(spec, Aggregation) and id(spec) in specs]
+        filling = tuple(msgspec.structs.replace(spec, origin=str(number)) for spec in found)
+        return msgspec.structs.replace(view, filling=filling)
+
+    return msgspec.structs.replace(applied, number=number, views=tuple(map(begun, applied.views)))
+
+
+def backfilled(plan: Plan, lead_ms: Mapping[str, int]) -> Plan:
+    """The plan after one of `backfilling`, once history was added: what was filled is what is served.
+
+    Args:
+        plan: the plan that runs.
+        lead_ms: of each contract whose history does not have all events, how long before streams took up `plan` it
+            begins.
+    """
+    views, known = [], dict(plan.known)
+    for view in plan.views:
+        filled = {spec.name: spec for spec in view.filling}
+        features = tuple(filled.get(spec.name, spec) for spec in view.features)
+        views.append(msgspec.structs.replace(view, features=features, filling=()))
+        for feature in features_of(views[-1]):
+            if isinstance(spec := filled.get(feature.spec.name), Aggregation):
+                known.pop(feature.full_name, None)
+                if leads := [lead_ms[each.event] for each in spec.measures if each.event in lead_ms]:
+                    known[feature.full_name] = (Known(plan.number, min(leads)),)
+    return msgspec.structs.replace(plan, number=plan.number + 1, views=tuple(views), known=known)
+
+
+def filling_alone(plan: Plan) -> Plan:
+    """The plan with what is filled and nothing else: what history is to be added to."""
+    views = [msgspec.structs.replace(view, features=()) for view in plan.views if view.filling]
+    return msgspec.structs.replace(plan, views=tuple(views), services=())
 
 
 def complete_from_ms(plan: Plan, taken_ms: Mapping[int, int]) -> dict[str, int | None]:
@@ -153,25 +202,31 @@ def _predecessor(applied: Plan, declared: Plan, view: ViewSpec) -> ViewSpec | No
     return before if same else None
 
 
-def _sources(before: ViewSpec | None, after: ViewSpec) -> dict[str, list[_Held | None]]:
+def _sources(before: ViewSpec | None, after: ViewSpec) -> dict[Aggregation, list[_Held | None]]:
     """For each aggregation of a view, which slot of its predecessor each of its slots goes on from.
 
-    First the aggregation's own, then that of any other: of several the one with the longest window.
+    First the one whose history was added for it; then the aggregation's own; then that of any other: of several the one
+    with the longest window.
     """
     held: dict[object, list[_Held]] = {}
     for each in _held_by(before) if before else ():
         held.setdefault(each.key, []).append(each)
-    found = {}
-    for spec in after.aggregations:
-        found[spec.name] = [
-            max(
-                held.get(_Held(spec, slot).key, ()),
-                key=lambda each: (each.spec.name == spec.name, each.slot.table.windows[-1]),
-                default=None,
-            )
-            for slot in spec.slots()
+
+    def source(spec: Aggregation, slot: Slot) -> _Held | None:
+        filled = [each for each in filling if each.origin == spec.origin]
+        every = [
+            each
+            for each in held.get(_Held(spec, slot).key, ())
+            if each.spec in filled or not (each.spec in filling or spec in after.filling)
         ]
-    return found
+        return max(
+            every,
+            key=lambda each: (each.spec in filled, each.spec.name == spec.name, each.slot.table.windows[-1]),
+            default=None,
+        )
+
+    filling = before.filling if before else ()
+    return {spec: [source(spec, slot) for slot in spec.slots()] for spec in after.aggregations}
 
 
 def _held_by(view: ViewSpec) -> Iterator[_Held]:
@@ -191,7 +246,7 @@ def _with_origins(view: ViewSpec, sources: Sources, fresh: str) -> ViewSpec:
         if not isinstance(spec, Aggregation):
             specs.append(spec)
             continue
-        own = [source.slot if source else None for source in sources[spec.name]]
+        own = [source.slot if source else None for source in sources[spec]]
         origins = {slot.measure.origin if slot else fresh for slot in own}
         origin = origins.pop() if len(origins) == 1 else fresh
         found = msgspec.structs.replace(spec, origin=origin)
@@ -220,7 +275,7 @@ class _Lacks:
         for feature in features_of(view):
             spec, window = feature.spec, feature.window
             if isinstance(spec, Aggregation) and window is not None:
-                slots = zip(spec.slots(), sources[spec.name], strict=True)
+                slots = zip(spec.slots(), sources[spec], strict=True)
                 every = dict.fromkeys(known for slot, source in slots for known in self._of_slot(slot, source, window))
                 if every and not self._is_complete(every, _span_ms(feature)):
                     yield feature.full_name, tuple(every)
@@ -268,7 +323,7 @@ def columns_from(before: Plan, after: Plan, family: str) -> dict[Column, Column]
     sources = _sources(_predecessor(before, after, new.view), new.view)
     found: dict[Column, Column] = {}
     for spec in new.view.aggregations:
-        for slot, source in zip(spec.slots(), sources[spec.name], strict=True):
+        for slot, source in zip(spec.slots(), sources[spec], strict=True):
             if slot.table.row == new.row and source is not None:
                 target, origin = new.columns(slot), old.columns(source.slot)
                 found.update(zip(target, origin, strict=True))

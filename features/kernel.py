@@ -31,7 +31,7 @@ from features.times import Window
 from features.totals import Totals
 from features.values import Maps, Texts, Values
 
-__all__ = ["SLACK_MS", "Entries", "Evaluator", "Events", "Merged", "Rows", "evaluate", "merge"]
+__all__ = ["SLACK_MS", "Entries", "Evaluator", "Events", "Merged", "Rows", "add", "evaluate", "merge"]
 
 SLACK_MS = 10_000
 """How far `merge`'s now stays behind the clock, so that a query at a slightly earlier `as_of` is still exact."""
@@ -67,6 +67,30 @@ def merge(rows_of: Family | Bundle, rows: Rows, events: Mapping[str, Events], no
     pool, sizes, evicted = merge_tables(*given)
     latest_ms = latest(rows.latest_ms, bundle.reads, batch.contracts, batch.rows, batch.times_ms)
     return Merged(Rows.of_pool(bundle, latest_ms, pool, sizes, texts), evicted)
+
+
+def add(rows_of: Family | Bundle, rows: Rows, others: Rows, now_ms: int) -> Merged:
+    """Adds rows to rows of the same n entities that other events went into: as if all had gone into one.
+
+    Args:
+        rows_of: what the rows are.
+        rows: the state of n entities.
+        others: that of the same, from other events, of whatever time.
+        now_ms: as of `merge`.
+    """
+    bundle = rows_of.alone if isinstance(rows_of, Family) else rows_of
+    texts, codes = unify([rows.texts, others.texts])
+    parts = [_NONE]
+    for table, layout in enumerate(bundle.tables):
+        lines = np.concatenate([each.lines(table) for each in (rows, others)], axis=1)
+        ends = np.split(lines, [int(rows.sizes[table])], axis=1)
+        for line in layout.text_lines:
+            for own, recode in zip(ends, codes, strict=True):
+                own[line] = np.append(recode, -1)[own[line]]
+        parts.append(lines.ravel())
+    latest_ms = np.maximum(rows.latest_ms, others.latest_ms)
+    whole = Rows.of_pool(bundle, latest_ms, np.concatenate(parts), rows.sizes + others.sizes, texts)
+    return merge(bundle, whole, {}, now_ms)
 
 
 class Batch:

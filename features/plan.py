@@ -80,7 +80,11 @@ FeatureSpec = AnyAggregation | Derived | At | Contains
 
 
 class ViewSpec(msgspec.Struct, frozen=True):
-    """Named features of one entity, or of a pair (a cross view)."""
+    """Named features of one entity, or of a pair (a cross view).
+
+    `filling` are aggregations of its features as they begin anew, to be served once their history is added: see
+    `features.evolve.backfilling`.
+    """
 
     name: str
     entities: tuple[str, ...]
@@ -88,11 +92,12 @@ class ViewSpec(msgspec.Struct, frozen=True):
     owner: str = ""
     tags: dict[str, str] = {}
     doc: str = ""
+    filling: tuple[AnyAggregation, ...] = ()
 
     @property
     def aggregations(self) -> tuple[Aggregation, ...]:
         """Those that keep state."""
-        return tuple(spec for spec in self.features if isinstance(spec, Aggregation))
+        return (*(spec for spec in self.features if isinstance(spec, Aggregation)), *self.filling)
 
 
 class ServiceSpec(msgspec.Struct, frozen=True):
