@@ -19,7 +19,7 @@ from features.aggregations.base import Aggregation, Slot
 from features.kernel import Rows, merge
 from features.layout import Family, TableLayout, family_of, locate, view_of
 from features.partials import Decay, Seen
-from features.plan import Feature, FeatureSpec, Known, Plan, ViewSpec, arguments, features_of
+from features.plan import Feature, FeatureSpec, History, Known, Plan, ViewSpec, arguments, features_of
 from features.times import Window, hop_ms
 
 Column = tuple[int, int]
@@ -87,10 +87,10 @@ def as_declared(plan: Plan) -> Plan:
         )
         for view in plan.views
     ]
-    return msgspec.structs.replace(plan, number=0, views=tuple(views), known={})
+    return msgspec.structs.replace(plan, number=0, views=tuple(views), known={}, history=None)
 
 
-def backfilling(applied: Plan, full_names: Collection[str]) -> Plan:
+def backfilling(applied: Plan, full_names: Collection[str], history: History) -> Plan:
     """The plan after the applied one in which what some features are made of is kept a second time, from nothing.
 
     So each shard's stream gives it the events from where it takes this plan up, whatever their times; and what history
@@ -99,6 +99,7 @@ def backfilling(applied: Plan, full_names: Collection[str]) -> Plan:
     Args:
         applied: the plan that runs.
         full_names: of features that keep state.
+        history: what is added.
     """
     number = applied.number + 1
     specs = {id(applied.features[name].spec) for name in full_names}
@@ -108,7 +109,8 @@ def backfilling(applied: Plan, full_names: Collection[str]) -> Plan:
         filling = tuple(msgspec.structs.replace(spec, origin=str(number)) for spec in found)
         return msgspec.structs.replace(view, filling=filling)
 
-    return msgspec.structs.replace(applied, number=number, views=tuple(map(begun, applied.views)))
+    views = tuple(map(begun, applied.views))
+    return msgspec.structs.replace(applied, number=number, views=views, history=history)
 
 
 def backfilled(plan: Plan, lead_ms: Mapping[str, int]) -> Plan:
@@ -129,7 +131,7 @@ def backfilled(plan: Plan, lead_ms: Mapping[str, int]) -> Plan:
                 known.pop(feature.full_name, None)
                 if leads := [lead_ms[each.event] for each in spec.measures if each.event in lead_ms]:
                     known[feature.full_name] = (Known(plan.number, min(leads)),)
-    return msgspec.structs.replace(plan, number=plan.number + 1, views=tuple(views), known=known)
+    return msgspec.structs.replace(plan, number=plan.number + 1, views=tuple(views), known=known, history=None)
 
 
 def filling_alone(plan: Plan) -> Plan:

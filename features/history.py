@@ -26,7 +26,13 @@ _NONE: Final = np.zeros(0, np.int64)
 
 
 def rows_at(
-    family: Family, events: Mapping[str, Events], rows: Index, times_ms: Ints, words_max: int = WORDS_MAX
+    family: Family,
+    events: Mapping[str, Events],
+    rows: Index,
+    times_ms: Ints,
+    words_max: int = WORDS_MAX,
+    *,
+    slack_ms: int = 0,
 ) -> Iterator[tuple[slice, Rows]]:
     """The rows of entities at some times, each from its events strictly before.
 
@@ -38,6 +44,7 @@ def rows_at(
         rows: intp[n], of which entity; ascending.
         times_ms: int64[n], as of when; ascending for each entity.
         words_max: about how many numbers of rows to give at once.
+        slack_ms: how much earlier than its time a row may be asked for.
 
     Yields:
         Consecutive slices of the n, and their rows.
@@ -50,7 +57,7 @@ def rows_at(
     order = np.lexsort((batch.times_ms, batch.rows))
     measured = [np.ascontiguousarray(each[:, order]) for each in (batch.takes, batch.values, batch.buckets)]
     has_bucket = np.ascontiguousarray(batch.has_bucket[:, order])
-    of_rows = np.append(np.arange(len(texts)), -1), *bundle.merging, family.retention_ms
+    of_rows = np.append(np.arange(len(texts)), -1), *bundle.merging, family.retention_ms, slack_ms
     happened = batch.rows[order], batch.times_ms[order], *measured, has_bucket
     state: Any = _NONE, np.zeros(len(bundle.tables), np.int64), -1, 0
     done = 0
@@ -74,6 +81,7 @@ def _advance(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
     recency: Ints,
     is_text: NDArray[np.bool_],
     retention_ms: int,
+    slack_ms: int,
     rows: Ints,
     times_ms: Ints,
     takes: NDArray[np.bool_],
@@ -102,6 +110,7 @@ def _advance(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
         recency: int64[…].
         is_text: bool[lines].
         retention_ms: a row without events for so long is gone.
+        slack_ms: see `rows_at`.
         rows: int64[events], the entity of each; ascending.
         times_ms: int64[events], ascending for each entity.
         takes: bool[measures, events], as `merge_tables` takes it, like the next three.
@@ -146,7 +155,7 @@ def _advance(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
                 sizes,
                 recode,
                 1,
-                now_ms,
+                now_ms - slack_ms,
                 shapes,
                 operations,
                 empty,

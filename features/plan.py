@@ -135,12 +135,20 @@ class Known(msgspec.Struct, frozen=True, array_like=True):
     lead_ms: int
 
 
+class History(msgspec.Struct, frozen=True):
+    """What a plan's views are filled with: the events from `since_ms` on, in so many batches a shard."""
+
+    batches: int
+    since_ms: int = 0
+
+
 class Plan(msgspec.Struct, frozen=True, dict=True):
     """What is applied.
 
     `number` says how many were applied before it. `known` is of the features that
     lacked something when it was applied, by full name: each knows its events since the latest of these. Both, and the
-    aggregations' `origin`, come from the plan before: see `features.evolve.succeed`.
+    aggregations' `origin`, come from the plan before: see `features.evolve.succeed`. `history` is that of a plan with
+    views that are `filling`.
     """
 
     project: str
@@ -151,6 +159,7 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
     services: tuple[ServiceSpec, ...]
     number: int = 0
     known: dict[str, tuple[Known, ...]] = {}
+    history: History | None = None
     version: int = VERSION
 
     @cached_property

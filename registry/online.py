@@ -240,7 +240,7 @@ def _full_names(plan: Plan, features: list[str] | FeatureService) -> list[str]:
         return full_names_of(plan, features)
     projections = features.feature_view_projections
     names = full_names_of(plan, [f"{each.name}:{field.name}" for each in projections for field in each.features])
-    return ordered_as_a_service(plan, names)
+    return ordered_as_a_service(plan, names, features.name)
 
 
 @lru_cache(maxsize=8)

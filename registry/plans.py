@@ -42,10 +42,15 @@ def full_names_of(plan: Plan, references: Iterable[str]) -> list[str]:
     return names
 
 
-def ordered_as_a_service(plan: Plan, full_names: list[str]) -> list[str]:
-    """The features of a whole service in its order, as Feast's varies from process to process; others as they are."""
+def ordered_as_a_service(plan: Plan, full_names: list[str], name: str = "") -> list[str]:
+    """The features of a whole service in its order, as Feast's varies from process to process; others as they are.
+
+    Of services with the same features it is the one of this name, if that is known.
+    """
     wanted = set(full_names)
-    return next((list(spec.features) for spec in plan.services if set(spec.features) == wanted), full_names)
+    same = [spec for spec in plan.services if set(spec.features) == wanted]
+    same.sort(key=lambda spec: spec.name != name)
+    return list(same[0].features) if same else full_names
 
 
 _decode: Callable[[str], Plan] = lru_cache(maxsize=8)(Plan.decode)

@@ -42,6 +42,7 @@ _TYPES: Final[dict[Kind, pa.DataType]] = {
 _TIMES: Final = ("occurred_at", "_recorded_at")
 _WRITER: Final = "headrace/writer"
 _PARTITIONS: Final = "headrace/partitions"
+_KEPT: Final = "headrace/kept_since_ms"
 _TOPIC_ID: Final = "headrace.topic_id"
 _SCAN_ROWS: Final = 1 << 17
 _NOTHING_READ: Final = -1
@@ -50,10 +51,14 @@ _ATTEMPTS: Final = 10
 
 @dataclass(frozen=True)
 class Complete:
-    """What a table has of a partition: everything before an offset; the last of it was recorded then (ms)."""
+    """What a table has of a partition: everything before an offset; the last of it was recorded then (ms).
+
+    If it does not begin with the log, it has what was recorded from `since_ms` on.
+    """
 
     next: int
     recorded_ms: int
+    since_ms: int = 0
 
 
 class ArchiveTable:
@@ -108,8 +113,15 @@ class ArchiveTable:
         for partition in range(self._said(_PARTITIONS) or 0):
             at = self._said(_name(partition, "next"))
             if at is not None and at != _NOTHING_READ:
-                found[partition] = Complete(at, self._said(_name(partition, "recorded_ms")) or 0)
+                since_ms = self._said(_name(partition, "since_ms")) or 0
+                found[partition] = Complete(at, self._said(_name(partition, "recorded_ms")) or 0, since_ms)
         return found
+
+    @property
+    def since_ms(self) -> int:
+        """Since when it has all events; 0 if it has all that the topic ever had."""
+        every = [each.since_ms for each in self.complete().values()]
+        return max([self._said(_KEPT) or 0, *every])
 
     def record(self) -> CommitRecord:
         """What the table includes, as a shard's commit record says it of its rows."""
@@ -148,6 +160,7 @@ class ArchiveTable:
         for partition, at in complete.items():
             said[_name(partition, "next")] = at.next
             said[_name(partition, "recorded_ms")] = at.recorded_ms
+            said[_name(partition, "since_ms")] = at.since_ms
             said[_name(partition, "horizon")] = horizons[partition]
         self._commit(_schema(self._spec).empty_table() if rows is None else rows, said)
 
@@ -179,8 +192,9 @@ class ArchiveTable:
         with self._done("deleted from"):
             for attempts_left in reversed(range(_ATTEMPTS)):
                 self._table = self._open()
+                kept = CommitProperties(app_transactions=[Transaction(_KEPT, ms - ms % DAY_MS)])
                 try:
-                    found = self._there.delete(f"_day < '{_day(ms).isoformat()}'")
+                    found = self._there.delete(f"_day < '{_day(ms).isoformat()}'", commit_properties=kept)
                 except CommitFailedError:
                     if attempts_left:
                         continue  # Events came meanwhile: what it is to delete is to be looked for again.

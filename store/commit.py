@@ -26,6 +26,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from features.evolve import taken_up_ms
 from features.plan import Plan
+from store.filling import KEPT_MS, encode_seam
 from store.keys import Keyspace
 
 VERSION: Final = 3
@@ -81,6 +82,7 @@ class CommitRecord(msgspec.Struct, frozen=True, dict=True):
         plan: the number of the plan that `writer` runs.
         taken: numbers of plans, each with when a writer of it took the shard from one of another, ms since the epoch;
             of those plans that `writer`'s needs to know of.
+        filled: if the plan is filled with history, how many batches of it the rows have: see `store.filling`.
     """
 
     writer: str
@@ -89,6 +91,7 @@ class CommitRecord(msgspec.Struct, frozen=True, dict=True):
     plan: int = 0
     taken: tuple[tuple[int, int], ...] = ()
     version: int = VERSION
+    filled: int | msgspec.UnsetType = msgspec.UNSET
 
     def encode(self) -> bytes:
         """Canonical JSON: equal records are equal bytes."""
@@ -109,12 +112,15 @@ class CommitRecord(msgspec.Struct, frozen=True, dict=True):
         topics = self.topics | (topics or {})
         return msgspec.structs.replace(self, writer=writer, positions=self.positions | positions, topics=topics)
 
-    def claimed(self, writer: str, plan: int, needs: Collection[int], now_ms: int) -> CommitRecord:
+    def claimed(self, writer: str, plan: int, needs: Collection[int], now_ms: int, *, fills: bool) -> CommitRecord:
         """The record in the hands of a writer of a plan, which needs to know when some plans were taken up."""
-        taken = dict(self.taken) if self.plan == plan else dict(self.taken) | {plan: now_ms}
+        taken, filled = dict(self.taken), self.filled
+        if self.plan != plan:
+            taken[plan] = now_ms
+            filled = 0 if fills else msgspec.UNSET
         wanted = {*needs, *(number for number in taken if number >= plan)}
         found = tuple(sorted(_taken(taken, wanted).items()))
-        return msgspec.structs.replace(self, writer=writer, plan=plan, taken=found)
+        return msgspec.structs.replace(self, writer=writer, plan=plan, taken=found, filled=filled)
 
     def of_other_topic(self, topic: str, topic_id: str) -> str | None:
         """The id of the topic that its positions are of, if it is another one than `topic_id`."""
@@ -192,7 +198,9 @@ class Writer:
         self._sha = ""
         self._predecessors: set[str] = set()
 
-    def claim(self, entity: str, shard: int, plan: int = 0, needs: Collection[int] = ()) -> CommitRecord:
+    def claim(
+        self, entity: str, shard: int, plan: int = 0, needs: Collection[int] = (), *, fills: bool = False
+    ) -> CommitRecord:
         """Takes a shard over: replaces the token in its record, and returns the record.
 
         Args:
@@ -200,16 +208,25 @@ class Writer:
             shard: its number.
             plan: the number of the plan that the writer runs.
             needs: of which plans it must be known when they were taken up.
+            fills: whether the plan is filled with history: what comes before this claim, if it is the plan's first.
 
         Raises:
             NotAppliedError: if there is no record: `apply` never ran, or Redis has lost it.
         """
         key = self._keyspace.commit_record(entity, shard)
 
-        def mine(stored: CommitRecord) -> CommitRecord:
+        def mine(stored: CommitRecord) -> tuple[CommitRecord, list[RowWrite]]:
             self._predecessors.add(stored.writer)
             # Later than all that the other writer has committed, or this claim would fail.
-            return stored.claimed(self.token, plan, needs, int(self._time_s() * 1000))
+            now_ms = int(self._time_s() * 1000)
+            new = stored.claimed(self.token, plan, needs, now_ms, fills=fills)
+            if not fills or stored.plan == plan:
+                return new, []
+            # Where a writer of another plan had it in between, some rows have not what they had.
+            again = plan in dict(stored.taken)
+            positions = None if again else {name: position.next for name, position in stored.positions.items()}
+            seam = RowWrite(self._keyspace.seam(entity, shard, plan), encode_seam(positions), now_ms + KEPT_MS)
+            return new, [seam]
 
         return self._replace(key, mine)
 
@@ -223,20 +240,22 @@ class Writer:
         """
         changed = False
 
-        def change(stored: CommitRecord) -> CommitRecord:
+        def change(stored: CommitRecord) -> tuple[CommitRecord, list[RowWrite]]:
             nonlocal changed
             changed = stored.of_other_topic(topic, topic_id) is not None
-            return stored.from_the_start_of(topic, topic_id) if changed else stored
+            return stored.from_the_start_of(topic, topic_id) if changed else stored, []
 
         self._replace(self._keyspace.commit_record(entity, shard), change)
         return changed
 
-    def _replace(self, key: bytes, change: Callable[[CommitRecord], CommitRecord]) -> CommitRecord:
+    def _replace(
+        self, key: bytes, change: Callable[[CommitRecord], tuple[CommitRecord, list[RowWrite]]]
+    ) -> CommitRecord:
         while True:
             stored = read_record(self._redis, key)
-            new = change(stored)
+            new, rows = change(stored)
             try:
-                self.commit([ShardCommit(key, stored, new)])
+                self.commit([ShardCommit(key, stored, new, rows)])
             except FencedError:
                 continue  # Another writer committed or claimed in between: read again.
             return new

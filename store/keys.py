@@ -3,6 +3,8 @@
     {headrace}:plans                      all applied plans, the newest last
     {headrace:user:7}:commit              the commit record of shard 7 of the users
     {headrace:user:7}:user_activity:u42   the row of user u42 in the family user_activity
+    {headrace:user:7}:seam:3              where the history ends that plan 3 is filled with, and
+    {headrace:user:7}:filling:3:0         a batch of it
 
 All keys of a shard share the hash tag in braces, so that one commit stays on one node of a Redis Cluster. The tag is
 the key's first pair of braces and an id stands last: so no id, whatever it holds, can reach into another
@@ -83,6 +85,14 @@ class Keyspace:
     def commit_record(self, entity: str, shard: int) -> bytes:
         """The key of a shard's commit record."""
         return f"{{{self.project}:{entity}:{shard}}}:commit".encode()
+
+    def seam(self, entity: str, shard: int, plan: int) -> bytes:
+        """The key that says where the history of a shard ends, for a plan that is filled: see `store.filling`."""
+        return f"{{{self.project}:{entity}:{shard}}}:seam:{plan}".encode()
+
+    def filling(self, entity: str, shard: int, plan: int, number: int) -> bytes:
+        """The key of a batch of a shard's history."""
+        return f"{{{self.project}:{entity}:{shard}}}:filling:{plan}:{number}".encode()
 
     def commit_records(self, entities: Iterable[str]) -> list[bytes]:
         """The keys of the commit records of all shards of each kind of entity."""

@@ -168,7 +168,11 @@ class _Pending:
         if rows is not None and len(rows):
             self._rows.append(rows)
             self.n_rows += len(rows)
-        self._complete[number] = Complete(part.end, max(part.record_ms_max, known.recorded_ms if known else 0))
+        recorded_ms = max(part.record_ms_max, known.recorded_ms if known else 0)
+        # What was there before the archive began is not in it, unless the log begins here too.
+        begun = known is not None and known.since_ms >= 0
+        since_ms = known.since_ms if known and begun else recorded_ms if part.start else 0
+        self._complete[number] = Complete(part.end, recorded_ms, since_ms)
         self._horizons[number] = part.horizon
 
     def commit(self, now_s: float) -> None:

@@ -12,6 +12,7 @@ from itertools import accumulate, compress, islice, pairwise, product
 from operator import ne
 from queue import SimpleQueue
 from threading import Thread
+from types import MappingProxyType
 from typing import Any
 from weakref import finalize
 
@@ -19,13 +20,15 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import redis
+from numpy.typing import NDArray
 
-from features.kernel import SLACK_MS, Events, merge
+from features.kernel import SLACK_MS, Events, Merged, add, merge
 from features.layout import Bundle, families_of, slots_of
 from features.plan import Plan
 from features.rows import Index, Rows
 from store.codec import encode
 from store.commit import CommitRecord, Position, RowWrite, ShardCommit, Writer
+from store.filling import Batch
 from store.keys import Keyspace, expire_at_ms
 from store.layouts import Layouts
 from store.read import read_rows
@@ -33,6 +36,8 @@ from streams.chunk import Happened, Ints, Part, Partition
 
 IDLE_COMMIT_S = 1.0
 """A shard without events has its offsets committed this often."""
+FILL_S = 0.2
+"""While a plan is filled, it is looked for history this often; at once again where there was any."""
 _CACHED_OVERHEAD_BYTES = 180
 """Of a kept row, besides its bytes: key, entry, two objects."""
 _KEPT_S = 60.0
@@ -102,8 +107,11 @@ class Lane:
         self._aggregations = {bundle.entity: _aggregations(plan, bundle) for bundle in self._bundles}
         self._numbers = range(lane, plan.shards, lanes)
         self._shards: dict[tuple[str, int], _Shard] = {}
+        fills = {view.entities[0] for view in plan.views if view.filling}
+        self._filling = [bundle for bundle in self._bundles if bundle.entity in fills]
+        self._filled_at_s = 0.0
         for name in product((bundle.entity for bundle in self._bundles), self._numbers):
-            record = self._writer.claim(*name, plan.number, plan.needs)
+            record = self._writer.claim(*name, plan.number, plan.needs, fills=name[0] in fills)
             self._shards[name] = _Shard(self._keyspace.commit_record(*name), record, record, clock())
         # All shards of a lane are to have one record: none was taken later than the last of them.
         self._plan_number = plan.number
@@ -144,16 +152,15 @@ class Lane:
 
         A commit that failed raises there, and then so does every later one: what follows on it must never be written.
         """
+        if self._filling and not 0 <= self._clock() - self._filled_at_s < FILL_S:
+            self._fill()
         of_topics = (part for part in parts if part.topic_id and part.end > part.start)
         confirmed = self._confirm({part.partition.topic: part.topic_id for part in of_topics})
         known = [self._receive(part) for part in parts]
         latest_ms = max((part.record_ms_max for part in parts), default=-1)
         clock_ms = int(self._clock() * 1000)
         now_ms = min(clock_ms, latest_ms) - SLACK_MS
-        writes: dict[tuple[str, int], list[RowWrite]] = {}
-        kept: list[tuple[list[bytes], list[bytes]]] = []
-        evicted: Counter[tuple[str, str]] = Counter()
-        work = []
+        work: list[_Work] = []
         for bundle in self._bundles:
             every = (self._new(bundle.entity, part, at) for part, at in zip(parts, known, strict=True))
             forgotten_ms = clock_ms - self._kept_ms[bundle.entity]
@@ -162,19 +169,53 @@ class Lane:
             late = (each.take(each.times_ms > forgotten_ms) for each in read)
             happened = [each for each in late if len(each.ids)]
             if happened:
-                work.append(_Work(self._keyspace, bundle, happened, forgotten_ms))
+                work.append(_Arrived(self._keyspace, bundle, happened, forgotten_ms, now_ms))
+        return self._do(work, confirmed)
+
+    def _fill(self) -> None:
+        """Adds the next batch of history to each shard that there is one for: see `store.filling`."""
+        plan, clock_ms = self._plan_number, int(self._clock() * 1000)
+        names = [
+            (name, record.filled)
+            for bundle in self._filling
+            for name in product((bundle.entity,), self._numbers)
+            if isinstance((record := self._shards[name].record).filled, int)
+        ]
+        keys = {name: self._keyspace.filling(*name, plan, number) for name, number in names}
+        found: dict[tuple[str, int], bytes] = {
+            name: data for name, data in zip(keys, self._redis.mget(list(keys.values())), strict=True) if data
+        }
+        work = [
+            _Filled(self._keyspace, bundle, mine, clock_ms - self._kept_ms[bundle.entity], self._layouts)
+            for bundle in self._filling
+            if (mine := {shard: data for (entity, shard), data in found.items() if entity == bundle.entity})
+        ]
+        self._filled_at_s = 0.0 if found else self._clock()
+        if found:
+            self._do(work, lambda: None, {name: keys[name] for name in found})
+
+    def _do(
+        self,
+        work: Sequence[_Work],
+        confirmed: Callable[[], None],
+        batches: Mapping[tuple[str, int], bytes] = MappingProxyType({}),
+    ) -> Written:
+        """Commits work; and of shards whose next batch of history it is, that they have it."""
+        writes: dict[tuple[str, int], list[RowWrite]] = {}
+        kept: list[tuple[list[bytes], list[bytes]]] = []
+        evicted: Counter[tuple[str, str]] = Counter()
         found = iter(self._cache.read([key for each in work for key in each.keys], partial(self._read, work)))
         for each in work:
-            of_tables = self._merge(each, list(islice(found, len(each.keys))), now_ms, writes, kept)
+            of_tables = self._merge(each, list(islice(found, len(each.keys))), writes, kept)
             for table in np.flatnonzero(of_tables).tolist():
                 for aggregation in self._aggregations[each.bundle.entity][table]:
                     evicted[aggregation] += int(of_tables[table])
-        self._commit(writes, confirmed)
+        self._commit(writes, confirmed, batches)
         for keys, rows in kept:
             self._cache.keep(keys, rows)
         return Written(sum(len(rows) for rows in writes.values()), evicted)
 
-    def _read(self, work: list[_Work], keys: list[bytes]) -> list[bytes | None]:
+    def _read(self, work: Sequence[_Work], keys: list[bytes]) -> list[bytes | None]:
         """The rows of keys, together with the records of the work's shards: both must be what this writer wrote.
 
         To compare when committing is not enough: if Redis loses its last writes and then has them again (a lagging
@@ -237,7 +278,6 @@ class Lane:
         self,
         work: _Work,
         old: list[bytes | None],
-        now_ms: int,
         writes: dict[tuple[str, int], list[RowWrite]],
         kept: list[tuple[list[bytes], list[bytes]]],
     ) -> Ints:
@@ -253,7 +293,7 @@ class Lane:
             without = set(gone.tolist())
             left = [None if at in without else each for at, each in enumerate(blobs)]
             rows = read_rows(bundle, left, key_at, self._layouts)
-        merged = merge(bundle, rows, work.events, now_ms)
+        merged = work.merge(rows)
         every = encode(bundle, merged.rows)
         new = [every[place] for place in places.tolist()]
         every_expire = [expire_at_ms(*each) for each in zip(bundle.families, merged.rows.latest_ms, strict=True)]
@@ -272,7 +312,12 @@ class Lane:
             writes[bundle.entity, int(of_row[order[first]])] = ordered[first:last]
         return merged.evicted
 
-    def _commit(self, writes: Mapping[tuple[str, int], list[RowWrite]], confirmed: Callable[[], None]) -> None:
+    def _commit(
+        self,
+        writes: Mapping[tuple[str, int], list[RowWrite]],
+        confirmed: Callable[[], None],
+        batches: Mapping[tuple[str, int], bytes],
+    ) -> None:
         """Commits shards that have rows to write, and idle ones now and then."""
         now_s = self._clock()
         received = {str(partition): position for partition, position in self._received.items()}
@@ -280,12 +325,16 @@ class Lane:
         commits: dict[tuple[str, int], ShardCommit] = {}
         for name, shard in self._shards.items():
             rows = writes.get(name, [])
+            if name in batches:
+                rows = [*rows, RowWrite(batches[name], b"", 0)]
             # A clock that was set back must not keep a shard from committing.
             if not rows and 0 <= now_s - shard.committed_at_s < IDLE_COMMIT_S:
                 continue
             # All shards of a lane have what it received, so they share one record; but for what others wrote before.
             new = whole if shard.mine else _advanced(shard.record, whole)
             shard.mine = shard.mine or new == whole
+            if isinstance(filled := shard.record.filled, int):
+                new = msgspec.structs.replace(new, filled=filled + (name in batches))
             shard.committed_at_s = now_s
             # Also one that changes nothing: only so does an idle writer notice that it was superseded, or that Redis
             # came back with less.
@@ -367,36 +416,86 @@ class RowCache:
 
 
 class _Work:
-    """Events to merge into the rows of one kind of entity.
+    """What is to go into rows of one kind of entity.
 
     Attributes:
-        events: by contract, each of its entity's number.
         shards: int16[entities].
-        places: int64[rows], which rows events concern, among all of the first family, all of the next …
+        places: int64[rows], which rows it concerns, among all of the first family, all of the next …
         keys: theirs.
     """
 
-    def __init__(self, keyspace: Keyspace, bundle: Bundle, happened: list[Happened], forgotten_ms: int) -> None:
-        encoded = pa.concat_arrays([each.ids for each in happened]).dictionary_encode()
-        ids = [text.encode() for text in encoded.dictionary.to_pylist()]
-        index = np.asarray(encoded.indices).astype(np.intp)
-        self.bundle, self._forgotten_ms = bundle, forgotten_ms
-        bounds = pairwise([0, *accumulate(len(each.ids) for each in happened)])
-        self.events = _by_contract(bundle, happened, [index[begin:end] for begin, end in bounds])
-        self.shards = np.empty(len(ids), np.int16)
-        self.shards[index] = np.concatenate([each.shards for each in happened])
-        touched = np.zeros((len(bundle.families), len(ids)), bool)
-        self.keys: list[bytes] = []
-        for family, mine in zip(bundle.families, touched, strict=True):
-            for name in family.events:
-                if name in self.events:
-                    mine[self.events[name].rows] = True
-            self.keys += keyspace.rows(family, compress(ids, mine.tolist()))
+    bundle: Bundle
+    shards: NDArray[np.int16]
+    places: Ints
+    keys: list[bytes]
+
+    def __init__(
+        self, keyspace: Keyspace, bundle: Bundle, ids: list[bytes], touched: NDArray[np.bool_], forgotten_ms: int
+    ) -> None:
+        self.bundle, self.forgotten_ms = bundle, forgotten_ms
+        self.keys = []
+        for family, mine in zip(bundle.families, touched.tolist(), strict=True):
+            self.keys += keyspace.rows(family, compress(ids, mine))
         self.places = np.flatnonzero(touched)
+
+    def merge(self, rows: Rows) -> Merged:
+        """The rows with it."""
+        raise NotImplementedError
 
     def forgotten(self, rows: Rows) -> Index:
         """The places of rows that are there and must count as absent."""
-        return np.flatnonzero((rows.latest_ms >= 0) & (rows.latest_ms <= self._forgotten_ms))
+        return np.flatnonzero((rows.latest_ms >= 0) & (rows.latest_ms <= self.forgotten_ms))
+
+
+class _Arrived(_Work):
+    """Events."""
+
+    def __init__(
+        self, keyspace: Keyspace, bundle: Bundle, happened: list[Happened], forgotten_ms: int, now_ms: int
+    ) -> None:
+        encoded = pa.concat_arrays([each.ids for each in happened]).dictionary_encode()
+        ids = [text.encode() for text in encoded.dictionary.to_pylist()]
+        index = np.asarray(encoded.indices).astype(np.intp)
+        self._now_ms = now_ms
+        bounds = pairwise([0, *accumulate(len(each.ids) for each in happened)])
+        self._events = _by_contract(bundle, happened, [index[begin:end] for begin, end in bounds])
+        self.shards = np.empty(len(ids), np.int16)
+        self.shards[index] = np.concatenate([each.shards for each in happened])
+        touched = np.zeros((len(bundle.families), len(ids)), bool)
+        for family, mine in zip(bundle.families, touched, strict=True):
+            for name in family.events:
+                if name in self._events:
+                    mine[self._events[name].rows] = True
+        super().__init__(keyspace, bundle, ids, touched, forgotten_ms)
+
+    def merge(self, rows: Rows) -> Merged:
+        """The rows with the events."""
+        return merge(self.bundle, rows, self._events, self._now_ms)
+
+
+class _Filled(_Work):
+    """A batch of history of each of some shards."""
+
+    def __init__(
+        self, keyspace: Keyspace, bundle: Bundle, batches: Mapping[int, bytes], forgotten_ms: int, layouts: Layouts
+    ) -> None:
+        found = {shard: Batch.decode(data) for shard, data in batches.items()}
+        ids = [entity_id for batch in found.values() for entity_id in batch.ids]
+        blobs: list[bytes | None] = []
+        for family in bundle.families:
+            for batch in found.values():
+                blobs += batch.rows.get(family.name) or [b""] * len(batch.ids)
+        self.shards = np.repeat(list(found), [len(batch.ids) for batch in found.values()]).astype(np.int16)
+        self._history = read_rows(bundle, blobs, lambda place: ids[place % len(ids)], layouts)
+        touched = self._history.latest_ms > forgotten_ms
+        if not touched.all():
+            kept = [blob if mine else b"" for blob, mine in zip(blobs, touched.ravel().tolist(), strict=True)]
+            self._history = read_rows(bundle, kept, lambda place: ids[place % len(ids)], layouts)
+        super().__init__(keyspace, bundle, ids, touched, forgotten_ms)
+
+    def merge(self, rows: Rows) -> Merged:
+        """The rows with their history, as old as it is."""
+        return add(self.bundle, rows, self._history, 0)
 
 
 def _kept_ms(bundle: Bundle) -> int:

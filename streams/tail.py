@@ -30,6 +30,7 @@ class Tail:
 
     Attributes:
         n_records: about how many records it will read.
+        gaps: topics of which records before those it reads are nowhere any more.
 
     Raises:
         KafkaException: if the broker can't be reached.
@@ -54,12 +55,14 @@ class Tail:
         self._at: dict[Partition, int] = {}
         self._fresh: dict[Partition, int] = {}
         self._until: dict[Partition, int] = {}
-        self.n_records = 0
+        self.n_records, self.gaps = 0, set[str]()
         self._consumer = consumer_of(settings, **{"enable.partition.eof": True})
         try:
             for each in partitions_of(settings, topics):
                 low, high = self._consumer.get_watermark_offsets(TopicPartition(*each), timeout=_TIMEOUT_S)
                 start = start_of(each, [record.position(*each)], low, high)
+                if start.lost or (record.position(*each) is None and low):
+                    self.gaps.add(each.topic)
                 if start.lost:
                     first, last = start.lost[0], start.lost[1] - 1
                     log.error("records_lost", partition=str(each), first=first, last=last, reason="retention")

@@ -21,6 +21,7 @@ from tests.support.expected import Expected
 from tests.support.served import NOW_MS, catalogue, random_events
 from training import point_in_time, run
 from training.run import TableLabels, training_set
+from training.split import Splitter
 
 CONTRACTS = {"impressions": "Impression", "clicks": "Click", "likes": "Like"}
 Events = dict[str, list[dict[str, Any]]]
@@ -242,7 +243,7 @@ def test_a_machine_that_does_not_see_the_folder_says_so(plan: Plan, settings: Se
     labels = pa.record_batch({"user_id": ["u1"], "at": times([NOW_MS])})
     entities = point_in_time.Entities([point_in_time.questions(job, labels)["user"]])
     for step in (
-        lambda: point_in_time.Splitter(job, {"user": entities}, "x"),
+        lambda: Splitter(job.spill, lambda *_: entities.chosen(labels["user_id"], 1), "x"),
         lambda: point_in_time.make_rows(job, "user", entities, 0),
         lambda: point_in_time.evaluate(job, labels, 0),
     ):

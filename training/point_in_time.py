@@ -1,41 +1,38 @@
 """The point-in-time join: every feature of each label's entities, as of its time, from the events strictly before.
 
-Nothing is computed here. Events are sorted to the entities that labels name (`Splitter`); of each entity the rows are
-made that the stream would have made until each time (`make_rows`, by `features.history`); and features are evaluated of
-them as the server does (`evaluate`). Each step works on parts that know nothing of each other, and hands the next one
-files; so memory does not grow with events and labels, and parts can be done anywhere that sees the same folder.
+Nothing is computed here. Events are sorted to the entities that labels name (`training.split`); of each entity the rows
+are made that the stream would have made until each time (`make_rows`, by `features.history`); and features are
+evaluated of them as the server does (`evaluate`). Each step works on parts that know nothing of each other, and hands
+the next one files; so memory does not grow with events and labels, and parts can be done anywhere that sees the same
+folder.
 """
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from features.events import Kind
 from features.history import rows_at
-from features.kernel import Events
 from features.layout import Bundle
 from features.plan import Plan
 from features.program import Asked, Program
 from features.values import to_arrow
 from store.codec import decode, encode
+from training.split import Chosen, Spill, events_of_rows, write_file
 
 Ints = NDArray[np.int64]
 
 CHUNK_ROWS: Final = 8192
 """So many labels are evaluated at once."""
-PARTITION_EVENTS: Final = 100_000
-"""About so many events are in memory at once."""
 _FINER: Final = {"us": 1_000, "ns": 1_000_000}
 """Units of time in a millisecond."""
 OVERRIDE: Final = "__"
@@ -82,11 +79,11 @@ class Job:
         """By entity, the rows that are read."""
         return {bundle.entity: bundle for bundle in self.program.bundles}
 
-    def must_see_folder(self) -> None:
-        """Raises OSError on a machine that does not see the files of the steps before."""
-        if not self.folder.is_dir():
-            msg = f"{socket.gethostname()} does not see {self.folder}: name a folder that all machines see by --spill"
-            raise OSError(msg)
+    @cached_property
+    def spill(self) -> Spill:
+        """Where events are sorted to entities."""
+        keys = {entity: self.key(entity) for entity in self.bundles}
+        return Spill(self.folder, self.bundles, keys, self.partitions)
 
     def key(self, entity: str) -> str:
         """The column with an entity's ids."""
@@ -166,92 +163,27 @@ class Entities:
         """int64[n]: the number of each entity, -1 of those that nobody asks for."""
         return np.asarray(pc.index_in(ids, self.ids).fill_null(-1)).astype(np.int64)
 
-
-class Splitter:
-    """Writes events to files of those partitions whose entities they concern, many at once. To be used by `with`.
-
-    Args:
-        job: the job.
-        entities: by kind.
-        name: tells these files from others.
-
-    Raises:
-        OSError: if the job's folder is not to be seen here.
-    """
-
-    def __init__(self, job: Job, entities: Mapping[str, Entities], name: str) -> None:
-        job.must_see_folder()
-        self._job, self._entities, self._name = job, entities, name
-        self._waiting: dict[str, list[pa.RecordBatch]] = {}
-        self._written = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        for contract in self._waiting if kind is None else ():
-            self._write(contract)
-
-    def add(self, contract: str, events: pa.RecordBatch) -> None:
-        """Events of a contract, as `store.archive.events_of` gives them."""
-        waiting = self._waiting.setdefault(contract, [])
-        waiting.append(events)
-        if sum(map(len, waiting)) >= PARTITION_EVENTS:
-            self._write(contract)
-
-    def _write(self, contract: str) -> None:
-        job, batches = self._job, self._waiting[contract]
-        self._waiting[contract] = []
-        if not batches:
-            return
-        (events,) = pa.Table.from_batches(batches).combine_chunks().to_batches() or batches[:1]
-        self._written += 1
-        for entity, bundle in job.bundles.items():
-            if contract not in bundle.events or job.key(entity) not in events.schema.names:
-                continue
-            numbers = self._entities[entity].find(events[job.key(entity)])
-            kept = np.flatnonzero(numbers >= 0)
-            kept = kept[np.argsort(numbers[kept] % job.partitions, kind="stable")]
-            bounds = np.searchsorted(numbers[kept] % job.partitions, np.arange(job.partitions + 1)).tolist()
-            columns = [*bundle.fields[contract], "_t", "_partition", "_offset"]
-            mine = events.select(columns).take(pa.array(kept)).append_column("_row", pa.array(numbers[kept]))
-            for partition, (begin, end) in enumerate(pairwise(bounds)):
-                if begin < end:
-                    folder = _events_folder(job, entity, contract, partition)
-                    folder.mkdir(parents=True, exist_ok=True)
-                    _write_file(folder / f"{self._name}-{self._written}.arrow", mine.slice(begin, end - begin))
-
-
-def _write_file(path: Path, events: pa.RecordBatch | pa.Table) -> None:
-    # Closed at once: there are as many of these files as processes may have open.
-    with pa.ipc.new_stream(str(path), events.schema) as file:
-        file.write(events)
-
-
-def _events_folder(job: Job, entity: str, contract: str, partition: int) -> Path:
-    return job.folder / "events" / entity / str(partition) / contract
-
-
-def fields_of(job: Job, contract: str) -> dict[str, Kind]:
-    """The fields of a contract that the job reads."""
-    kinds = job.plan.event(contract).fields
-    wanted: dict[str, Kind] = {}
-    for entity, bundle in job.bundles.items():
-        if contract in bundle.events and job.key(entity) in kinds:
-            wanted |= {name: kinds[name] for name in (job.key(entity), *bundle.fields[contract])}
-    return wanted
+    def chosen(self, ids: pa.Array, partitions: int) -> Chosen:
+        """Which events of these entities anybody asks for."""
+        numbers = self.find(ids)
+        places = np.flatnonzero(numbers >= 0)
+        return Chosen(places, numbers[places] % partitions, pa.array(numbers[places]))
 
 
 def make_rows(job: Job, entity: str, of: Entities, partition: int) -> None:
     """Writes the rows of a partition's entities as they were at the times asked for, by chunk of labels."""
-    job.must_see_folder()
+    job.spill.must_be_seen()
     bundle = job.bundles[entity]
     mine = np.flatnonzero(of.numbers % job.partitions == partition)
     mine = mine[np.lexsort((of.times_ms[mine], of.numbers[mine]))]
     if not len(mine):
         return
-    events = {name: _events(job, entity, partition, name) for name in bundle.events}
-    happened = {name: each for name, each in events.items() if each is not None}
+    tables = {name: job.spill.read(entity, name, partition) for name in bundle.events}
+    happened = {
+        name: events_of_rows(table, np.asarray(table["_entity"]), bundle.fields[name])
+        for name, table in tables.items()
+        if table is not None
+    }
     rows, times_ms = of.numbers[mine], of.times_ms[mine]
     columns: dict[str, list[bytes]] = {}
     for family in bundle.families:
@@ -266,12 +198,12 @@ def make_rows(job: Job, entity: str, of: Entities, partition: int) -> None:
     for begin, end in pairwise([*np.flatnonzero(np.diff(chunks, prepend=-1)).tolist(), len(chunks)]):
         folder = job.folder / "rows" / entity / str(chunks[begin])
         folder.mkdir(parents=True, exist_ok=True)
-        _write_file(folder / f"{partition}.arrow", table.slice(begin, end - begin))
+        write_file(folder / f"{partition}.arrow", table.slice(begin, end - begin))
 
 
 def evaluate(job: Job, labels: pa.RecordBatch, chunk: int) -> pa.RecordBatch:
     """A chunk of labels with every feature added."""
-    job.must_see_folder()
+    job.spill.must_be_seen()
     asked = questions(job, labels)
     states = {
         bundle.name: decode(bundle, _blobs(job, bundle, asked[bundle.entity], chunk)) for bundle in job.bundles.values()
@@ -345,30 +277,6 @@ def _blobs(job: Job, bundle: Bundle, asked: Questions, chunk: int) -> list[bytes
             for place, blob in zip(places, table[family.name].to_pylist(), strict=True):
                 blobs[at * n + place] = blob or None
     return blobs
-
-
-def _events(job: Job, entity: str, partition: int, contract: str) -> Events | None:
-    """All events of a contract that concern a partition, in order of their records."""
-    folder = _events_folder(job, entity, contract, partition)
-    tables = []
-    for path in sorted(folder.iterdir()) if folder.exists() else ():
-        with pa.ipc.open_stream(str(path)) as file:
-            tables.append(file.read_all())
-    if not tables:
-        return None
-    # Whatever order files were read in: sums depend on it in their last digit.
-    table = pa.concat_tables(tables)
-    order = np.lexsort((np.asarray(table["_offset"]), np.asarray(table["_partition"])))
-    table = table.take(pa.array(order)).combine_chunks()
-    columns = {name: _column(table[name]) for name in job.bundles[entity].fields[contract]}
-    return Events(np.asarray(table["_row"]), np.asarray(table["_t"]), columns)
-
-
-def _column(column: pa.ChunkedArray) -> Any:
-    """A column of an archive's table as `features.rows.Events` has it."""
-    if pa.types.is_string(column.type):
-        return pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
-    return np.asarray(pc.fill_null(column.cast(pa.float64()), np.nan))
 
 
 def _texts(column: pa.Array) -> pa.StringArray:

@@ -28,19 +28,17 @@ from store.commit import united
 from streams.tail import Tail
 from training.point_in_time import (
     CHUNK_ROWS,
-    PARTITION_EVENTS,
     Entities,
     Job,
     LabelsError,
     Questions,
-    Splitter,
     check,
     evaluate,
-    fields_of,
     make_rows,
     questions,
     times_of,
 )
+from training.split import PARTITION_EVENTS, Chosen, Splitter
 
 TIME_COLUMN: Final = "event_timestamp"
 Run = Callable[..., Iterator[Any]]
@@ -168,19 +166,19 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
             return
         entities = {entity: Entities(asked.pop(entity)) for entity in tuple(asked)}
         tables = tables_of(settings, plan)
-        read = [(spec, tables[spec.topic]) for spec in plan.events if fields_of(job, spec.name)]
-        with _tail(settings, plan, [table for _, table in read]) if with_tail else nullcontext() as tail:
+        read = [(spec, tables[spec.topic]) for spec in plan.events if job.spill.fields_of(spec)]
+        with tail_of(settings, plan, [table for _, table in read]) if with_tail else nullcontext() as tail:
             n_events = sum(table.n_rows for _, table in read) + (tail.n_records if tail else 0)
             n_asked = max(len(each.numbers) for each in entities.values())
             partitions = 1 + max(n_events, n_asked) // PARTITION_EVENTS
             job = replace(job, partitions=partitions, until_ms=min(until_ms, NEWEST_MS))
-            pieces = [(job, entities, spec, table, share) for spec, table in read for share in _shares(table)]
+            pieces = [(job, entities, spec, table, share) for spec, table in read for share in shares_of(table)]
             for done, _ in enumerate(run(_split, pieces), 1):
                 on_progress("archive", done, len(pieces))
             if tail:
                 on_progress("Kafka", 0, 1)
-                with Splitter(job, entities, "tail") as splitter:
-                    for contract, events in _events_of(tail, lambda spec: fields_of(job, spec.name), job.since_ms):
+                with _splitter(job, entities, "tail") as splitter:
+                    for contract, events in events_of_tail(tail, job.spill.fields_of, job.since_ms):
                         splitter.add(contract, events)
                 on_progress("Kafka", 1, 1)
         todo = [(job, entity, entities[entity], number) for entity in job.bundles for number in range(partitions)]
@@ -213,8 +211,8 @@ def interactions(
     read = [(spec, tables[spec.topic]) for spec in plan.events if wanted(spec)]
     found = [events for spec, table in read for events in table.scan(wanted(spec), start_ms, end_ms)]
     if with_tail:
-        with _tail(settings, plan, [table for _, table in read]) as tail:
-            found += [events for _, events in _events_of(tail, wanted, start_ms)]
+        with tail_of(settings, plan, [table for _, table in read]) as tail:
+            found += [events for _, events in events_of_tail(tail, wanted, start_ms)]
     schema = pa.schema([*((key, pa.string()) for key in keys), ("_t", pa.int64())])
     table = pa.Table.from_batches([batch.select(schema.names) for batch in found], schema).drop_null()
     table = table.filter((pc.field("_t") >= start_ms) & (pc.field("_t") < end_ms))
@@ -283,7 +281,8 @@ def schema_of(plan: Plan, full_names: Sequence[str], labels: pa.Schema) -> pa.Sc
     return labels
 
 
-def _shares(table: ArchiveTable) -> list[tuple[int, int]]:
+def shares_of(table: ArchiveTable) -> list[tuple[int, int]]:
+    """In which shares a table is read: see `store.archive.ArchiveTable.scan`."""
     n = min(table.n_files, 8)
     return [(number, n) for number in range(n)]
 
@@ -291,17 +290,24 @@ def _shares(table: ArchiveTable) -> list[tuple[int, int]]:
 def _split(
     job: Job, entities: dict[str, Entities], spec: EventSpec, table: ArchiveTable, share: tuple[int, int]
 ) -> None:
-    with Splitter(job, entities, f"archive-{share[0]}") as splitter:
-        for events in table.scan(fields_of(job, spec.name), job.since_ms, job.until_ms, share):
+    with _splitter(job, entities, f"archive-{share[0]}") as splitter:
+        for events in table.scan(job.spill.fields_of(spec), job.since_ms, job.until_ms, share):
             splitter.add(spec.name, events)
 
 
-def _tail(settings: Settings, plan: Plan, tables: Sequence[ArchiveTable]) -> Tail:
+def _splitter(job: Job, entities: Mapping[str, Entities], name: str) -> Splitter:
+    def choose(entity: str, _: str, events: pa.RecordBatch) -> Chosen:
+        return entities[entity].chosen(events[job.key(entity)], job.partitions)
+
+    return Splitter(job.spill, choose, name)
+
+
+def tail_of(settings: Settings, plan: Plan, tables: Sequence[ArchiveTable]) -> Tail:
     """What tables of the archive have not yet."""
     return Tail(settings, plan, [table.topic for table in tables], united(table.record() for table in tables))
 
 
-def _events_of(
+def events_of_tail(
     tail: Tail, wanted: Callable[[EventSpec], Mapping[str, Kind]], since_ms: int
 ) -> Iterator[tuple[str, pa.RecordBatch]]:
     """Contract and events, with the fields that are wanted: see `store.archive.events_of`."""

@@ -23,7 +23,7 @@ from features.evolve import (
 )
 from features.kernel import Rows, add, evaluate, merge
 from features.layout import Family, families_of, family_of, slots_of
-from features.plan import EntitySpec, Plan
+from features.plan import EntitySpec, History, Plan
 from features.values import to_python
 from store.codec import decode, encode
 from store.layouts import Layouts
@@ -208,7 +208,7 @@ def test_history_is_added_while_events_go_on_and_then_nothing_is_missing(data: s
         flow(before, 40 * DAY_MS)
     late = {name: at for name, at in complete_from_ms(before, world.taken_ms).items() if at is None or at > now_ms}
     chosen = data.draw(st.lists(st.sampled_from(sorted(before.features)), max_size=2)) + sorted(late)
-    plan = backfilling(before, chosen)
+    plan = backfilling(before, chosen, History(4))
     assert succeed(plan, as_declared(before)) is plan
     world.plans.append(plan)
     world.taken_ms[plan.number] = now_ms
