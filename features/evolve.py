@@ -151,8 +151,8 @@ def complete_from_ms(plan: Plan, taken_ms: Mapping[int, int]) -> dict[str, int |
     """
     found: dict[str, int | None] = {}
     for name, known in plan.known.items():
-        since_ms, span_ms = _since_ms(known, taken_ms), _span_ms(plan.features[name])
-        found[name] = None if since_ms is None or span_ms is None else since_ms + span_ms
+        since_ms, of_ms = _since_ms(known, taken_ms), span_ms(plan.features[name])
+        found[name] = None if since_ms is None or of_ms is None else since_ms + of_ms
     for name in plan.features:
         _add_computed(plan, name, found)
     return found
@@ -184,7 +184,7 @@ def taken_up_ms(taken_ms: Mapping[int, int], number: int) -> int | None:
     return min((at_ms for other, at_ms in taken_ms.items() if other > number), default=None)
 
 
-def _span_ms(feature: Feature) -> int | None:
+def span_ms(feature: Feature) -> int | None:
     """How long after the time since when a feature knows all its events it is complete; None for never."""
     spec, window = feature.spec, feature.window
     assert isinstance(spec, Aggregation)  # noqa: S101  # for the type checker: only these keep state
@@ -279,7 +279,7 @@ class _Lacks:
             if isinstance(spec, Aggregation) and window is not None:
                 slots = zip(spec.slots(), sources[spec], strict=True)
                 every = dict.fromkeys(known for slot, source in slots for known in self._of_slot(slot, source, window))
-                if every and not self._is_complete(every, _span_ms(feature)):
+                if every and not self._is_complete(every, span_ms(feature)):
                     yield feature.full_name, tuple(every)
 
     def _of_slot(self, slot: Slot, source: _Held | None, window: Window) -> tuple[Known, ...]:

@@ -261,6 +261,48 @@ def _ms(at: datetime | None) -> int | None:
 
 
 @app.command()
+def backfill(
+    view: Annotated[list[str] | None, typer.Option(help="All features of a view; repeat it")] = None,
+    feature: Annotated[list[str] | None, typer.Option(metavar="VIEW:FEATURE", help="A feature; repeat it")] = None,
+    since: Annotated[datetime | None, typer.Option(help="No event before counts (UTC); to read less")] = None,
+) -> None:
+    """Give features the history that they lack, or those that are named, from the archive and Kafka.
+
+    The stream adds it: it runs, and so do servers. Stopped at any point, it goes on when it is run again.
+    """
+    from confluent_kafka import KafkaException
+
+    from config.brokers import unreachable
+    from features.changes import when
+    from registry.backfill import backfill as run
+    from store.plans import load_plan
+    from training.progress import shown
+
+    settings = _settings()
+    known = load_plan(settings).features.values()
+    wanted = {each.full_name for each in known if each.view in (view or ())}
+    wanted |= {name.replace(":", "__", 1) for name in feature or ()}
+    names = {each.full_name for each in known}
+    views = {each.view for each in known}
+    if unknown := sorted({*(view or ())} - views) or sorted(wanted - names):
+        message = f"{unknown[0]}: nothing applied has this name; run `headrace apply` first"
+        raise typer.BadParameter(message)
+    with shown() as on_progress:
+        asked = wanted if view or feature else None
+        try:
+            done = run(settings, _redis(settings), asked, since_ms=_ms(since) or 0, on_progress=on_progress)
+        except KafkaException as error:
+            raise RuntimeError(unreachable(settings, error)) from None
+    if done.features:
+        _audit("backfill", plan=done.plan.fingerprint, features=list(done.features))
+    for name in done.features:
+        at_ms = done.incomplete.get(name, 0)
+        lacks = "what the archive and Kafka no longer have" if at_ms is None else f"some until {when(at_ms)}"
+        out.print(f"{name}: {'complete' if at_ms == 0 else f'lacks {lacks}'}", highlight=False)
+    out.print(f"plan {done.plan.fingerprint} runs" + ("" if done.features else ": no feature lacks anything"))
+
+
+@app.command()
 def accept_topic(topic: Annotated[str, typer.Argument(help="A topic that was deleted and made anew")]) -> None:
     """Have the stream read a topic that was made anew from its beginning; features keep what they have."""
     from confluent_kafka import KafkaException

@@ -67,16 +67,32 @@ def apply(
     if refused := in_the_way(plan, changed, replace):
         raise ApplyError("nothing is applied:\n" + "\n".join(f"  {each}" for each in refused))
     topics = create_topics(settings, plan)
-    store = FeatureStore(repo_path=str(settings.repo))
-    catalogued = registered_plan(store)
-    registered = catalogued is None or catalogued.fingerprint != plan.fingerprint
-    if registered:
-        register(store, plan, settings)
+    registered = _register(settings, plan)
     now_ms = int(clock() * 1000)
     records = _initialise(client, applied, plan, now_ms)
     if changed:
         append_plan(client, plan, now_ms)
     return Applied(plan, changed, registered, topics, records)
+
+
+def put(settings: Settings, client: redis.Redis, plan: Plan, now_ms: int) -> None:
+    """Applies a plan that declares what the applied one does: see `features.evolve.backfilling`.
+
+    Raises:
+        ApplyError: if another `apply` was quicker.
+    """
+    _register(settings, plan)
+    append_plan(client, plan, now_ms)
+
+
+def _register(settings: Settings, plan: Plan) -> bool:
+    """Has Feast's registry hold the plan; returns False if it did."""
+    store = FeatureStore(repo_path=str(settings.repo))
+    catalogued = registered_plan(store)
+    if catalogued is not None and catalogued.fingerprint == plan.fingerprint:
+        return False
+    register(store, plan, settings)
+    return True
 
 
 def _initialise(client: redis.Redis, applied: Plan | None, plan: Plan, now_ms: int) -> int:

@@ -186,10 +186,14 @@ class Stack:
         """Runs a command of the command line to its end; returns what it printed."""
         return run_headrace(arguments, self.environment)
 
-    def start(self, name: str, *argv: str) -> subprocess.Popen[bytes]:
-        """Starts a process; its output is in `{name}.log`."""
-        bare = {"HEADRACE_REPO": str(self._bare), "PYTHONPATH": f"{self._bare}:{self._path}"}
-        process = spawn([sys.executable, *argv], log=self.folder / f"{name}.log", env=self.environment | bare)
+    def start(self, name: str, *argv: str, bare: bool = True) -> subprocess.Popen[bytes]:
+        """Starts a process; its output is in `{name}.log`. One that is not bare has the registry."""
+        out_of_reach = {"HEADRACE_REPO": str(self._bare), "PYTHONPATH": f"{self._bare}:{self._path}"}
+        process = spawn(
+            [sys.executable, *argv],
+            log=self.folder / f"{name}.log",
+            env=self.environment | (out_of_reach if bare else {}),
+        )
         self._processes[name] = process
         return process
 
