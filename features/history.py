@@ -31,8 +31,6 @@ def rows_at(
     rows: Index,
     times_ms: Ints,
     words_max: int = WORDS_MAX,
-    *,
-    slack_ms: int = 0,
 ) -> Iterator[tuple[slice, Rows]]:
     """The rows of entities at some times, each from its events strictly before.
 
@@ -44,7 +42,6 @@ def rows_at(
         rows: intp[n], of which entity; ascending.
         times_ms: int64[n], as of when; ascending for each entity.
         words_max: about how many numbers of rows to give at once.
-        slack_ms: how much earlier than its time a row may be asked for.
 
     Yields:
         Consecutive slices of the n, and their rows.
@@ -57,7 +54,7 @@ def rows_at(
     order = np.lexsort((batch.times_ms, batch.rows))
     measured = [np.ascontiguousarray(each[:, order]) for each in (batch.takes, batch.values, batch.buckets)]
     has_bucket = np.ascontiguousarray(batch.has_bucket[:, order])
-    of_rows = np.append(np.arange(len(texts)), -1), *bundle.merging, family.retention_ms, slack_ms
+    of_rows = np.append(np.arange(len(texts)), -1), *bundle.merging, family.retention_ms
     happened = batch.rows[order], batch.times_ms[order], *measured, has_bucket
     state: Any = _NONE, np.zeros(len(bundle.tables), np.int64), -1, 0
     done = 0
@@ -67,6 +64,27 @@ def rows_at(
         pool, totals = _together(pools, sizes, bundle.merging.shapes)
         yield slice(done, end), Rows.of_pool(bundle, latest_ms[np.newaxis], pool, totals, texts)
         done = end
+
+
+def without_forgotten(family: Family, events: Mapping[str, Events]) -> Mapping[str, Events]:
+    """The events that a family's rows still have after the last of them: those since a row was last forgotten.
+
+    It is, as `rows_at` has it, once its entity was idle for the family's retention.
+
+    Args:
+        family: what the rows are.
+        events: by contract, all of some entities.
+    """
+    events = {name: events[name] for name in family.events if name in events}
+    rows = np.concatenate([_NONE, *(each.rows for each in events.values())])
+    times_ms = np.concatenate([_NONE, *(each.times_ms for each in events.values())])
+    if not len(rows) or times_ms.max() - times_ms.min() < family.retention_ms:
+        return events
+    order = np.lexsort((times_ms, rows))
+    paused = (np.diff(rows[order]) == 0) & (np.diff(times_ms[order]) >= family.retention_ms)
+    begins_ms = np.full(rows.max() + 1, np.iinfo(np.int64).min)
+    np.maximum.at(begins_ms, rows[order[1:][paused]], times_ms[order[1:][paused]])
+    return {name: each.take(each.times_ms >= begins_ms[each.rows]) for name, each in events.items()}
 
 
 @compiled
@@ -81,7 +99,6 @@ def _advance(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
     recency: Ints,
     is_text: NDArray[np.bool_],
     retention_ms: int,
-    slack_ms: int,
     rows: Ints,
     times_ms: Ints,
     takes: NDArray[np.bool_],
@@ -110,7 +127,6 @@ def _advance(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
         recency: int64[…].
         is_text: bool[lines].
         retention_ms: a row without events for so long is gone.
-        slack_ms: see `rows_at`.
         rows: int64[events], the entity of each; ascending.
         times_ms: int64[events], ascending for each entity.
         takes: bool[measures, events], as `merge_tables` takes it, like the next three.
@@ -155,7 +171,7 @@ def _advance(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
                 sizes,
                 recode,
                 1,
-                now_ms - slack_ms,
+                now_ms,
                 shapes,
                 operations,
                 empty,

@@ -30,6 +30,14 @@ class Events:
     times_ms: Ints
     fields: Mapping[str, Any]
 
+    def take(self, mask: NDArray[np.bool_]) -> Events:
+        """The events under the mask."""
+        fields = {
+            name: column.filter(pa.array(mask)) if isinstance(column, pa.Array) else column[mask]
+            for name, column in self.fields.items()
+        }
+        return Events(self.rows[mask], self.times_ms[mask], fields)
+
 
 class Entries:
     """One table of many rows, sorted by row, bucket and start.

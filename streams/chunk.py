@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
+FILL_S = 0.05
+"""While a plan is filled, it is looked for history this often; at once again where there was any."""
+
 
 class Partition(NamedTuple):
     """A topic partition."""

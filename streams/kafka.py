@@ -19,7 +19,7 @@ from config.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from features.plan import Plan
 from store.commit import CommitRecord, Position, Writer, read_record
 from store.keys import Keyspace
-from streams.chunk import Chunk, DeadLetter, Ints, Partition
+from streams.chunk import FILL_S, Chunk, DeadLetter, Ints, Partition
 from streams.metrics import METRICS
 
 IDLE_S = 1.0
@@ -196,8 +196,9 @@ class PartitionReader:
         clock: Callable[[], float] = time.monotonic,
         consumer: Any = None,
         topic_id: str = "",
+        speak_s: float = IDLE_S,
     ) -> None:
-        self._partition, self._topic_id = partition, topic_id
+        self._partition, self._topic_id, self._speak_s = partition, topic_id, speak_s
         self._chunk_events = settings.chunk_events
         self._clock = clock
         self._spoken_s = clock()
@@ -234,7 +235,7 @@ class PartitionReader:
             self._consumer.unassign() if held else self._consumer.assign(here)
 
     def next_chunk(self) -> Chunk | None:
-        """The next records, an empty range once a second when there are none, otherwise None. Never blocks."""
+        """The next records, an empty range now and then when there are none, otherwise None. Never blocks."""
         if self._held:
             return None
         if self._lost:
@@ -247,7 +248,7 @@ class PartitionReader:
         if len(messages) < len(came) and any(map(_is_out_of_range, came)):
             # As at the start, with what was read so far.
             self._begin([Position(max(self._at, self._fresh), self._at)])
-        elif not messages and self._clock() - self._spoken_s < IDLE_S:
+        elif not messages and self._clock() - self._spoken_s < self._speak_s:
             return None
         self._spoken_s = self._clock()
         if messages:
@@ -343,6 +344,8 @@ class WorkerReader:
                     lambda: records,
                     consumer=_OfPartition(self._shared, each),
                     topic_id=self._ids.known.get(each.topic, ""),
+                    # Lanes look for history when they are spoken to, by one.
+                    speak_s=IDLE_S if self._readers or not self._plan.history else FILL_S,
                 )
 
 

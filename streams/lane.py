@@ -32,12 +32,10 @@ from store.filling import Batch
 from store.keys import Keyspace, expire_at_ms
 from store.layouts import Layouts
 from store.read import read_rows
-from streams.chunk import Happened, Ints, Part, Partition
+from streams.chunk import FILL_S, Happened, Ints, Part, Partition
 
 IDLE_COMMIT_S = 1.0
 """A shard without events has its offsets committed this often."""
-FILL_S = 0.2
-"""While a plan is filled, it is looked for history this often; at once again where there was any."""
 _CACHED_OVERHEAD_BYTES = 180
 """Of a kept row, besides its bytes: key, entry, two objects."""
 _KEPT_S = 60.0
@@ -153,7 +151,9 @@ class Lane:
         A commit that failed raises there, and then so does every later one: what follows on it must never be written.
         """
         if self._filling and not 0 <= self._clock() - self._filled_at_s < FILL_S:
-            self._fill()
+            # While nothing else is to be done, all that is there.
+            while self._fill() and not any(part.events for part in parts):
+                pass
         of_topics = (part for part in parts if part.topic_id and part.end > part.start)
         confirmed = self._confirm({part.partition.topic: part.topic_id for part in of_topics})
         known = [self._receive(part) for part in parts]
@@ -172,8 +172,8 @@ class Lane:
                 work.append(_Arrived(self._keyspace, bundle, happened, forgotten_ms, now_ms))
         return self._do(work, confirmed)
 
-    def _fill(self) -> None:
-        """Adds the next batch of history to each shard that there is one for: see `store.filling`."""
+    def _fill(self) -> bool:
+        """Adds its next batch of history to each shard that there is one for; whether there was any."""
         plan, clock_ms = self._plan_number, int(self._clock() * 1000)
         names = [
             (name, record.filled)
@@ -193,6 +193,7 @@ class Lane:
         self._filled_at_s = 0.0 if found else self._clock()
         if found:
             self._do(work, lambda: None, {name: keys[name] for name in found})
+        return bool(found)
 
     def _do(
         self,

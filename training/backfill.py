@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from config.settings import Settings
 from features.evolve import columns_from, filling_alone, move
-from features.history import rows_at
-from features.kernel import SLACK_MS, Events
+from features.history import without_forgotten
+from features.kernel import SLACK_MS, Events, Rows, merge
 from features.layout import Bundle, Family, families_of, family_of
 from features.plan import EventSpec, History, Plan
 from store.archive import ArchiveTable, tables_of
@@ -37,6 +37,8 @@ from training.split import PARTITION_EVENTS, Chosen, Spill, Splitter, events_of_
 Ints = NDArray[np.int64]
 Shard = tuple[str, int]
 """An entity and a number."""
+Seams = Mapping[Shard, Mapping[str, int]]
+"""Of each shard, by `topic/partition`, the first offset that is no history."""
 
 _AHEAD: Final = 2
 """So many batches of a shard wait to be added."""
@@ -55,16 +57,14 @@ class SeamError(BackfillError):
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be added, and where it ends.
+    """What is to be added.
 
     Attributes:
         plan: with views that are `filling`.
-        seams: of each shard, by `topic/partition`, the first offset that is no history.
         folder: for files in between.
     """
 
     plan: Plan
-    seams: Mapping[Shard, Mapping[str, int]]
     folder: Path
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -102,20 +102,12 @@ class Job:
         assert self.plan.history is not None  # noqa: S101  # for the type checker: there is one where anything is filled
         return self.plan.history
 
-    def choose(self, entity: str, contract: str, events: pa.RecordBatch) -> Chosen:
-        """The events before the seam, by batch."""
-        ids, shards = events[self.spill.keys[entity]], self.plan.shards
-        known = np.asarray(ids.is_valid())
-        both = shards_of(ids.fill_null(""), shards * self.batches)
-        partitions, offsets = np.asarray(events["_partition"]), np.asarray(events["_offset"])
-        limits = self._limits(entity, self.plan.event(contract).topic, int(partitions.max(initial=0)) + 1)
-        places = np.flatnonzero(known & (offsets < limits[both % shards, partitions]))
-        return Chosen(places, both[places] // shards, ids.take(pa.array(places)))
-
-    def _limits(self, entity: str, topic: str, partitions: int) -> Ints:
-        """int64[shards, partitions]: the seam of a topic."""
-        of = [self.seams[entity, shard] for shard in range(self.plan.shards)]
-        return np.array([[seam.get(f"{topic}/{number}", 0) for number in range(partitions)] for seam in of], np.int64)
+    def choose(self, entity: str, _: str, events: pa.RecordBatch) -> Chosen:
+        """All events of an entity, by batch."""
+        ids = events[self.spill.keys[entity]]
+        places = np.flatnonzero(np.asarray(ids.is_valid()))
+        ids = ids.take(pa.array(places))
+        return Chosen(places, shards_of(ids, self.plan.shards * self.batches) // self.plan.shards, ids)
 
 
 def bundles_of(alone: Plan) -> dict[str, Bundle]:
@@ -126,24 +118,28 @@ def bundles_of(alone: Plan) -> dict[str, Bundle]:
     return {entity: Bundle(tuple(families)) for entity, families in found.items()}
 
 
-def make_batch(job: Job, entity: str, number: int) -> dict[Shard, bytes]:
-    """A batch of each shard of an entity: see `store.filling.Batch`."""
-    bundle = job.bundles[entity]
+def make_batch(job: Job, seams: Seams, now_ms: int, entity: str, number: int) -> dict[Shard, bytes]:
+    """A batch of each shard of an entity, with rows as of `now_ms`: see `store.filling.Batch`."""
+    bundle, n_shards = job.bundles[entity], job.plan.shards
     tables = {name: table for name in bundle.events if (table := job.spill.read(entity, name, number)) is not None}
     columns = [chunk for table in tables.values() for chunk in table["_entity"].chunks]
     encoded = (
         pa.concat_arrays(columns).dictionary_encode() if columns else pa.array([], pa.string()).dictionary_encode()
     )
     numbers, ids = np.asarray(encoded.indices).astype(np.intp), encoded.dictionary
+    shards, names = shards_of(ids, n_shards), [text.encode() for text in ids.to_pylist()]
+    happened = {}
     bounds = pairwise(accumulate(map(len, tables.values()), initial=0))
-    happened = {
-        name: events_of_rows(table, numbers[begin:end], bundle.fields[name])
-        for (name, table), (begin, end) in zip(tables.items(), bounds, strict=True)
-    }
-    rows = {family.name: _rows(job, family, happened, len(ids)) for family in bundle.families}
-    shards, names = shards_of(ids, job.plan.shards), [text.encode() for text in ids.to_pylist()]
+    for (name, table), (begin, end) in zip(tables.items(), bounds, strict=True):
+        mine = numbers[begin:end]
+        limits = _limits(seams, entity, job.plan.event(name).topic, n_shards)
+        before = np.asarray(table["_offset"]) < limits[shards[mine], np.asarray(table["_partition"])]
+        if not before.all():
+            tables[name], mine = table.filter(pa.array(before)).combine_chunks(), mine[before]
+        happened[name] = events_of_rows(tables[name], mine, bundle.fields[name])
+    rows = {family.name: _rows(job, family, happened, len(ids), now_ms) for family in bundle.families}
     order = np.argsort(shards, kind="stable")
-    ends = np.searchsorted(shards[order], np.arange(job.plan.shards + 1)).tolist()
+    ends = np.searchsorted(shards[order], np.arange(n_shards + 1)).tolist()
     found = {}
     for shard, (begin, end) in enumerate(pairwise(ends)):
         mine = order[begin:end].tolist()
@@ -152,20 +148,19 @@ def make_batch(job: Job, entity: str, number: int) -> dict[Shard, bytes]:
     return found
 
 
-def _rows(job: Job, family: Family, happened: Mapping[str, Events], n: int) -> list[bytes]:
+def _limits(seams: Seams, entity: str, topic: str, n_shards: int) -> Ints:
+    """int64[shards, partitions]: where a topic's history ends."""
+    of = [seams[entity, shard] for shard in range(n_shards)]
+    partitions = 1 + max((int(name.rpartition("/")[2]) for seam in of for name in seam), default=0)
+    return np.array([[seam.get(f"{topic}/{number}", 0) for number in range(partitions)] for seam in of], np.int64)
+
+
+def _rows(job: Job, family: Family, happened: Mapping[str, Events], n: int, now_ms: int) -> list[bytes]:
     """The rows of a family as the plan has them, from all their events."""
     own = family_of(job.plan, family.name)
     assert own is not None  # noqa: S101  # for the type checker: the plan has all that it is filled with
-    columns = columns_from(job.alone, job.plan, family.name)
-    last_ms = np.full(n, -1)
-    for name in family.events:
-        if name in happened:
-            np.maximum.at(last_ms, happened[name].rows, happened[name].times_ms)
-    blobs = []
-    # As the stream would have left them: aged no further than to their last event, and some seconds less.
-    for _, state in rows_at(family, happened, np.arange(n), last_ms + 1, slack_ms=SLACK_MS):
-        blobs += encode(own, move(state, family, own, columns))
-    return blobs
+    rows = merge(family, Rows.empty(family, n), without_forgotten(family, happened), now_ms).rows
+    return encode(own, move(rows, family, own, columns_from(job.alone, job.plan, family.name)))
 
 
 def fill(
@@ -198,29 +193,33 @@ def fill(
         BackfillError: if no stream adds it.
     """
     shards = _Shards(plan, client, clock, sleep)
-    seams = shards.seams()
+    first = shards.begun()
     with tempfile.TemporaryDirectory(prefix="headrace-backfill-", dir=folder) as spill:
-        job = Job(plan, seams, Path(spill))
+        job = Job(plan, Path(spill))
         tables = tables_of(settings, plan)
         read = [(spec, tables[spec.topic]) for spec in plan.events if job.spill.fields_of(spec)]
-        _check_seams(job, read)
+        pieces = [(job, spec, table, share) for spec, table in read for share in shares_of(table)]
+        # The archive meanwhile: it takes the stream some seconds to take the plan up.
+        for done, _ in enumerate(in_threads(_split, pieces if first < job.batches else ()), 1):
+            on_progress("archive", done, len(pieces))
+        seams = shards.seams()
+        _check_seams(job, seams, read)
         with tail_of(settings, plan, [table for _, table in read]) as tail:
-            first = shards.added()
-            if first < job.batches:
-                pieces = [(job, spec, table, share) for spec, table in read for share in shares_of(table)]
-                for done, _ in enumerate(in_threads(_split, pieces), 1):
-                    on_progress("archive", done, len(pieces))
-                with Splitter(job.spill, job.choose, "tail") as splitter:
-                    for contract, events in events_of_tail(tail, job.spill.fields_of, job.since_ms):
-                        splitter.add(contract, events)
             gaps = tail.gaps
-        todo = [(job, entity, number) for number in range(first, job.batches) for entity in job.bundles]
-        for (_, _, number), batches in zip(todo, in_threads(make_batch, todo), strict=True):
+            with Splitter(job.spill, job.choose, "tail") as splitter:
+                on_progress("Kafka", 0, 1)
+                for contract, events in events_of_tail(tail, job.spill.fields_of, job.since_ms):
+                    splitter.add(contract, events)
+                on_progress("Kafka", 1, 1)
+        # The stream is further: no later query is to be earlier.
+        now_ms = max((at.recorded_ms for _, table in read for at in table.complete().values()), default=0) - SLACK_MS
+        numbers = range(first, job.batches)
+        todo = [(job, seams, now_ms, entity, number) for number in numbers for entity in job.bundles]
+        for (*_, number), batches in zip(todo, in_threads(make_batch, todo), strict=True):
             on_progress("rows", shards.wait(number - _AHEAD), job.batches)
             shards.put(number, batches)
-        while (done := shards.wait(shards.added() + 1 if first < job.batches else 0)) < job.batches:
-            on_progress("rows", done, job.batches)
-        on_progress("rows", job.batches, job.batches)
+        while (done := shards.added()) < job.batches:
+            on_progress("rows", shards.wait(done + 1), job.batches)
     taken_ms = shards.taken_ms()
     begins = {spec.name: max(job.since_ms, table.since_ms) for spec, table in read}
     lead_ms = {name: max(taken_ms - at_ms, 0) for name, at_ms in begins.items() if at_ms}
@@ -233,12 +232,12 @@ def _split(job: Job, spec: EventSpec, table: ArchiveTable, share: tuple[int, int
             splitter.add(spec.name, events)
 
 
-def _check_seams(job: Job, read: Iterable[tuple[EventSpec, ArchiveTable]]) -> None:
+def _check_seams(job: Job, seams: Seams, read: Iterable[tuple[EventSpec, ArchiveTable]]) -> None:
     """Raises SeamError where a shard had not read yet what the archive has: its seam says nothing of it."""
     for _, table in read:
         for partition in table.complete():
             name = f"{table.topic}/{partition}"
-            if any(name not in seam for seam in job.seams.values()):
+            if any(name not in seam for seam in seams.values()):
                 msg = f"the stream had not read {name} yet when it took up plan {job.plan.number}"
                 raise SeamError(msg)
 
@@ -252,6 +251,12 @@ class _Shards:
         entities = sorted({view.entities[0] for view in plan.views if view.filling})
         self._names = [(entity, shard) for entity in entities for shard in range(plan.shards)]
         self._records = self._keyspace.commit_records(entities)
+
+    def begun(self) -> int:
+        """How many batches all of them have, whether or not their writers have taken the plan up."""
+        records = read_records(self._redis, self._records)
+        mine = [each.filled for each in records if each is not None and each.plan == self._plan.number]
+        return min(each if isinstance(each, int) else 0 for each in mine) if len(mine) == len(records) else 0
 
     def seams(self) -> dict[Shard, dict[str, int]]:
         """Where the history of each ends, once its writer has taken the plan up."""
