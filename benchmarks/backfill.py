@@ -12,6 +12,7 @@ import sys
 import time
 from typing import Final, NamedTuple
 
+from benchmarks import population
 from benchmarks.harness import Benchmark, Options, Report, Series, main, say
 from benchmarks.project import Project
 from benchmarks.stream import PARTITIONS, PROCESSES, SETTINGS, Streaming, ends_of, measure_stream, restored, streaming
@@ -46,6 +47,8 @@ def run(options: Options, report: Report) -> None:
         Traffic(users, items).fill(kafka.bootstrap_servers, events, now_ms - DAYS * DAY_MS, now_ms)
         report.note(f"in Kafka and archived: {events:,} events of {DAYS} days, {PARTITIONS} partitions a topic")
         archive(project, events)
+        there = population.fill(project.client, project.plan, users, items)
+        report.note(f"in Redis before each run: {there.describe()}")
         project.client.save()
         rounds = []
         for number in range(options.rounds):
