@@ -27,6 +27,7 @@ NAMES: Final = (
     "growth",
     "start",
     "train",
+    "backfill",
 )
 FOLDER: Final = Path(__file__).resolve().parent
 PAGE: Final = FOLDER / "README.md"

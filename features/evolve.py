@@ -71,7 +71,8 @@ def succeed(applied: Plan | None, declared: Plan, taken_ms: Mapping[int, int] | 
         sources = _sources(before, view)
         successors.append(_with_origins(view, sources, str(number)))
         known.update(_Lacks(applied, before, number, dict(taken_ms or {}), now_ms).of_view(view, sources))
-    return msgspec.structs.replace(declared, number=number, views=tuple(successors), known=known)
+    generation = applied.generation
+    return msgspec.structs.replace(declared, number=number, generation=generation, views=tuple(successors), known=known)
 
 
 def as_declared(plan: Plan) -> Plan:
@@ -87,7 +88,7 @@ def as_declared(plan: Plan) -> Plan:
         )
         for view in plan.views
     ]
-    return msgspec.structs.replace(plan, number=0, views=tuple(views), known={}, history=None)
+    return msgspec.structs.replace(plan, number=0, views=tuple(views), known={}, history=None, generation=0)
 
 
 def backfilling(applied: Plan, full_names: Collection[str], history: History) -> Plan:
@@ -127,11 +128,32 @@ def backfilled(plan: Plan, lead_ms: Mapping[str, int]) -> Plan:
         features = tuple(filled.get(spec.name, spec) for spec in view.features)
         views.append(msgspec.structs.replace(view, features=features, filling=()))
         for feature in features_of(views[-1]):
-            if isinstance(spec := filled.get(feature.spec.name), Aggregation):
+            if feature.spec.name in filled:
                 known.pop(feature.full_name, None)
-                if leads := [lead_ms[each.event] for each in spec.measures if each.event in lead_ms]:
-                    known[feature.full_name] = (Known(plan.number, min(leads)),)
+                known |= _known(feature, plan.number, lead_ms)
     return msgspec.structs.replace(plan, number=plan.number + 1, views=tuple(views), known=known, history=None)
+
+
+def rebuilt(declared: Plan, number: int, generation: int, lead_ms: Mapping[str, int]) -> Plan:
+    """A plan whose rows were all made anew.
+
+    Args:
+        declared: the plan of what is declared, never applied.
+        number: how many plans were applied before.
+        generation: of the rows.
+        lead_ms: as of `backfilled`, before streams take up this plan.
+    """
+    known: dict[str, tuple[Known, ...]] = {}
+    for feature in declared.features.values():
+        known |= _known(feature, number, lead_ms)
+    return msgspec.structs.replace(declared, number=number, generation=generation, known=known)
+
+
+def _known(feature: Feature, number: int, lead_ms: Mapping[str, int]) -> dict[str, tuple[Known, ...]]:
+    """What a feature of contracts of which not all events are known says of itself."""
+    measures = feature.spec.measures if isinstance(feature.spec, Aggregation) else ()
+    leads = [lead_ms[each.event] for each in measures if each.event in lead_ms]
+    return {feature.full_name: (Known(number, min(leads)),)} if leads else {}
 
 
 def filling_alone(plan: Plan) -> Plan:

@@ -148,7 +148,7 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
     `number` says how many were applied before it. `known` is of the features that
     lacked something when it was applied, by full name: each knows its events since the latest of these. Both, and the
     aggregations' `origin`, come from the plan before: see `features.evolve.succeed`. `history` is that of a plan with
-    views that are `filling`.
+    views that are `filling`. `generation` tells its rows from those before a rebuild.
     """
 
     project: str
@@ -160,6 +160,7 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
     number: int = 0
     known: dict[str, tuple[Known, ...]] = {}
     history: History | None = None
+    generation: int = 0
     version: int = VERSION
 
     @cached_property

@@ -20,10 +20,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from config.settings import Settings
     from features.changes import Change
+    from registry.backfill import Backfilled
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -270,13 +271,8 @@ def backfill(
 
     The stream adds it: it runs, and so do servers. Stopped at any point, it goes on when it is run again.
     """
-    from confluent_kafka import KafkaException
-
-    from config.brokers import unreachable
-    from features.changes import when
     from registry.backfill import backfill as run
     from store.plans import load_plan
-    from training.progress import shown
 
     settings = _settings()
     known = load_plan(settings).features.values()
@@ -287,18 +283,62 @@ def backfill(
     if unknown := sorted({*(view or ())} - views) or sorted(wanted - names):
         message = f"{unknown[0]}: nothing applied has this name; run `headrace apply` first"
         raise typer.BadParameter(message)
+    asked = wanted if view or feature else None
+    _fill(
+        "backfill",
+        lambda client, on_progress: run(settings, client, asked, since_ms=_ms(since) or 0, on_progress=on_progress),
+    )
+
+
+@app.command()
+def rebuild(
+    entity: Annotated[str | None, typer.Option(help="Only the features of user, item, …; by default all")] = None,
+    since: Annotated[datetime | None, typer.Option(help="No event before counts (UTC); to read less")] = None,
+) -> None:
+    """Make rows anew from the archive and Kafka: after Redis lost them, or for another HEADRACE_SHARDS.
+
+    What is served is what was, until the new rows are there.
+    """
+    from registry.backfill import backfill
+    from registry.backfill import rebuild as run
+    from store.plans import load_plan
+
+    settings, since_ms = _settings(), _ms(since) or 0
+    if entity is None:
+        _fill("rebuild", lambda client, on_progress: run(settings, client, since_ms=since_ms, on_progress=on_progress))
+        return
+    names = [each.full_name for each in load_plan(settings).features.values() if each.entities == (entity,)]
+    if not names:
+        message = f"no feature is of {entity!r} alone"
+        raise typer.BadParameter(message)
+    _fill(
+        "rebuild",
+        lambda client, on_progress: backfill(
+            settings, client, names, since_ms=since_ms, may_lose=True, on_progress=on_progress
+        ),
+    )
+
+
+def _fill(name: str, run: Callable[[Any, Any], Backfilled]) -> None:
+    """Does it, and says what came of it."""
+    from confluent_kafka import KafkaException
+
+    from config.brokers import unreachable
+    from features.changes import when
+    from training.progress import shown
+
+    settings = _settings()
     with shown() as on_progress:
-        asked = wanted if view or feature else None
         try:
-            done = run(settings, _redis(settings), asked, since_ms=_ms(since) or 0, on_progress=on_progress)
+            done = run(_redis(settings), on_progress)
         except KafkaException as error:
             raise RuntimeError(unreachable(settings, error)) from None
     if done.features:
-        _audit("backfill", plan=done.plan.fingerprint, features=list(done.features))
-    for name in done.features:
-        at_ms = done.incomplete.get(name, 0)
+        _audit(name, plan=done.plan.fingerprint, features=list(done.features))
+    for each in done.features:
+        at_ms = done.incomplete.get(each, 0)
         lacks = "what the archive and Kafka no longer have" if at_ms is None else f"some until {when(at_ms)}"
-        out.print(f"{name}: {'complete' if at_ms == 0 else f'lacks {lacks}'}", highlight=False)
+        out.print(f"{each}: {'complete' if at_ms == 0 else f'lacks {lacks}'}", highlight=False)
     out.print(f"plan {done.plan.fingerprint} runs" + ("" if done.features else ": no feature lacks anything"))
 
 

@@ -1,4 +1,4 @@
-"""`backfill`: two plans, with history added in between."""
+"""`backfill`: two plans, with history added in between; and `rebuild`: one, whose rows were all made before."""
 
 from __future__ import annotations
 
@@ -7,22 +7,30 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import structlog
 
-from config.settings import Settings
+from config.settings import Settings, project_of
 from features.aggregations import Aggregation
 from features.changes import when
-from features.evolve import backfilled, backfilling, complete_from_ms, span_ms
+from features.definitions import compile_definitions
+from features.evolve import as_declared, backfilled, backfilling, complete_from_ms, rebuilt, span_ms
 from features.plan import History, Plan, arguments, features_of
-from registry.apply import put
+from registry.apply import create_topics, put
 from store.archive import tables_of
 from store.commit import read_records, taken_by_all
 from store.keys import Keyspace
-from store.plans import load_plan
-from training.backfill import BackfillError, SeamError, count_batches, fill
+from store.plans import ApplyError, applied_plan, load_plan, next_generation
+from training.backfill import BackfillError, SeamError, fill
+from training.history import count_batches
+from training.rebuild import discard_others, follow, writers_of
+from training.rebuild import rebuild as make_all
 from training.run import Progress
 
 _ATTEMPTS = 3
+_TAKEN_UP_S = 60.0
+_GRACE_S = 10.0
+"""Servers take up a plan sooner than this."""
 
 log = structlog.get_logger()
 
@@ -49,6 +57,7 @@ def backfill(
     full_names: Collection[str] | None = None,
     *,
     since_ms: int = 0,
+    may_lose: bool = False,
     on_progress: Progress = lambda _step, _done, _of: None,
     clock: Callable[[], float] = time.time,
 ) -> Backfilled:
@@ -61,6 +70,7 @@ def backfill(
         client: Redis.
         full_names: of features; by default all that lack something now.
         since_ms: no event before counts.
+        may_lose: whether features may lose what is from before the archive and Kafka begin.
         on_progress: is told how far it is.
         clock: seconds since the epoch.
 
@@ -70,12 +80,12 @@ def backfill(
     """
     plan = load_plan(settings, client)
     if plan.history is None:
-        now_ms, complete_ms = int(clock() * 1000), _complete_ms(client, plan)
-        lacking = {name for name, at_ms in complete_ms.items() if at_ms is None or at_ms > now_ms}
+        now_ms, lacking = int(clock() * 1000), set(_lacking(client, plan, plan.features, clock))
         names = _stateful(plan, lacking if full_names is None else full_names)
         if not names:
             return Backfilled(plan, (), {})
-        _must_lose_nothing(settings, plan, names, lacking, since_ms, now_ms)
+        if not may_lose:
+            _must_lose_nothing(settings, plan, names, lacking, since_ms, now_ms)
         history = History(count_batches(settings, plan, _contracts(plan, names)), since_ms)
         plan = backfilling(plan, names, history)
         put(settings, client, plan, now_ms)
@@ -92,9 +102,70 @@ def backfill(
             put(settings, client, plan, int(clock() * 1000))
     whole, names = backfilled(plan, lead_ms), _filling(plan)
     put(settings, client, whole, int(clock() * 1000))
-    now_ms, complete_ms = int(clock() * 1000), _complete_ms(client, whole)
-    lacking_still = {name: at_ms for name, at_ms in complete_ms.items() if at_ms is None or at_ms > now_ms}
-    return Backfilled(whole, tuple(names), {name: at_ms for name, at_ms in lacking_still.items() if name in names})
+    return Backfilled(whole, tuple(names), _lacking(client, whole, names, clock))
+
+
+def rebuild(
+    settings: Settings,
+    client: Any,
+    *,
+    since_ms: int = 0,
+    on_progress: Progress = lambda _step, _done, _of: None,
+    clock: Callable[[], float] = time.time,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Backfilled:
+    """Makes all rows anew, from the archive and Kafka: after a loss, or for another number of shards.
+
+    Until they are there, streams and servers go on with those there are, if there are any. Stopped before, it has
+    changed nothing.
+
+    Args:
+        settings: the settings; `shards` may be another number than before.
+        client: Redis.
+        since_ms: no event before counts.
+        on_progress: is told how far it is.
+        clock: seconds since the epoch.
+        sleep: waits so many.
+
+    Raises:
+        ApplyError: if what is declared is not what is applied, or something else was applied meanwhile.
+    """
+    project = project_of(settings.repo)
+    declared, before = (
+        compile_definitions(settings.definitions, project, settings.shards),
+        applied_plan(client, project),
+    )
+    number = before.number + 1 if before else 0
+    if before and msgspec.structs.replace(as_declared(before), shards=declared.shards) != declared:
+        msg = "what is declared is not what is applied: run `headrace apply` first, or with the definitions that are"
+        raise ApplyError(msg)
+    generation = next_generation(client, project)
+    plan = rebuilt(declared, number, generation, {})
+    create_topics(settings, plan)
+    every = {name for name, feature in plan.features.items() if isinstance(feature.spec, Aggregation)}
+    history = History(count_batches(settings, plan, _contracts(plan, every)), since_ms)
+    lead_ms = make_all(settings, plan, history, client, on_progress=on_progress, clock=clock)
+    plan = rebuilt(declared, number, generation, lead_ms)
+    follow(settings, plan, client, clock)
+    writers = writers_of(client, plan)
+    put(settings, client, plan, int(clock() * 1000))
+    until_s = clock() + _TAKEN_UP_S
+    while writers & writers_of(client, plan) and clock() < until_s:
+        on_progress("streams", 0, 1)
+        sleep(0.1)
+    if clock() < until_s:
+        on_progress("streams", 1, 1)
+        sleep(_GRACE_S if before else 0)
+        discard_others(client, plan)
+    else:
+        log.warning("rows_are_kept", reason="no stream has taken the new ones up; those before expire by themselves")
+    return Backfilled(plan, tuple(sorted(every)), _lacking(client, plan, every, clock))
+
+
+def _lacking(client: Any, plan: Plan, names: Collection[str], clock: Callable[[], float]) -> dict[str, int | None]:
+    now_ms, complete_ms = int(clock() * 1000), _complete_ms(client, plan)
+    lacking = {name: at_ms for name, at_ms in complete_ms.items() if at_ms is None or at_ms > now_ms}
+    return {name: at_ms for name, at_ms in lacking.items() if name in names}
 
 
 def _complete_ms(client: Any, plan: Plan) -> dict[str, int | None]:

@@ -5,6 +5,7 @@
     {headrace:user:7}:user_activity:u42   the row of user u42 in the family user_activity
     {headrace:user:7}:seam:3              where the history ends that plan 3 is filled with, and
     {headrace:user:7}:filling:3:0         a batch of it
+    {headrace~2:user:7}:commit            the commit record of shard 7 of the users, after a second rebuild
 
 All keys of a shard share the hash tag in braces, so that one commit stays on one node of a Redis Cluster. The tag is
 the key's first pair of braces and an id stands last: so no id, whatever it holds, can reach into another
@@ -70,29 +71,44 @@ def plans_key(project: str) -> bytes:
     return f"{{{project}}}:plans".encode()
 
 
+def generation_key(project: str) -> bytes:
+    """The key of how many generations of a project's rows were begun after the first."""
+    return f"{{{project}}}:generation".encode()
+
+
 @dataclass(frozen=True)
 class Keyspace:
-    """The keys of one project."""
+    """The keys of one project, and one generation of its rows: see `features.plan.Plan`."""
 
     project: str
     shards: int
+    generation: int = 0
 
     @classmethod
     def of(cls, plan: Plan) -> Keyspace:
         """Those of an applied plan."""
-        return cls(plan.project, plan.shards)
+        return cls(plan.project, plan.shards, plan.generation)
+
+    @property
+    def prefix(self) -> str:
+        """What all of its keys begin with, and no other generation's: not with a name's first letters alone."""
+        return f"{{{self.project}{f'~{self.generation}' if self.generation else ''}:"
+
+    def tag(self, entity: str, shard: int) -> str:
+        """What all keys of a shard begin with."""
+        return f"{self.prefix}{entity}:{shard}}}:"
 
     def commit_record(self, entity: str, shard: int) -> bytes:
         """The key of a shard's commit record."""
-        return f"{{{self.project}:{entity}:{shard}}}:commit".encode()
+        return f"{self.tag(entity, shard)}commit".encode()
 
     def seam(self, entity: str, shard: int, plan: int) -> bytes:
         """The key that says where the history of a shard ends, for a plan that is filled: see `store.filling`."""
-        return f"{{{self.project}:{entity}:{shard}}}:seam:{plan}".encode()
+        return f"{self.tag(entity, shard)}seam:{plan}".encode()
 
     def filling(self, entity: str, shard: int, plan: int, number: int) -> bytes:
         """The key of a batch of a shard's history."""
-        return f"{{{self.project}:{entity}:{shard}}}:filling:{plan}:{number}".encode()
+        return f"{self.tag(entity, shard)}filling:{plan}:{number}".encode()
 
     def commit_records(self, entities: Iterable[str]) -> list[bytes]:
         """The keys of the commit records of all shards of each kind of entity."""
@@ -119,7 +135,7 @@ class Keyspace:
 
 @lru_cache(maxsize=1024)
 def _prefixes(keyspace: Keyspace, entity: str, family: str) -> tuple[bytes, ...]:
-    return tuple(f"{{{keyspace.project}:{entity}:{shard}}}:{family}:".encode() for shard in range(keyspace.shards))
+    return tuple(f"{keyspace.tag(entity, shard)}{family}:".encode() for shard in range(keyspace.shards))
 
 
 @lru_cache(maxsize=1024)

@@ -25,7 +25,7 @@ from features.evolve import succeed
 from features.plan import Plan
 from store.commit import read_records, taken_by_all
 from store.connect import connect
-from store.keys import Keyspace, plans_key
+from store.keys import Keyspace, generation_key, plans_key
 from store.layouts import Layouts
 
 _APPEND_LUA: Final = """
@@ -75,6 +75,11 @@ def append_plan(client: redis.Redis, plan: Plan, now_ms: int) -> None:
     if not _execute(client, "EVAL", _APPEND_LUA, 1, plans_key(plan.project), plan.number, encoded):
         msg = "another plan was applied meanwhile: see `headrace history`, then run `headrace apply` again"
         raise ApplyError(msg)
+
+
+def next_generation(client: redis.Redis, project: str) -> int:
+    """The number of a generation of rows that nobody writes to: see `features.plan.Plan.generation`."""
+    return int(_execute(client, "INCR", generation_key(project)))
 
 
 def applied_plans(client: redis.Redis, project: str) -> list[Applied]:
@@ -149,7 +154,7 @@ def plan_changes(
     if before is not None and before.shards != declared.shards:
         msg = (
             f"HEADRACE_SHARDS={declared.shards}, but this project was applied with {before.shards} and its rows are "
-            f"kept so; set it to {before.shards}, or start a new project"
+            f"kept so; set it to {before.shards}, or have all made anew with so many: `headrace rebuild`"
         )
         raise ApplyError(msg)
     now_ms = int(clock() * 1000)

@@ -12,7 +12,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from config.brokers import PASSING
 from config.settings import Settings
 from features.plan import Plan
-from store.commit import CommitRecord
+from store.commit import CommitRecord, Position
 from streams.archive import ArchivePart, part_of
 from streams.chunk import Chunk, Partition
 from streams.decode import Decoder
@@ -31,6 +31,9 @@ class Tail:
     Attributes:
         n_records: about how many records it will read.
         gaps: topics of which records before those it reads are nowhere any more.
+        ends: the offset after the last record that it reads, of partitions that have any to read.
+        record: what the archive and all that was read include.
+        recorded_ms: when the broker had the last that was read.
 
     Raises:
         KafkaException: if the broker can't be reached.
@@ -48,14 +51,15 @@ class Tail:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._clock = settings, clock
-        for topic, topic_id in TopicIds(settings, topics).known.items():
+        known = TopicIds(settings, topics).known
+        for topic, topic_id in known.items():
             if other := record.of_other_topic(topic, topic_id):
                 raise TopicChangedError(topic, other, topic_id)
         self._decoder = Decoder(plan, 1, settings.dedupe_s * 1000)
         self._at: dict[Partition, int] = {}
         self._fresh: dict[Partition, int] = {}
         self._until: dict[Partition, int] = {}
-        self.n_records, self.gaps = 0, set[str]()
+        self.n_records, self.recorded_ms, self.gaps, self.record = 0, 0, set[str](), record.advanced("", {}, known)
         self._consumer = consumer_of(settings, **{"enable.partition.eof": True})
         try:
             for each in partitions_of(settings, topics):
@@ -69,6 +73,7 @@ class Tail:
                 if start.fresh < high:
                     self._at[each], self._fresh[each], self._until[each] = start.at, start.fresh, high
                     self.n_records += high - start.at
+            self.ends = self._until.copy()
         except BaseException:
             self._consumer.close()
             raise
@@ -88,7 +93,10 @@ class Tail:
                 if messages:
                     start_at, self._at[each] = self._at[each], messages[-1].offset() + 1
                     chunk = Chunk(each, start_at, self._at[each], self._fresh[each], *columns_of(messages))
-                    yield part_of(self._decoder.check_all([chunk])[0])
+                    part = part_of(self._decoder.check_all([chunk])[0])
+                    self.recorded_ms = max(self.recorded_ms, part.record_ms_max)
+                    self.record = self.record.advanced("", {str(each): Position(part.end, part.horizon)})
+                    yield part
                 # Where records keep coming, there never is an end.
                 if ended or self._at[each] >= self._until[each]:
                     del self._at[each]

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import fakeredis
+import msgspec
 import pytest
 import redis
 from hypothesis import given, settings
@@ -42,6 +43,7 @@ from store.commit import (
     taken_by_all,
 )
 from store.connect import connect
+from store.filling import decode_seam
 from store.keys import Keyspace, expire_at_ms, shard_of
 from tests.properties import scenarios  # noqa: F401  # its profile prints what repeats a failure
 from tests.support import aof
@@ -247,6 +249,28 @@ def test_an_idle_shard_commits_its_offsets_alone(client: Any) -> None:
     writer.commit([ShardCommit(key_of(2), before, next_of(before, writer, 9))])
     assert read_record(client, key_of(2)) == next_of(before, writer, 9)
     writer.commit([])
+
+
+def test_the_claim_of_a_plan_that_is_filled_says_where_its_history_ends(client: Any) -> None:
+    """The first claim alone; and that it is not known, once an older plan's writer has had the shard in between.
+
+    A seam that moved with a later claim would have events before it in the rows already: they would count twice.
+    """
+    key = SPACE.seam("user", 0, 1)
+    writer = a_writer(client)
+    record = writer.claim("user", 0, 0)
+    writer.commit([ShardCommit(key_of(0), record, next_of(record, writer, 5))])
+    assert client.get(key) is None
+    filled = a_writer(client)
+    record = filled.claim("user", 0, 1, fills=True)
+    assert (decode_seam(client.get(key)), record.filled) == ({"clicks/0": 5}, 0)
+    later = msgspec.structs.replace(next_of(record, filled, 9), filled=3)
+    filled.commit([ShardCommit(key_of(0), record, later)])
+    assert a_writer(client).claim("user", 0, 1, fills=True).filled == 3
+    assert decode_seam(client.get(key)) == {"clicks/0": 5}
+    assert a_writer(client).claim("user", 0, 0).filled is msgspec.UNSET
+    a_writer(client).claim("user", 0, 1, fills=True)
+    assert decode_seam(client.get(key)) is None
 
 
 # --- who may write

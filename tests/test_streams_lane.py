@@ -20,11 +20,13 @@ from config.settings import Settings
 from features import agg
 from features.compile import compile_plan
 from features.events import Event
-from features.kernel import SLACK_MS, merge
+from features.evolve import backfilled, backfilling, columns_from, filling_alone, move
+from features.kernel import SLACK_MS, Events, Rows, merge
 from features.language import Entity, view
 from features.layout import families_of
-from features.plan import Plan
+from features.plan import History, Plan
 from headrace.embedded import EmbeddedRedis
+from store.codec import encode
 from store.commit import (
     CommitRecord,
     FencedError,
@@ -36,7 +38,9 @@ from store.commit import (
     read_record,
 )
 from store.connect import connect
+from store.filling import Batch
 from store.keys import Keyspace, shard_of
+from store.layouts import Layouts
 from store.reader import Reader
 from streams import kafka
 from streams import lane as lane_module
@@ -717,6 +721,57 @@ def test_what_is_forgotten_does_not_depend_on_what_a_worker_remembers(
     assert ever() == 1
     lane.write(parts_of(2, ["u1"], at_ms=clock.now_ms - 1_000, plan=FORGETFUL))
     assert ever() == 2
+
+
+def test_a_lane_adds_history_once_and_says_how_much(client: redis.Redis) -> None:
+    """Batch by batch, each in a commit with its number; what Redis would have forgotten by now stays forgotten.
+
+    A batch that is added in another commit than its number is added again after a crash between them.
+    """
+    initialise(client, Keyspace("forgetful", SHARDS), ["user"])
+    plan = backfilling(FORGETFUL, list(FORGETFUL.features), History(2))
+    (family,) = families_of(plan, plan.views[0])
+    alone = filling_alone(plan)
+    keyspace, clock = Keyspace.of(plan), Clock(NOW_MS)
+    lane = Lane(plan, 0, 1, client, clock)
+    shard = shard_of(b"u1", SHARDS)
+
+    def put(number: int, age_ms: int, n: int) -> None:
+        before = families_of(alone, alone.views[0])[0]
+        events = {"Click": Events(np.zeros(n, np.intp), np.full(n, NOW_MS - age_ms), {})}
+        rows = merge(before, Rows.empty(before, 1), events, 0).rows
+        blobs = encode(family, move(rows, before, family, columns_from(alone, plan, family.name)))
+        data = Batch([b"u1"], {family.name: blobs}).encode()
+        client.set(keyspace.filling("user", shard, plan.number, number), data)
+
+    def filled() -> Any:
+        whole = backfilled(plan, {})
+        layouts = Layouts(whole, lambda first, last: [plan][first - 1 : last])
+        name = next(iter(whole.features))
+        reader = Reader(whole, [name], layouts)
+        return reader.read(client.mget, {"user_id": ["u1"]}, NOW_MS + 60_000, full=True).to_dict()[name][0]
+
+    def added() -> Any:
+        return read_record(client, keyspace.commit_record("user", shard)).filled
+
+    lane.write([])
+    assert (filled(), added()) == (0, 0)
+    put(1, 60_000, 3)
+    lane.write([])
+    assert (filled(), added()) == (0, 0)  # The first is waited for.
+    put(0, 60_000, 2)
+    clock.now_ms += 1_000
+    lane.write(parts_of(0, ["u1"], plan=plan))
+    assert (filled(), added()) == (3, 1)
+    clock.now_ms += 1_000
+    lane.write([])
+    assert (filled(), added()) == (6, 2)
+    put(0, 60_000, 2)
+    put(2, 200 * TWO_DAYS_MS, 5)
+    clock.now_ms += 1_000
+    lane.write([])
+    assert (filled(), added()) == (6, 3)
+    assert not client.exists(keyspace.filling("user", shard, plan.number, 2))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from tests.support.stack import Stack, children_of, wait_for
 pytestmark = pytest.mark.kafka
 
 LONG = bool(os.environ.get("HEADRACE_TEST_LONG"))
-KILLS = 8 if LONG else 3
+KILLS = 6 if LONG else 1
 """For each change."""
 DAY_MS = 86_400_000
 BATCH_EVENTS = 150
@@ -146,18 +146,18 @@ class Shop:
         with self._pouring:
             self.stack.wait_until_committed()
 
-    def backfill(self, name: str, *options: str) -> Any:
-        """Starts it, with small batches."""
-        script = f"from training import backfill as job; job.PARTITION_EVENTS = {BATCH_EVENTS}; "
+    def job(self, name: str, command: str, *options: str) -> Any:
+        """Starts one, with small batches."""
+        script = f"from training import history; history.PARTITION_EVENTS = {BATCH_EVENTS}; "
         return self.stack.start(
-            name, "-c", script + "from headrace.cli import main; main()", "backfill", *options, bare=False
+            name, "-c", script + "from headrace.cli import main; main()", command, *options, bare=False
         )
 
     def fill(self, stream: Any, *options: str) -> Any:
         """Has history added while it, workers and the supervisor are killed; returns the stream that runs."""
         killed: Counter[str] = Counter()
         for number in range(KILLS):
-            process = self.backfill(f"backfill-{number}", *options)
+            process = self.job(f"backfill-{number}", "backfill", *options)
             moment = self.rng.randrange(12)
             wait_for("it is time", partial(self.has_come, moment, process))
             time.sleep(self.rng.random() * 0.2)
@@ -176,11 +176,36 @@ class Shop:
             process.kill()
             process.wait()
         print("killed:", dict(killed))
-        last = self.backfill("backfill-last", *options)
-        wait_for("history is added", lambda: last.poll() is not None)
-        print(self.stack.log("backfill-last"))
-        assert last.returncode == 0
+        self.finish("backfill", *options)
         return stream
+
+    def finish(self, command: str, *options: str) -> None:
+        """Has it come to its end."""
+        name = f"{command}-{self.rng.randrange(1 << 32)}"
+        last = self.job(name, command, *options)
+        wait_for(f"{command} is done", lambda: last.poll() is not None)
+        print(self.stack.log(name))
+        assert last.returncode == 0
+
+    def rebuild(self, shards: int) -> None:
+        """Has all rows made anew."""
+        self.stack.settings.shards = shards
+        for number in range(KILLS // 2):
+            process = self.job(f"killed-{number}", "rebuild")
+            time.sleep(self.rng.uniform(1, 8))
+            process.kill()
+            process.wait()
+        self.finish("rebuild")
+        plan = applied_plan(self.stack.client, "headrace")
+        assert plan is not None
+        self.stack.keyspace = Keyspace.of(plan)
+        assert (plan.shards, plan.generation > 0) == (shards, True)
+        others = [
+            key
+            for key in self.stack.client.scan_iter(match="{headrace[:~]*")
+            if not key.startswith(self.stack.keyspace.prefix.encode())
+        ]
+        assert others == []
 
     def has_come(self, batches: int, process: Any) -> bool:
         """Whether the plan is filled, and some shard has so many batches; or there are no more."""
@@ -252,11 +277,18 @@ def test_what_is_new_has_its_history(tmp_path: Path, monkeypatch: pytest.MonkeyP
             )
             stack.stop("archiver")  # What follows is in Kafka alone.
             shop.declare(replaced, "--replace", "user_acts.spent")
-            shop.fill(stream)
+            stream = shop.fill(stream)
             print("replaced features:", shop.check(), "values, 0 differ")
+            shop.rebuild(shards=12)
+            print("another number of shards:", shop.check(), "values, 0 differ")
+            shop.flowing(False)
+            served = set(shop.answers)
+            stack.client.flushall()
+            shop.rebuild(shards=8)
+            print("after a loss, and with other shards again:", shop.check(), "values, 0 differ")
         finally:
             shop.end()
             for thread in threads:
                 thread.join()
         print("answers:", dict(shop.answers))
-        assert set(shop.answers) == {200}
+        assert served == {200}
