@@ -6,7 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import yaml  # type: ignore[import-untyped]  # its stubs are not among our dependencies
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -105,6 +105,13 @@ class Settings(BaseSettings):
         description="Requests in work at once in each server process, beyond which it refuses (503) once there are "
         "more than it can carry; at least the requests a second times the seconds of a round trip to Redis",
     )
+    sample: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        {}, description='How much of what is served is kept for `headrace compare`, by service: {"ranking_v1": 0.001}'
+    )
+    sample_folder: Path = Field(
+        Path("data/served"), description="Where it is kept (from the folder of feature_store.yaml)"
+    )
+    sample_days: int = Field(7, ge=1, description="For how many days")
     api_keys_file: Path | None = Field(
         None, description="File of API keys that callers must have, made by `headrace keys`; without it all may read"
     )
@@ -154,12 +161,16 @@ class Settings(BaseSettings):
     def environment(self) -> dict[str, str]:
         """The settings as variables, for a child process."""
         plain: dict[str, Any] = self.model_dump(mode="json") | {"redis_url": self.redis_url.get_secret_value()}
-        plain |= {name: json.dumps(getattr(self, name)) for name in ("kafka_options", "archive_options")}
+        plain |= {name: json.dumps(getattr(self, name)) for name in ("kafka_options", "archive_options", "sample")}
         return {f"HEADRACE_{name.upper()}": str(value) for name, value in plain.items() if value is not None}
 
     def archive_url(self) -> str:
         """The archive's folder, or its URL."""
         return self.archive if "://" in self.archive else str(self.repo.resolve() / self.archive)
+
+    def sample_path(self) -> Path:
+        """The folder of what is kept of what was served."""
+        return self.repo.resolve() / self.sample_folder
 
     def librdkafka(self, **options: Any) -> dict[str, Any]:
         """Options of a confluent_kafka client."""

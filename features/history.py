@@ -31,8 +31,11 @@ def rows_at(
     rows: Index,
     times_ms: Ints,
     words_max: int = WORDS_MAX,
+    arrived_ms: Mapping[str, Ints] | None = None,
 ) -> Iterator[tuple[slice, Rows]]:
     """The rows of entities at some times, each from its events strictly before.
+
+    Or from those that had arrived by then, in the order in which they did: as the stream made the row, late events too.
 
     A row whose entity was idle for the family's retention is forgotten, as Redis forgets it.
 
@@ -42,6 +45,7 @@ def rows_at(
         rows: intp[n], of which entity; ascending.
         times_ms: int64[n], as of when; ascending for each entity.
         words_max: about how many numbers of rows to give at once.
+        arrived_ms: by contract, int64[events], when each event arrived; by default at its own time.
 
     Yields:
         Consecutive slices of the n, and their rows.
@@ -51,11 +55,13 @@ def rows_at(
     fields = [key for key in bundle.text_fields if key[0] in events]
     texts, codes = unify([events[name].fields[field] for name, field in fields])
     batch = Batch(bundle, events, dict(zip(fields, codes, strict=True)))
-    order = np.lexsort((batch.times_ms, batch.rows))
+    arrived = [(arrived_ms or {}).get(name, each.times_ms) for name, each in events.items()]
+    arrives_ms = np.concatenate([_NONE, *arrived])
+    order = np.lexsort((arrives_ms, batch.rows))
     measured = [np.ascontiguousarray(each[:, order]) for each in (batch.takes, batch.values, batch.buckets)]
     has_bucket = np.ascontiguousarray(batch.has_bucket[:, order])
     of_rows = np.append(np.arange(len(texts)), -1), *bundle.merging, family.retention_ms
-    happened = batch.rows[order], batch.times_ms[order], *measured, has_bucket
+    happened = batch.rows[order], arrives_ms[order], batch.times_ms[order], *measured, has_bucket
     state: Any = _NONE, np.zeros(len(bundle.tables), np.int64), -1, 0
     done = 0
     while done < len(rows):
@@ -100,6 +106,7 @@ def _advance(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
     is_text: NDArray[np.bool_],
     retention_ms: int,
     rows: Ints,
+    arrives_ms: Ints,
     times_ms: Ints,
     takes: NDArray[np.bool_],
     values: Ints,
@@ -128,7 +135,8 @@ def _advance(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
         is_text: bool[lines].
         retention_ms: a row without events for so long is gone.
         rows: int64[events], the entity of each; ascending.
-        times_ms: int64[events], ascending for each entity.
+        arrives_ms: int64[events], ascending for each entity.
+        times_ms: int64[events].
         takes: bool[measures, events], as `merge_tables` takes it, like the next three.
         values: int64[measures, events].
         buckets: int64[fields, events].
@@ -159,11 +167,11 @@ def _advance(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
             while event < len(rows) and rows[event] < row:
                 event += 1
         begin = event
-        while event < len(rows) and rows[event] == row and times_ms[event] < now_ms:
+        while event < len(rows) and rows[event] == row and arrives_ms[event] < now_ms:
             if latest_ms >= 0 and times_ms[event] >= latest_ms + retention_ms:
                 pool, begin = pool[:0], event
                 sizes = np.zeros(len(shapes), np.int64)
-            latest_ms = times_ms[event]
+            latest_ms = max(latest_ms, times_ms[event])
             event += 1
         if event > begin:
             pool, sizes, _ = merge_tables(

@@ -343,6 +343,74 @@ def _fill(name: str, run: Callable[[Any, Any], Backfilled]) -> None:
 
 
 @app.command()
+def compare(
+    since: Annotated[str, typer.Option(help="What was served within so long before now, such as 1h")] = "1h",
+    service: Annotated[list[str] | None, typer.Option(help="Only what was asked for this service; repeat it")] = None,
+    settle: Annotated[
+        str, typer.Option(help="Rows with an event so shortly before or after the answer are left out")
+    ] = "2s",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs")] = False,
+) -> None:
+    """Compute again what was served (a sample: HEADRACE_SAMPLE), from the archive and Kafka, and say what differs.
+
+    Ends with status 1 if anything does.
+    """
+    import msgspec
+    from confluent_kafka import KafkaException
+
+    from config.brokers import unreachable
+    from config.settings import project_of
+    from features.changes import when
+    from features.times import duration_ms
+    from store.plans import applied_plan
+    from training.compare import compare as run
+    from training.progress import shown
+
+    settings = _settings()
+    client, project = _redis(settings), project_of(settings.repo)
+    since_ms = time.time_ns() // 1_000_000 - duration_ms(since)
+    with shown() as on_progress:
+        given: dict[str, Any] = {"services": service or (), "settle_ms": duration_ms(settle)}
+        try:
+            found = run(
+                settings,
+                lambda number: applied_plan(client, project, number),
+                since_ms,
+                **given,
+                on_progress=on_progress,
+            )
+        except KafkaException as error:
+            raise RuntimeError(unreachable(settings, error)) from None
+    if as_json:
+        out.print_json(msgspec.json.encode(found).decode())
+        raise typer.Exit(1 if found.mismatches else 0)
+    table = Table("service", Column("feature", no_wrap=True))
+    for name in ("rows", "mismatches", "null differs", "largest", "mean"):
+        table.add_column(name, justify="right")
+    for each in found.features:
+        numbers = (f"{each.rows:,}", f"{each.mismatches:,}", f"{each.null_differences:,}")
+        table.add_row(each.service, each.feature, *numbers, f"{each.largest:.2g}", f"{each.mean:.2g}")
+    out.print(table)
+    for each in found.features:
+        for example in each.examples:
+            whose = ", ".join(f"{key} {value}" for key, value in example.ids.items())
+            values = f"{example.served!r} was served, it is {example.computed!r}"
+            out.print(
+                f"{each.feature} of {whose} at {when(example.at_ms)}: {values}",
+                style="bold red",
+                highlight=False,
+                markup=False,
+            )
+            for event in example.events:
+                fields = " ".join(f"{name}={value}" for name, value in event.items() if name not in ("t", "contract"))
+                out.print(f"  {when(event['t'])} {event['contract']} {fields}", highlight=False, markup=False)
+    left_out = f"{found.unsettled:,} with an event on its way"
+    left_out += f", {found.unknown:,} of plans that can't be read" if found.unknown else ""
+    out.print(f"{found.rows:,} rows compared, {found.mismatches:,} mismatches; left out: {left_out}", highlight=False)
+    raise typer.Exit(1 if found.mismatches else 0)
+
+
+@app.command()
 def accept_topic(topic: Annotated[str, typer.Argument(help="A topic that was deleted and made anew")]) -> None:
     """Have the stream read a topic that was made anew from its beginning; features keep what they have."""
     from confluent_kafka import KafkaException

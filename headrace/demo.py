@@ -255,6 +255,8 @@ class _Demo:
                 "topics": "auto",
                 "lanes": 1,  # There is one worker, and one server.
                 "server_processes": 1,
+                "sample": {"ranking_v1": 0.2},
+                "sample_folder": self._folder / "served",
                 "redis_url": SecretStr(redis.url),
                 "host": "127.0.0.1",
                 "port": int(figures.url.rpartition(":")[2]),
@@ -284,12 +286,14 @@ class _Demo:
             "REDIS_URL": self._settings.redis_url.get_secret_value(),
             "PORT": self._settings.port,
             "TOPICS": self._settings.topics,
+            "SAMPLE_FOLDER": self._settings.sample_folder,
         }
         command = os.path.relpath(Path(sys.prefix, "bin", "headrace"))
         where = " ".join(f"HEADRACE_{name}={value}" for name, value in there.items())
         _say(self._console, f"for events and features of your own, in another terminal: export {where}")
         _say(self._console, f"events: {command} replay events.jsonl --topic clicks --rebase-to-now")
         _say(self._console, f"features: change features/catalog, then {command} plan, and {command} apply")
+        _say(self._console, f"was what is served right? {command} compare")
         plan = load_plan(self._settings, self._redis)
         marketplace = Marketplace(figures.seed)
         recent_users: deque[str] = deque(maxlen=RECENT)

@@ -28,7 +28,7 @@ from training.rebuild import rebuild as make_all
 from training.run import Progress
 
 _ATTEMPTS = 3
-_TAKEN_UP_S = 60.0
+_TAKEN_UP_S = 180.0
 _GRACE_S = 10.0
 """Servers take up a plan sooner than this."""
 

@@ -31,6 +31,7 @@ from serving.keys import Scope as KeyScope
 from serving.lookup import Lookup, pairs_of
 from serving.metrics import Metrics
 from serving.problems import Problem, invalid, unavailable
+from serving.sample import Sampler
 from store.commit import RecordError
 from store.connect import connect
 from store.keys import Keyspace
@@ -168,9 +169,11 @@ class _Routes:
         given: Any = {"layouts": layouts, "completeness": self._lookup.completeness}
         self._reader = lru_cache(maxsize=256)(partial(Reader, self._plan, **given))
         self._lookup.warm_up()
+        self._sampler = Sampler(settings, self._plan, self._metrics.sample_dropped)
         looking = asyncio.create_task(self._keep_looking())
         yield
         looking.cancel()
+        await asyncio.to_thread(self._sampler.close)
         await self._redis.aclose()
 
     async def _keep_looking(self) -> None:
@@ -194,6 +197,7 @@ class _Routes:
         program = self._of_entity(entity, query.service)
         given = (program, {entity: [entity_id]}, {entity: _ONE_ROW}, self._now_ms(query.as_of))
         answer = await (self._lookup.ask(*given) if query.as_of is None else self._lookup.read(*given))
+        self._sampler.offer(query.service, answer, given[1])
         content = wire.entity_json(answer, entity, entity_id, query.service, self._plan.fingerprint)
         return self._answer(content, frame=answer.frame)
 
@@ -225,6 +229,7 @@ class _Routes:
             answer = await self._lookup.ask(*given, defaults_on_error=defaults)
         else:
             answer = await self._lookup.read(*given, overrides, defaults_on_error=defaults, explain=body.explain)
+        self._sampler.offer(body.service, answer, ids, overrides)
         if accepted == wire.NPY:
             named = [(b"x-feature-names", names)] if len(names) < _NAMES_HEADER_BYTES_MAX else []
             if answer.incomplete:

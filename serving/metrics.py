@@ -36,6 +36,11 @@ class Metrics:
 
         self._counted = counted
         self.shed = Counter("headrace_requests_shed", "Requests refused: too much is asked", registry=self.registry).inc
+        self.sample_dropped = Counter(
+            "headrace_sample_dropped",
+            "Answers of the sample that were not kept: too many waited",
+            registry=self.registry,
+        ).inc
         self.beyond = Counter(
             "headrace_values_beyond_range",
             "Numbers answered as null: beyond float64's range, or in npy beyond float32's",

@@ -210,6 +210,8 @@ class ArchiveTable:
         since_ms: int = 0,
         until_ms: int = NEWEST_MS,
         share: tuple[int, int] = (0, 1),
+        *,
+        recorded: bool = False,
     ) -> Iterator[pa.RecordBatch]:
         """The events of a time, in parts: see `events_of`. Of several shares (number, of how many) only one."""
         if self._table is None:
@@ -225,7 +227,7 @@ class ArchiveTable:
         for fragment in fragments[share[0] :: share[1]]:
             options: Any = {"batch_size": _SCAN_ROWS, "batch_readahead": 2, "fragment_readahead": 1}
             for batch in fragment.scanner(dataset.schema, columns=columns, filter=days, **options).to_batches():
-                yield events_of(batch, fields, since_ms, until_ms)
+                yield events_of(batch, fields, since_ms, until_ms, recorded=recorded)
 
     def _open(self) -> DeltaTable | None:
         with self._done("read"):
@@ -391,17 +393,25 @@ def _typed(column: Any, kind: Kind) -> pa.Array:
 
 
 def events_of(
-    rows: pa.RecordBatch, fields: Mapping[str, Kind], since_ms: int = 0, until_ms: int = NEWEST_MS
+    rows: pa.RecordBatch,
+    fields: Mapping[str, Kind],
+    since_ms: int = 0,
+    until_ms: int = NEWEST_MS,
+    *,
+    recorded: bool = False,
 ) -> pa.RecordBatch:
     """Rows of a table as events with `since_ms <= t < until_ms`: fields, `_t` (int64, ms), `_partition` and `_offset`.
 
-    `_t` is the event's time by the window rule. A field that the table has not (yet) is null.
+    `_t` is the event's time by the window rule; if it is asked for, `_recorded` (int64, ms) is the broker's. A field
+    that the table has not (yet) is null.
     """
     t = np.minimum(*(_ms(rows[name]) for name in _TIMES))
     found: dict[str, Any] = {}
     for name, kind in fields.items():
         found[name] = rows[name] if name in rows.schema.names else pa.nulls(len(rows), _TYPES[kind])
     found |= {"_t": pa.array(t), "_partition": rows["_partition"], "_offset": rows["_offset"]}
+    if recorded:
+        found["_recorded"] = pa.array(_ms(rows["_recorded_at"]))
     inside = (t >= since_ms) & (t < until_ms)
     events = pa.record_batch(found)
     return events if inside.all() else events.filter(pa.array(inside))

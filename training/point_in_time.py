@@ -9,7 +9,7 @@ folder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
@@ -21,10 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from features.events import NEWEST_MS
 from features.history import rows_at
 from features.layout import Bundle
 from features.plan import Plan
 from features.program import Asked, Program
+from features.rows import Events
 from features.values import to_arrow
 from store.codec import decode, encode
 from training.split import Chosen, Spill, events_of_rows, write_file
@@ -35,6 +37,8 @@ CHUNK_ROWS: Final = 8192
 """So many labels are evaluated at once."""
 _FINER: Final = {"us": 1_000, "ns": 1_000_000}
 """Units of time in a millisecond."""
+UNSETTLED: Final = "_unsettled"
+"""The column that says which rows are: see `Job`."""
 OVERRIDE: Final = "__"
 """Between the entity and the field in the name of a column that overrides what an entity's row knows."""
 
@@ -55,6 +59,8 @@ class Job:
         folder: where the steps leave files for each other.
         until_ms: no label is later.
         since_ms: no event before it is read.
+        settle_ms: if it is given, rows are as the stream made them, of what had arrived; a label is unsettled for which
+            something arrived within so many ms of its time.
     """
 
     plan: Plan
@@ -64,6 +70,7 @@ class Job:
     folder: Path
     since_ms: int
     until_ms: int
+    settle_ms: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without what is made of it: that is made again where it is needed."""
@@ -185,20 +192,39 @@ def make_rows(job: Job, entity: str, of: Entities, partition: int) -> None:
         if table is not None
     }
     rows, times_ms = of.numbers[mine], of.times_ms[mine]
-    columns: dict[str, list[bytes]] = {}
+    columns: dict[str, Any] = {}
+    arrived_ms = None
+    if job.settle_ms is not None:
+        arrived_ms = {name: np.asarray(table["_recorded"]) for name, table in tables.items() if table is not None}
+        columns[UNSETTLED] = _unsettled(happened, arrived_ms, rows, times_ms, job.settle_ms)
     for family in bundle.families:
-        columns[family.name] = []
-        for _, state in rows_at(family, happened, rows, times_ms):
-            columns[family.name] += encode(family, state)
+        blobs: list[bytes] = []
+        for _, state in rows_at(family, happened, rows, times_ms, arrived_ms=arrived_ms):
+            blobs += encode(family, state)
+        columns[family.name] = pa.array(blobs, pa.binary())
     by_chunk = np.argsort(of.chunks[mine], kind="stable")
     chunks = of.chunks[mine][by_chunk]
-    table = pa.table(
-        {"_place": of.places[mine], **{name: pa.array(blobs, pa.binary()) for name, blobs in columns.items()}}
-    ).take(pa.array(by_chunk))
+    table = pa.table({"_place": of.places[mine], **columns}).take(pa.array(by_chunk))
     for begin, end in pairwise([*np.flatnonzero(np.diff(chunks, prepend=-1)).tolist(), len(chunks)]):
         folder = job.folder / "rows" / entity / str(chunks[begin])
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / f"{partition}.arrow", table.slice(begin, end - begin))
+
+
+def _unsettled(
+    events: Mapping[str, Events], arrived_ms: Mapping[str, Ints], rows: Ints, times_ms: Ints, settle_ms: int
+) -> NDArray[np.bool_]:
+    """bool[n]: for which entities at which times something arrived within `settle_ms`."""
+    whose = np.concatenate([np.zeros(0, np.int64), *(each.rows for each in events.values())])
+    arrived = np.concatenate([np.zeros(0, np.int64), *arrived_ms.values()])
+    first_ms = min(arrived.min(initial=NEWEST_MS), times_ms.min(initial=NEWEST_MS)) - settle_ms
+    # Entity and time as one number, in order.
+    span = max(arrived.max(initial=0), times_ms.max(initial=0)) + 2 * settle_ms - first_ms
+    sorted_ = np.sort(whose * span + arrived - first_ms)
+    asked = rows * span + times_ms - first_ms
+    found = np.searchsorted(sorted_, asked + settle_ms, "right") > np.searchsorted(sorted_, asked - settle_ms)
+    unsettled: NDArray[np.bool_] = found
+    return unsettled
 
 
 def evaluate(job: Job, labels: pa.RecordBatch, chunk: int) -> pa.RecordBatch:
@@ -224,6 +250,11 @@ def evaluate(job: Job, labels: pa.RecordBatch, chunk: int) -> pa.RecordBatch:
         if len(feature.entities) == 1:
             column = column.take(pa.array(pairs[feature.entities[0]]))
         labels = labels.append_column(feature.full_name, column)
+    if job.settle_ms is not None:
+        unsettled = np.zeros(len(labels), bool)
+        for entity, each in asked.items():
+            unsettled |= _flags(job, entity, len(each.times_ms), chunk)[each.rows]
+        labels = labels.append_column(UNSETTLED, pa.array(unsettled))
     return labels
 
 
@@ -264,14 +295,26 @@ def _override(job: Job, entity: str, field: str, column: pa.Array) -> Any:
         raise LabelsError(msg) from error
 
 
+def _flags(job: Job, entity: str, n: int, chunk: int) -> NDArray[np.bool_]:
+    """Which of a chunk's questions about an entity are unsettled."""
+    flags = np.zeros(n, bool)
+    for table in _row_tables(job, entity, chunk):
+        flags[np.asarray(table["_place"])] = np.asarray(table[UNSETTLED])
+    return flags
+
+
+def _row_tables(job: Job, entity: str, chunk: int) -> Iterator[pa.Table]:
+    folder = job.folder / "rows" / entity / str(chunk)
+    for path in folder.iterdir() if folder.exists() else ():
+        with pa.ipc.open_stream(str(path)) as file:
+            yield file.read_all()
+
+
 def _blobs(job: Job, bundle: Bundle, asked: Questions, chunk: int) -> list[bytes | None]:
     """The rows of a chunk's entities, family by family, as the store has them."""
     n = len(asked.times_ms)
     blobs: list[bytes | None] = [None] * (n * len(bundle.families))
-    folder = job.folder / "rows" / bundle.entity / str(chunk)
-    for path in folder.iterdir() if folder.exists() else ():
-        with pa.ipc.open_stream(str(path)) as file:
-            table = file.read_all()
+    for table in _row_tables(job, bundle.entity, chunk):
         places = table["_place"].to_pylist()
         for at, family in enumerate(bundle.families):
             for place, blob in zip(places, table[family.name].to_pylist(), strict=True):

@@ -125,6 +125,7 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
     time_column: str = TIME_COLUMN,
     limits: Limits = Limits(),
     with_tail: bool = True,
+    settle_ms: int | None = None,
     run: Run | None = None,
     folder: Path | None = None,
     on_progress: Progress = lambda _step, _done, _of: None,
@@ -140,6 +141,7 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
         time_column: the label's time.
         limits: of times.
         with_tail: whether to read what the archive has not yet from Kafka.
+        settle_ms: as what had arrived by then made it: see `training.point_in_time.Job`.
         run: runs the steps; by default in threads.
         folder: for files of the steps, seen by all who run them; by default one that is gone afterwards.
         on_progress: is told how far it is.
@@ -153,7 +155,7 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
         return filter(len, (limits.of(chunk, time_column) for chunk in labels.chunks()))
 
     with tempfile.TemporaryDirectory(prefix="headrace-train-", dir=folder) as spill:
-        job = Job(plan, tuple(full_names), time_column, 1, Path(spill), limits.since_ms or 0, 0)
+        job = Job(plan, tuple(full_names), time_column, 1, Path(spill), limits.since_ms or 0, 0, settle_ms)
         check(job, labels.schema)
         asked: dict[str, list[Questions]] = {entity: [] for entity in job.program.entities}
         n_chunks = until_ms = 0
@@ -178,7 +180,8 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
             if tail:
                 on_progress("Kafka", 0, 1)
                 with _splitter(job, entities, "tail") as splitter:
-                    for contract, events in events_of_tail(tail, job.spill.fields_of, job.since_ms):
+                    recorded = settle_ms is not None
+                    for contract, events in events_of_tail(tail, job.spill.fields_of, job.since_ms, recorded=recorded):
                         splitter.add(contract, events)
                 on_progress("Kafka", 1, 1)
         todo = [(job, entity, entities[entity], number) for entity in job.bundles for number in range(partitions)]
@@ -291,7 +294,8 @@ def _split(
     job: Job, entities: dict[str, Entities], spec: EventSpec, table: ArchiveTable, share: tuple[int, int]
 ) -> None:
     with _splitter(job, entities, f"archive-{share[0]}") as splitter:
-        for events in table.scan(job.spill.fields_of(spec), job.since_ms, job.until_ms, share):
+        recorded = job.settle_ms is not None
+        for events in table.scan(job.spill.fields_of(spec), job.since_ms, job.until_ms, share, recorded=recorded):
             splitter.add(spec.name, events)
 
 
@@ -308,13 +312,13 @@ def tail_of(settings: Settings, plan: Plan, tables: Sequence[ArchiveTable]) -> T
 
 
 def events_of_tail(
-    tail: Tail, wanted: Callable[[EventSpec], Mapping[str, Kind]], since_ms: int
+    tail: Tail, wanted: Callable[[EventSpec], Mapping[str, Kind]], since_ms: int, *, recorded: bool = False
 ) -> Iterator[tuple[str, pa.RecordBatch]]:
     """Contract and events, with the fields that are wanted: see `store.archive.events_of`."""
     for part in tail:
         fields = wanted(part.spec)
         for rows in part.rows.combine_chunks().to_batches() if part.rows is not None and fields else ():
-            yield part.spec.name, events_of(rows, fields, since_ms)
+            yield part.spec.name, events_of(rows, fields, since_ms, recorded=recorded)
 
 
 def in_threads(step: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:

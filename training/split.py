@@ -25,6 +25,10 @@ PARTITION_EVENTS: Final = 100_000
 """About so many events are in memory at once."""
 
 
+_OURS: Final = ("_t", "_recorded", "_partition", "_offset")
+"""Columns of every event: see `store.archive.events_of`."""
+
+
 class Chosen:
     """Which events concern a kind of entity: their places among those given, the partition of each, and its entity."""
 
@@ -131,7 +135,7 @@ class Splitter:
             chosen = self._choose(entity, contract, events)
             order = np.argsort(chosen.partitions, kind="stable")
             bounds = np.searchsorted(chosen.partitions[order], np.arange(spill.partitions + 1)).tolist()
-            columns = [*bundle.fields[contract], "_t", "_partition", "_offset"]
+            columns = [*bundle.fields[contract], *(name for name in _OURS if name in events.schema.names)]
             mine = events.select(columns).take(pa.array(chosen.places[order]))
             mine = mine.append_column("_entity", chosen.entities.take(pa.array(order)))
             for partition, (begin, end) in enumerate(pairwise(bounds)):

@@ -92,7 +92,7 @@ BREAKS: Final = (
     ),
     Break(
         "rows on their way are read again",
-        lane.Lane.start,
+        lane.Lane._do,
         "self._cache.keep(keys, rows)",
         "pass",
     ),
