@@ -41,12 +41,15 @@ class Sampler:
         settings: rates by service, and the folder.
         plan: the one that is served.
         dropped: is called for each answer that is not kept because others wait to be written.
+        clock: seconds since the epoch.
     """
 
-    def __init__(self, settings: Settings, plan: Plan, dropped: Callable[[], object]) -> None:
+    def __init__(
+        self, settings: Settings, plan: Plan, dropped: Callable[[], object], clock: Callable[[], float] = time.time
+    ) -> None:
         self._rates = {name: rate * _HASHES for name, rate in settings.sample.items()}
         self._folder, self._days = settings.sample_path(), settings.sample_days
-        self._plan, self._dropped = plan, dropped
+        self._plan, self._dropped, self._clock = plan, dropped, clock
         self._waiting: queue.Queue[_Served | None] = queue.Queue(_WAITING_MAX)
         self._thread = threading.Thread(target=self._write_all, name="sample", daemon=True)
         if self._rates:
@@ -80,7 +83,7 @@ class Sampler:
 
     def _write_all(self) -> None:
         batches: dict[str, list[pa.RecordBatch]] = {}
-        since_s, ends = time.monotonic(), False
+        since_s, ends = self._clock(), False
         while not ends:
             try:
                 served = self._waiting.get(timeout=_WRITE_S)
@@ -92,11 +95,11 @@ class Sampler:
                 else:
                     batches.setdefault(served.service, []).append(self._batch(served))
             n_rows = sum(len(batch) for each in batches.values() for batch in each)
-            if ends or n_rows >= _ROWS or time.monotonic() - since_s >= _WRITE_S:
-                since_s = time.monotonic()
+            if ends or n_rows >= _ROWS or not 0 <= self._clock() - since_s < _WRITE_S:
+                since_s = self._clock()
                 for service, each in batches.items():
                     try:
-                        write(self._folder, service, each, self._days)
+                        write(self._folder, service, each, int(self._clock() * 1000), self._days)
                     except OSError as error:
                         log.warning("sample_unwritten", folder=str(self._folder), error=str(error))
                 batches = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,24 +13,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from features.times import DAY_MS
+
 PLAN_COLUMN: Final = "_plan"
 """The number of the plan that answered; all other columns are ids, overrides and features, by their names."""
 TIME_COLUMN: Final = "event_timestamp"
 """The answer's time."""
-_DAY_S: Final = 86_400
 
 
-def write(folder: Path, service: str, batches: Sequence[pa.RecordBatch], days: int) -> None:
+def write(folder: Path, service: str, batches: Sequence[pa.RecordBatch], now_ms: int, days: int) -> None:
     """Writes a file that is there once it is whole, and deletes those that are older than so many days."""
     own = folder / service
     own.mkdir(parents=True, exist_ok=True)
-    name = f"{time.time_ns() // 1_000_000}-{os.getpid()}-{secrets.token_hex(4)}.parquet"
+    name = f"{now_ms}-{os.getpid()}-{secrets.token_hex(4)}.parquet"
     part = own / f"{name}.part"
     tables = [pa.Table.from_batches([batch]) for batch in batches]
     pq.write_table(pa.concat_tables(tables, promote_options="default"), part)
     part.rename(own / name)
     for path in own.glob("*.parquet"):
-        if _written_ms(path) < (time.time() - days * _DAY_S) * 1000:
+        if _written_ms(path) < now_ms - days * DAY_MS:
             with suppress(FileNotFoundError):  # Another process was quicker.
                 path.unlink()
 
