@@ -137,13 +137,17 @@ def test_records_deleted_before_they_were_read_are_reported_and_the_rest_is_exac
         with suspended(worker):
             feed.send(900, "clicks", 1)
             delete(1, read + 700)
-            feed.lose("clicks", 1, read, read + 699)
         stack.wait_until_committed()
-        assert re.search(rf"records_lost +first={read} last={read + 699} partition=clicks/1", stack.log("stream"))
+        said = re.search(rf"records_lost +first=(\d+) last={read + 699} partition=clicks/1", stack.log("stream"))
+        assert said, stack.log("stream")
+        # What the broker had on its way to the worker is read, and not lost: mostly nothing.
+        first = int(said[1])
+        assert read <= first
+        feed.lose("clicks", 1, first, read + 699)
         assert children_of(stream)[0] == worker, stack.log("stream")
         found = metrics(stack)
         assert found["headrace_stream_records_lost_total", "clicks", "0"] == 300
-        assert found["headrace_stream_records_lost_total", "clicks", "1"] == 700
+        assert found["headrace_stream_records_lost_total", "clicks", "1"] == read + 700 - first
         wrong = differences(address, feed.events)
         assert not wrong, (len(wrong), wrong[:5])
 
