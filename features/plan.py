@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -260,6 +260,21 @@ def arguments(spec: FeatureSpec) -> tuple[str, ...]:
             return (spec.of,)
         case _:
             return ()
+
+
+def stateful(plan: Plan, full_names: Iterable[str]) -> list[str]:
+    """Full names of the features that keep state for these: themselves, or what they are computed from."""
+    found: dict[str, None] = {}
+    for name in full_names:
+        spec = plan.features[name].spec
+        found |= dict.fromkeys([name] if isinstance(spec, Aggregation) else stateful(plan, arguments(spec)))
+    return list(found)
+
+
+def contracts_of(plan: Plan, full_names: Iterable[str]) -> set[str]:
+    """Names of the contracts whose events features that keep state are made of."""
+    specs = (plan.features[name].spec for name in full_names)
+    return {measure.event for spec in specs if isinstance(spec, Aggregation) for measure in spec.measures}
 
 
 class CodeChangedError(RuntimeError):

@@ -32,11 +32,17 @@ class Events:
 
     def take(self, mask: NDArray[np.bool_]) -> Events:
         """The events under the mask."""
-        fields = {
-            name: column.filter(pa.array(mask)) if isinstance(column, pa.Array) else column[mask]
-            for name, column in self.fields.items()
-        }
-        return Events(self.rows[mask], self.times_ms[mask], fields)
+        if mask.all():
+            return self
+        return Events(self.rows[mask], self.times_ms[mask], taken(self.fields, mask))
+
+
+def taken(fields: Mapping[str, Any], mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """The values of events under the mask."""
+    keep = pa.array(mask)
+    return {
+        name: column.filter(keep) if isinstance(column, pa.Array) else column[mask] for name, column in fields.items()
+    }
 
 
 class Entries:

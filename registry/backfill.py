@@ -14,12 +14,11 @@ from config.settings import Settings, project_of
 from features.aggregations import Aggregation
 from features.changes import when
 from features.definitions import compile_definitions
-from features.evolve import as_declared, backfilled, backfilling, complete_from_ms, rebuilt, span_ms
-from features.plan import History, Plan, arguments, features_of
+from features.evolve import as_declared, backfilled, backfilling, rebuilt, span_ms
+from features.plan import History, Plan, contracts_of, stateful
 from registry.apply import create_topics, put
 from store.archive import tables_of
-from store.commit import read_records, taken_by_all
-from store.keys import Keyspace
+from store.completeness import Completeness, look
 from store.plans import ApplyError, applied_plan, load_plan, next_generation
 from training.backfill import BackfillError, SeamError, fill
 from training.history import count_batches
@@ -81,12 +80,12 @@ def backfill(
     plan = load_plan(settings, client)
     if plan.history is None:
         now_ms, lacking = int(clock() * 1000), set(_lacking(client, plan, plan.features, clock))
-        names = _stateful(plan, lacking if full_names is None else full_names)
+        names = stateful(plan, lacking if full_names is None else full_names)
         if not names:
             return Backfilled(plan, (), {})
         if not may_lose:
             _must_lose_nothing(settings, plan, names, lacking, since_ms, now_ms)
-        history = History(count_batches(settings, plan, _contracts(plan, names)), since_ms)
+        history = History(count_batches(settings, plan, contracts_of(plan, names)), since_ms)
         plan = backfilling(plan, names, history)
         put(settings, client, plan, now_ms)
     for attempts_left in reversed(range(_ATTEMPTS)):
@@ -143,7 +142,7 @@ def rebuild(
     plan = rebuilt(declared, number, generation, {})
     create_topics(settings, plan)
     every = {name for name, feature in plan.features.items() if isinstance(feature.spec, Aggregation)}
-    history = History(count_batches(settings, plan, _contracts(plan, every)), since_ms)
+    history = History(count_batches(settings, plan, contracts_of(plan, every)), since_ms)
     lead_ms = make_all(settings, plan, history, client, on_progress=on_progress, clock=clock)
     plan = rebuilt(declared, number, generation, lead_ms)
     follow(settings, plan, client, clock)
@@ -162,31 +161,10 @@ def rebuild(
     return Backfilled(plan, tuple(sorted(every)), _lacking(client, plan, every, clock))
 
 
-def _lacking(client: Any, plan: Plan, names: Collection[str], clock: Callable[[], float]) -> dict[str, int | None]:
-    now_ms, complete_ms = int(clock() * 1000), _complete_ms(client, plan)
-    lacking = {name: at_ms for name, at_ms in complete_ms.items() if at_ms is None or at_ms > now_ms}
-    return {name: at_ms for name, at_ms in lacking.items() if name in names}
-
-
-def _complete_ms(client: Any, plan: Plan) -> dict[str, int | None]:
-    records = read_records(client, Keyspace.of(plan).commit_records(plan.stored_entities))
-    return complete_from_ms(plan, taken_by_all(records, plan.needs))
-
-
-def _stateful(plan: Plan, full_names: Iterable[str]) -> list[str]:
-    """The features that keep state for these."""
-    found: dict[str, None] = {}
-    for name in full_names:
-        if isinstance(plan.features[name].spec, Aggregation):
-            found[name] = None
-        else:
-            found |= dict.fromkeys(_stateful(plan, arguments(plan.features[name].spec)))
-    return list(found)
-
-
-def _contracts(plan: Plan, full_names: Iterable[str]) -> set[str]:
-    specs = (plan.features[name].spec for name in full_names)
-    return {measure.event for spec in specs if isinstance(spec, Aggregation) for measure in spec.measures}
+def _lacking(client: Any, plan: Plan, names: Iterable[str], clock: Callable[[], float]) -> Mapping[str, int | None]:
+    now_ms, completeness = int(clock() * 1000), Completeness(plan)
+    look(completeness, client, now_ms)
+    return completeness.incomplete(names, now_ms)
 
 
 def _filling(plan: Plan) -> list[str]:
@@ -203,10 +181,10 @@ def _must_lose_nothing(
     """
     tables = tables_of(settings, plan)
     views = {(plan.features[name].view, plan.features[name].spec.name) for name in full_names}
-    for feature in (each for view in plan.views for each in features_of(view) if (each.view, each.spec.name) in views):
-        if feature.full_name in lacking:
+    for feature in plan.features.values():
+        if feature.full_name in lacking or (feature.view, feature.spec.name) not in views:
             continue
-        assert isinstance(feature.spec, Aggregation)  # noqa: S101  # for the type checker: as `_stateful` gives them
+        assert isinstance(feature.spec, Aggregation)  # noqa: S101  # for the type checker: as `stateful` gives them
         begins_ms = max(since_ms, *(tables[plan.event(each.event).topic].since_ms for each in feature.spec.measures))
         span = span_ms(feature)
         if begins_ms and (span is None or begins_ms > now_ms - span):

@@ -15,7 +15,6 @@ import structlog
 
 from config.settings import Settings
 from features.plan import Plan
-from features.values import to_arrow
 from serving.lookup import Answer
 from store.served import PLAN_COLUMN, TIME_COLUMN, write
 
@@ -122,8 +121,5 @@ class Sampler:
             for name, given in fields.items():
                 if any(value is not None for value in given):
                     columns[f"{entity}__{name}"] = pa.array(given)
-        values = answer.frame.values
-        for feature in answer.features:
-            own = answer.rows[feature.entities[0]] if len(feature.entities) == 1 else answer.pairs
-            columns[feature.full_name] = whole(to_arrow(values[feature.full_name], feature.value_type)[own])
+        columns |= {feature.full_name: whole(answer.arrow(feature)) for feature in answer.features}
         return pa.record_batch(columns)

@@ -391,7 +391,7 @@ def _decoded(key: bytes, stored: bytes) -> CommitRecord:
 
 def initialise(client: redis.Redis, keyspace: Keyspace, entities: Iterable[str]) -> int:
     """Creates the commit records that aren't there yet; returns how many. Their shards read topics from the start."""
-    return _set_all(client, keyspace.commit_records(entities), CommitRecord(writer="apply"), "NX")
+    return set_records(client, keyspace.commit_records(entities), CommitRecord(writer="apply"), "NX")
 
 
 def join(client: redis.Redis, keyspace: Keyspace, entities: Iterable[str], plan: Plan, now_ms: int) -> int:
@@ -417,10 +417,11 @@ def join(client: redis.Redis, keyspace: Keyspace, entities: Iterable[str], plan:
             if name not in record.positions or position.next > record.positions[name].next
         }
         record = record.advanced(record.writer, ahead, each.topics)
-    return _set_all(client, keyspace.commit_records(entities), record)
+    return set_records(client, keyspace.commit_records(entities), record)
 
 
-def _set_all(client: redis.Redis, keys: Iterable[bytes], record: CommitRecord, *how: str) -> int:
+def set_records(client: redis.Redis, keys: Iterable[bytes], record: CommitRecord, *how: str) -> int:
+    """Gives shards that nobody writes to their record; returns how many (`how` is more of Redis's SET)."""
     pipeline: Any = client.pipeline(transaction=False)
     for key in keys:
         pipeline.execute_command("SET", key, record.encode(), *how)

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from features.rows import taken
+
 Ints = NDArray[np.int64]
 
 FILL_S = 0.05
@@ -61,17 +63,13 @@ class Happened:
         """The events under the mask."""
         if mask.all():
             return self
-        keep = pa.array(mask)
         return Happened(
             self.contract,
-            self.ids.filter(keep),
+            self.ids.filter(pa.array(mask)),
             self.shards[mask],
             self.offsets[mask],
             self.times_ms[mask],
-            {
-                name: column.filter(keep) if isinstance(column, pa.Array) else column[mask]
-                for name, column in self.fields.items()
-            },
+            taken(self.fields, mask),
         )
 
 

@@ -12,7 +12,6 @@ from itertools import accumulate, compress, islice, pairwise, product
 from operator import ne
 from queue import SimpleQueue
 from threading import Thread
-from types import MappingProxyType
 from typing import Any
 from weakref import finalize
 
@@ -170,18 +169,16 @@ class Lane:
             happened = [each for each in late if len(each.ids)]
             if happened:
                 work.append(_Arrived(self._keyspace, bundle, happened, forgotten_ms, now_ms))
-        return self._do(work, confirmed)
+        return self._do(work, confirmed, {})
 
     def _fill(self) -> bool:
         """Adds its next batch of history to each shard that there is one for; whether there was any."""
-        plan, clock_ms = self._plan_number, int(self._clock() * 1000)
-        names = [
-            (name, record.filled)
-            for bundle in self._filling
-            for name in product((bundle.entity,), self._numbers)
-            if isinstance((record := self._shards[name].record).filled, int)
-        ]
-        keys = {name: self._keyspace.filling(*name, plan, number) for name, number in names}
+        clock_ms = int(self._clock() * 1000)
+        keys = {
+            name: self._keyspace.filling(*name, self._plan_number, filled)
+            for name, shard in self._shards.items()
+            if isinstance(filled := shard.record.filled, int)
+        }
         found: dict[tuple[str, int], bytes] = {
             name: data for name, data in zip(keys, self._redis.mget(list(keys.values())), strict=True) if data
         }
@@ -199,7 +196,7 @@ class Lane:
         self,
         work: Sequence[_Work],
         confirmed: Callable[[], None],
-        batches: Mapping[tuple[str, int], bytes] = MappingProxyType({}),
+        batches: Mapping[tuple[str, int], bytes],
     ) -> Written:
         """Commits work; and of shards whose next batch of history it is, that they have it."""
         writes: dict[tuple[str, int], list[RowWrite]] = {}

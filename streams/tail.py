@@ -58,7 +58,7 @@ class Tail:
         self._decoder = Decoder(plan, 1, settings.dedupe_s * 1000)
         self._at: dict[Partition, int] = {}
         self._fresh: dict[Partition, int] = {}
-        self._until: dict[Partition, int] = {}
+        self.ends: dict[Partition, int] = {}
         self.n_records, self.recorded_ms, self.gaps, self.record = 0, 0, set[str](), record.advanced("", {}, known)
         self._consumer = consumer_of(settings, **{"enable.partition.eof": True})
         try:
@@ -71,9 +71,8 @@ class Tail:
                     first, last = start.lost[0], start.lost[1] - 1
                     log.error("records_lost", partition=str(each), first=first, last=last, reason="retention")
                 if start.fresh < high:
-                    self._at[each], self._fresh[each], self._until[each] = start.at, start.fresh, high
+                    self._at[each], self._fresh[each], self.ends[each] = start.at, start.fresh, high
                     self.n_records += high - start.at
-            self.ends = self._until.copy()
         except BaseException:
             self._consumer.close()
             raise
@@ -98,7 +97,7 @@ class Tail:
                     self.record = self.record.advanced("", {str(each): Position(part.end, part.horizon)})
                     yield part
                 # Where records keep coming, there never is an end.
-                if ended or self._at[each] >= self._until[each]:
+                if ended or self._at[each] >= self.ends[each]:
                     del self._at[each]
                     self._consumer.incremental_unassign([TopicPartition(*each)])
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Final
 
 import msgspec
@@ -12,8 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from config.settings import Settings
-from features.aggregations import Aggregation
-from features.plan import Feature, Plan, arguments
+from features.plan import Feature, Plan, contracts_of, stateful
 from store.archive import tables_of
 from store.served import PLAN_COLUMN, read
 from training.point_in_time import UNSETTLED
@@ -127,18 +127,18 @@ def compare(
             found.rows += len(settled)
             found.unsettled += len(whole) - len(settled)
             keys = [each.key for each in plan.entities if each.key in mine.column_names]
+            worst: list[tuple[Feature, Example]] = []
             for name in names:
-                _compare(features.setdefault(name, Compared(service, name)), settled, keys, name, tolerance)
-            for each in features.values():
-                for example in each.examples:
-                    if not example.events:
-                        example.events = _events(settings, plan, plan.features[each.feature], example)
+                into = features.setdefault(name, Compared(service, name))
+                examples = _compare(into, settled, keys, name, tolerance)
+                worst += [(plan.features[name], example) for example in examples]
+            _add_events(settings, plan, worst)
         found.features += features.values()
     return found
 
 
-def _compare(into: Compared, table: pa.Table, keys: list[str], name: str, tolerance: float) -> None:
-    """Adds what differs in a feature."""
+def _compare(into: Compared, table: pa.Table, keys: list[str], name: str, tolerance: float) -> list[Example]:
+    """Adds what differs in a feature; returns which of its worst examples are of these rows."""
     served, computed = table[f"{_SERVED}{name}"], table[name]
     if served.type != computed.type:
         served = served.cast(computed.type)
@@ -156,13 +156,14 @@ def _compare(into: Compared, table: pa.Table, keys: list[str], name: str, tolera
         pairs = zip(served.to_pylist(), computed.to_pylist(), strict=True)
         differences = np.array([0.0 if _same(*pair, tolerance) else np.inf for pair in pairs])
     into.mismatches += int((differences > 0).sum())
+    found = []
     for at in np.argsort(-differences, kind="stable")[:EXAMPLES].tolist():
         if differences[at] > 0:
             ids = {key: table[key][at].as_py() for key in keys}
-            at_ms = table[TIME_COLUMN][at].value
             values = (served[at].as_py(), computed[at].as_py(), float(differences[at]))
-            into.examples = sorted([*into.examples, Example(ids, at_ms, *values)], key=lambda each: -each.difference)
-    into.examples = into.examples[:EXAMPLES]
+            found.append(Example(ids, table[TIME_COLUMN][at].value, *values))
+    into.examples = sorted([*into.examples, *found], key=lambda each: -each.difference)[:EXAMPLES]
+    return [example for example in found if example in into.examples]
 
 
 def _same(served: Any, computed: Any, tolerance: float) -> bool:
@@ -174,31 +175,18 @@ def _same(served: Any, computed: Any, tolerance: float) -> bool:
     )
 
 
-def _events(settings: Settings, plan: Plan, feature: Feature, example: Example) -> list[dict[str, Any]]:
-    """The last events before a time that a feature of some entities follows from."""
-    specs = [plan.features[name].spec for name in _stateful(plan, feature.full_name)]
-    contracts = {measure.event for spec in specs if isinstance(spec, Aggregation) for measure in spec.measures}
-    found: list[dict[str, Any]] = []
+def _add_events(settings: Settings, plan: Plan, worst: Sequence[tuple[Feature, Example]]) -> None:
+    """Adds to each example the last events before it that its feature of its entities follows from."""
+    contracts = [contracts_of(plan, stateful(plan, [feature.full_name])) for feature, _ in worst]
     tables = tables_of(settings, plan)
-    archived = [(spec, tables[spec.topic]) for spec in plan.events if spec.name in contracts]
+    archived = [(spec, tables[spec.topic]) for spec in plan.events if any(spec.name in each for each in contracts)]
+    if not archived:
+        return
 
     def add(contract: str, events: pa.RecordBatch) -> None:
-        whose = [
-            pc.equal(events[key], value)
-            for key, value in example.ids.items()
-            if value is not None
-            and key in events.schema.names
-            and plan.entity(_entity_of(plan, key)).name in feature.entities
-        ]
-        mask = pc.less(events["_t"], example.at_ms)
-        if whose:
-            any_of = whose[0]
-            for each in whose[1:]:
-                any_of = pc.or_kleene(any_of, each)
-            mask = pc.and_kleene(mask, any_of)
-        for row in events.filter(mask).to_pylist():
-            plain = {name: value for name, value in row.items() if not name.startswith("_")}
-            found.append({"contract": contract, "t": row["_t"], **plain})
+        for (feature, example), wanted in zip(worst, contracts, strict=True):
+            if contract in wanted:
+                example.events += _events_about(plan, feature, example, contract, events)
 
     for spec, table in archived:
         for events in table.scan(spec.fields):
@@ -206,16 +194,22 @@ def _events(settings: Settings, plan: Plan, feature: Feature, example: Example) 
     with tail_of(settings, plan, [table for _, table in archived]) as tail:
         for contract, events in events_of_tail(tail, lambda spec: spec.fields, 0):
             add(contract, events)
-    return sorted(found, key=lambda each: each["t"])[-_EVENTS_MAX:]
+    for _, example in worst:
+        example.events = sorted(example.events, key=lambda each: each["t"])[-_EVENTS_MAX:]
 
 
-def _entity_of(plan: Plan, key: str) -> str:
-    return next(each.name for each in plan.entities if each.key == key)
-
-
-def _stateful(plan: Plan, full_name: str) -> Iterator[str]:
-    spec = plan.features[full_name].spec
-    if isinstance(spec, Aggregation):
-        yield full_name
-    for name in arguments(spec):
-        yield from _stateful(plan, name)
+def _events_about(
+    plan: Plan, feature: Feature, example: Example, contract: str, events: pa.RecordBatch
+) -> list[dict[str, Any]]:
+    """Those of an example's entities before its time."""
+    ids = {key: example.ids.get(key) for key in (plan.entity(entity).key for entity in feature.entities)}
+    whose = [
+        pc.equal(events[key], value) for key, value in ids.items() if value is not None and key in events.schema.names
+    ]
+    mask = pc.less(events["_t"], example.at_ms)
+    if whose:
+        mask = pc.and_kleene(mask, reduce(pc.or_kleene, whose))
+    return [
+        {"contract": contract, "t": row["_t"]} | {key: value for key, value in row.items() if not key.startswith("_")}
+        for row in events.filter(mask).to_pylist()
+    ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ import msgspec
 from config.settings import Settings
 from features.layout import family_of
 from features.plan import History, Plan
-from store.commit import CommitRecord, read_records, united
+from store.commit import read_records, set_records, united
 from store.keys import Keyspace, expire_at_ms
 from store.plans import layouts_of
 from streams.chunk import Partition
@@ -78,7 +78,7 @@ def rebuild(
         for done, _ in enumerate(in_threads(_write_rows, todo), 1):
             on_progress("rows", done, len(todo))
     record = msgspec.structs.replace(past.record, writer="rebuild", plan=plan.number, taken=((plan.number, now_ms),))
-    _set_all(client, dict.fromkeys(keyspace.commit_records(plan.stored_entities), record))
+    set_records(client, keyspace.commit_records(plan.stored_entities), record)
     return past.lead_ms(now_ms)
 
 
@@ -95,13 +95,6 @@ def _write_rows(job: Job, seams: Seams, as_of_ms: int, entity: str, number: int,
             for key, blob, expire_ms in kept[begin : begin + _COMMANDS]:
                 pipeline.set(key, blob, pxat=expire_ms)
             pipeline.execute()
-
-
-def _set_all(client: Any, records: Mapping[bytes, CommitRecord]) -> None:
-    pipeline = client.pipeline(transaction=False)
-    for key, record in records.items():
-        pipeline.set(key, record.encode())
-    pipeline.execute()
 
 
 def follow(settings: Settings, plan: Plan, client: Any, clock: Callable[[], float] = time.time) -> None:
