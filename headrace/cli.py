@@ -347,7 +347,7 @@ def compare(
     since: Annotated[str, typer.Option(help="What was served within so long before now, such as 1h")] = "1h",
     service: Annotated[list[str] | None, typer.Option(help="Only what was asked for this service; repeat it")] = None,
     settle: Annotated[
-        str, typer.Option(help="Rows with an event so shortly before or after the answer are left out")
+        str, typer.Option(help="An event so shortly before or after the answer may be in it or not")
     ] = "2s",
     as_json: Annotated[bool, typer.Option("--json", help="For programs")] = False,
 ) -> None:
@@ -385,10 +385,10 @@ def compare(
         out.print_json(msgspec.json.encode(found).decode())
         raise typer.Exit(1 if found.mismatches else 0)
     table = Table("service", Column("feature", no_wrap=True))
-    for name in ("rows", "mismatches", "null differs", "largest", "mean"):
+    for name in ("rows", "undecided", "mismatches", "null differs", "largest", "mean"):
         table.add_column(name, justify="right")
     for each in found.features:
-        numbers = (f"{each.rows:,}", f"{each.mismatches:,}", f"{each.null_differences:,}")
+        numbers = (f"{n:,}" for n in (each.rows, each.undecided, each.mismatches, each.null_differences))
         table.add_row(each.service, each.feature, *numbers, f"{each.largest:.2g}", f"{each.mean:.2g}")
     out.print(table)
     for each in found.features:
@@ -404,9 +404,9 @@ def compare(
             for event in example.events:
                 fields = " ".join(f"{name}={value}" for name, value in event.items() if name not in ("t", "contract"))
                 out.print(f"  {when(event['t'])} {event['contract']} {fields}", highlight=False, markup=False)
-    left_out = f"{found.unsettled:,} with an event on its way"
-    left_out += f", {found.unknown:,} of plans that can't be read" if found.unknown else ""
-    out.print(f"{found.rows:,} rows compared, {found.mismatches:,} mismatches; left out: {left_out}", highlight=False)
+    undecided = f"{found.undecided:.2%} of the values undecided, with an event on its way"
+    unknown = f"; left out: {found.unknown:,} rows of plans that can't be read" if found.unknown else ""
+    out.print(f"{found.rows:,} rows compared, {found.mismatches:,} mismatches; {undecided}{unknown}", highlight=False)
     raise typer.Exit(1 if found.mismatches else 0)
 
 

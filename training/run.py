@@ -173,7 +173,7 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
             n_events = sum(table.n_rows for _, table in read) + (tail.n_records if tail else 0)
             n_asked = max(len(each.numbers) for each in entities.values())
             partitions = 1 + max(n_events, n_asked) // PARTITION_EVENTS
-            job = replace(job, partitions=partitions, until_ms=min(until_ms, NEWEST_MS))
+            job = replace(job, partitions=partitions, until_ms=min(until_ms + (settle_ms or 0), NEWEST_MS))
             pieces = [(job, entities, spec, table, share) for spec, table in read for share in shares_of(table)]
             for done, _ in enumerate(run(_split, pieces), 1):
                 on_progress("archive", done, len(pieces))
