@@ -172,15 +172,23 @@ def archive(
         raise typer.Exit(supervise(settings, processes, "archive"))
     from features.changes import when
     from features.times import duration_ms
-    from store.archive import tables_of
+    from store.archive import archive_forgotten, tables_of
+    from store.forgotten import Forgotten
     from store.plans import load_plan
 
+    applied = load_plan(settings)
     before_ms = None if keep is None else time.time_ns() // 1_000_000 - duration_ms(keep)
-    for topic, archived in tables_of(settings, load_plan(settings)).items():
+    keys, forgotten = {each.name: each.key for each in applied.entities}, Forgotten()
+    if compact:
+        forgotten = archive_forgotten(settings, applied, _redis(settings))
+    for topic, archived in tables_of(settings, applied).items():
         if not archived.exists:
             out.print(f"{topic}: nothing is archived", highlight=False)
             continue
         if compact:
+            if n_events := archived.erase(keys, forgotten):
+                _audit("archive_erase", topic=topic, events=n_events)
+                out.print(f"{topic}: {n_events:,} events of who was forgotten are out of it", highlight=False)
             done = archived.compact()
             out.print(f"{topic}: {done['numFilesRemoved']} files are {done['numFilesAdded']} now", highlight=False)
         if before_ms is not None:
@@ -227,6 +235,7 @@ def train(  # noqa: PLR0913, PLR0917  # each is an option of the command
     from config.brokers import unreachable
     from config.settings import project_of
     from features.definitions import compile_definitions
+    from store.archive import archive_forgotten
     from store.plans import load_plan
     from training.progress import shown
     from training.run import Limits, read_labels, write_training_set
@@ -236,6 +245,7 @@ def train(  # noqa: PLR0913, PLR0917  # each is an option of the command
         known = compile_definitions(settings.definitions, project_of(settings.repo), settings.shards)
     else:
         known = load_plan(settings)
+        archive_forgotten(settings, known, _redis(settings))
     if (service is None) == (not feature):
         message = f"name a service ({', '.join(spec.name for spec in known.services)}), or features by --feature"
         raise typer.BadParameter(message)
@@ -362,6 +372,7 @@ def compare(
     from config.settings import project_of
     from features.changes import when
     from features.times import duration_ms
+    from store.archive import archive_forgotten
     from store.plans import applied_plan
     from training.compare import compare as run
     from training.progress import shown
@@ -369,6 +380,8 @@ def compare(
     settings = _settings()
     client, project = _redis(settings), project_of(settings.repo)
     since_ms = time.time_ns() // 1_000_000 - duration_ms(since)
+    if (applied := applied_plan(client, project)) is not None:
+        archive_forgotten(settings, applied, client)
     with shown() as on_progress:
         given: dict[str, Any] = {"services": service or (), "settle_ms": duration_ms(settle)}
         try:
@@ -405,9 +418,64 @@ def compare(
                 fields = " ".join(f"{name}={value}" for name, value in event.items() if name not in ("t", "contract"))
                 out.print(f"  {when(event['t'])} {event['contract']} {fields}", highlight=False, markup=False)
     undecided = f"{found.undecided:.2%} of the values undecided, with an event on its way"
-    unknown = f"; left out: {found.unknown:,} rows of plans that can't be read" if found.unknown else ""
-    out.print(f"{found.rows:,} rows compared, {found.mismatches:,} mismatches; {undecided}{unknown}", highlight=False)
+    left_out = f"; left out: {found.unknown:,} rows of plans that can't be read" if found.unknown else ""
+    left_out += f"; left out: {found.forgotten:,} rows about who was forgotten since" if found.forgotten else ""
+    out.print(f"{found.rows:,} rows compared, {found.mismatches:,} mismatches; {undecided}{left_out}", highlight=False)
     raise typer.Exit(1 if found.mismatches else 0)
+
+
+@app.command()
+def forget(
+    entity: Annotated[str, typer.Argument(help="user, item, seller, …")],
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Whom to forget")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--ids", help="A file of ids, one a line", exists=True, dir_okay=False)
+    ] = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="All of whom nothing happened for so long, such as 400d")
+    ] = None,
+) -> None:
+    """Have entities forgotten: their rows go, and nothing that happened until now counts for them ever again.
+
+    The stream does it: it runs, and so do servers. Their events leave the archive at the next `headrace archive
+    --compact`; dead letters that name them are listed.
+    """
+    from confluent_kafka import KafkaException
+
+    from config.brokers import unreachable
+    from features.events import TEXT_LENGTH_MAX
+    from features.times import duration_ms
+    from store.plans import load_plan
+    from training.forget import forget as run
+    from training.forget import idle
+    from training.progress import shown
+
+    settings = _settings()
+    applied, now_ms = load_plan(settings), time.time_ns() // 1_000_000
+    if entity not in applied.stored_entities:
+        message = f"there is no entity {entity!r}; applied are: {', '.join(applied.stored_entities)}"
+        raise typer.BadParameter(message)
+    with shown() as on_progress:
+        try:
+            found = dict.fromkeys([*(ids or ()), *(file.read_text().split("\n") if file else ())])
+            if older_than is not None:
+                found |= dict.fromkeys(idle(settings, applied, entity, now_ms - duration_ms(older_than)))
+            wanted = [each for each in found if each]
+            if unfit := [each for each in wanted if len(each) > TEXT_LENGTH_MAX]:
+                message = f"{unfit[0][:50]!r}… is no id: it has more than {TEXT_LENGTH_MAX} characters"
+                raise typer.BadParameter(message)
+            if not wanted:
+                message = "nobody is to be forgotten: name ids, a file of them (--ids), or --older-than"
+                raise typer.BadParameter(message)
+            _audit("forget", entity=entity, n_ids=len(wanted), ids=wanted[:10])
+            done = run(settings, applied, _redis(settings), entity, wanted, on_progress=on_progress)
+        except KafkaException as error:
+            raise RuntimeError(unreachable(settings, error)) from None
+    for each in done.letters:
+        out.print(f"dead letter {each}", highlight=False, markup=False)
+    what = f"{len(done.times_ms):,} {entity}s are" if len(wanted) > 1 else f"{entity} {wanted[0]} is"
+    out.print(f"{what} forgotten; {len(done.letters):,} dead letters name them", highlight=False, markup=False)
+    out.print("their events leave the archive with `headrace archive --compact`, its files with --vacuum")
 
 
 @app.command()

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from config.settings import Settings
 from features.plan import Feature, Plan, contracts_of, stateful
-from store.archive import tables_of
+from store.archive import forgotten_of, tables_of
+from store.forgotten import Forgotten
 from store.served import PLAN_COLUMN, read
 from training.point_in_time import LAG, UNSETTLED
 from training.run import TIME_COLUMN, Progress, TableLabels, events_of_tail, tail_of, training_set
@@ -68,11 +69,13 @@ class Comparison:
         features: one a service and feature.
         rows: how many rows were compared.
         unknown: how many were not, as their plan can't be read any more.
+        forgotten: how many were not, as somebody that they are about was forgotten since.
     """
 
     features: list[Compared] = field(default_factory=list)
     rows: int = 0
     unknown: int = 0
+    forgotten: int = 0
 
     @property
     def mismatches(self) -> int:
@@ -116,6 +119,7 @@ def compare(
             'HEADRACE_SAMPLE, such as {"ranking_v1": 0.01}'
         )
         raise LookupError(msg)
+    forgotten = forgotten_of(settings)
     for service, table in kept:
         features: dict[str, Compared] = {}
         for number in pc.unique(table[PLAN_COLUMN]).to_pylist():
@@ -124,7 +128,11 @@ def compare(
             if plan is None:
                 found.unknown += len(mine)
                 continue
+            n_kept, mine = len(mine), _not_forgotten(forgotten, plan, mine, settle_ms)
+            found.forgotten += n_kept - len(mine)
             found.rows += len(mine)
+            if not len(mine):
+                continue
             given: Any = {"settle_ms": settle_ms, "on_progress": on_progress}
             worst: list[tuple[Feature, Example]] = []
             for name, closest in _closest(settings, plan, mine, **given).items():
@@ -134,6 +142,16 @@ def compare(
             _add_events(settings, plan, worst)
         found.features += features.values()
     return found
+
+
+def _not_forgotten(forgotten: Forgotten, plan: Plan, served: pa.Table, settle_ms: int) -> pa.Table:
+    times_ms = np.asarray(served[TIME_COLUMN].combine_chunks().view(pa.int64()))
+    for entity in plan.entities:
+        if entity.key in served.column_names:
+            counts = forgotten.counts(entity.name, served[entity.key].combine_chunks(), times_ms - settle_ms)
+            if counts is not None:
+                served, times_ms = served.filter(pa.array(counts)), times_ms[counts]
+    return served
 
 
 @dataclass

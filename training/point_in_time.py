@@ -9,6 +9,7 @@ folder.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -29,6 +30,7 @@ from features.program import Asked, Program
 from features.rows import Events
 from features.values import to_arrow
 from store.codec import decode, encode
+from store.forgotten import Forgotten
 from training.split import Chosen, Spill, events_of_rows, write_file
 
 Ints = NDArray[np.int64]
@@ -63,6 +65,7 @@ class Job:
         since_ms: no event before it is read.
         settle_ms: if it is given, rows are as the stream made them, of what had arrived by a label's time and its
             `LAG`. An entity is unsettled for a label if something about it arrived within so many ms of its time.
+        forgotten: whose events, until when, do not count.
     """
 
     plan: Plan
@@ -73,10 +76,11 @@ class Job:
     since_ms: int
     until_ms: int
     settle_ms: int | None = None
+    forgotten: Forgotten = dataclasses.field(default_factory=Forgotten)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without what is made of it: that is made again where it is needed."""
-        return Job, tuple(getattr(self, field.name) for field in fields(self))
+        return Job, tuple(getattr(self, each.name) for each in fields(self))
 
     @cached_property
     def program(self) -> Program:
@@ -92,7 +96,7 @@ class Job:
     def spill(self) -> Spill:
         """Where events are sorted to entities."""
         keys = {entity: self.key(entity) for entity in self.bundles}
-        return Spill(self.folder, self.bundles, keys, self.partitions)
+        return Spill(self.folder, self.bundles, keys, self.partitions, self.forgotten)
 
     def key(self, entity: str) -> str:
         """The column with an entity's ids."""
