@@ -191,7 +191,7 @@ class Shop:
         assert last.returncode == 0
 
     def forget(self, *ids: str) -> None:
-        """Has users forgotten, one of whom a dead letter names."""
+        """Has users forgotten, one of whom a dead letter names; and all who have not come for long, which is one."""
         self._sender.send("clicks", ids[0], b'{"user_id": "%s"}' % ids[0].encode())
         self._sender.flush()
         self.stack.wait_until_committed()
@@ -199,6 +199,14 @@ class Shop:
         print(said)
         assert "dead letter clicks.dead-letter/" in said
         assert f"{len(ids)} users are forgotten" in said
+        old = an_event(self.rng, -1, users=1, items=1) | {"user_id": "idle"}
+        old["occurred_at"] -= 20 * DAY_MS
+        self.events["Click"].append(old | {"t": old["occurred_at"]})
+        self._sender.send("clicks", "idle", old)
+        self._sender.flush()
+        self.stack.wait_until_committed()
+        said = self.stack.headrace("forget", "user", "--older-than", "19d")
+        assert "user idle is forgotten; 0 dead letters" in said, said
 
     def rebuild(self, shards: int) -> None:
         """Has all rows made anew."""
@@ -310,7 +318,7 @@ def test_what_is_new_has_its_history(tmp_path: Path, monkeypatch: pytest.MonkeyP
             print("a view of a new entity, replaced features:", shop.check(), "values, 0 differ")
             shop.forget("u1", "u2")
             print("two users were forgotten:", shop.check(), "values, 0 differ")
-            assert shop.forgotten["user"].keys() == {b"u1", b"u2"}
+            assert shop.forgotten["user"].keys() == {b"u1", b"u2", b"idle"}
             shop.rebuild(shards=12)
             print("another number of shards:", shop.check(), "values, 0 differ")
             shop.flowing(False)
