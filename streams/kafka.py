@@ -246,7 +246,7 @@ class PartitionReader:
         messages = [each for each in came if _usable(each)]
         start, self._at = self._at, messages[-1].offset() + 1 if messages else self._at
         chunk = Chunk(self._partition, start, self._at, self._fresh, *columns_of(messages), self._low, self._topic_id)
-        if len(messages) < len(came) and any(map(_is_out_of_range, came)):
+        if len(messages) < len(came) and any(map(is_out_of_range, came)):
             # As at the start, with what was read so far.
             self._begin([Position(max(self._at, self._fresh), self._at)])
         elif not messages and self._clock() - self._spoken_s < self._speak_s:
@@ -456,7 +456,7 @@ def _usable(message: Any) -> bool:
     error = message.error()
     if error is None:
         return True
-    if _is_out_of_range(message):
+    if is_out_of_range(message):
         return False
     if error.fatal() or error.code() not in PASSING:
         raise KafkaException(error)
@@ -464,7 +464,7 @@ def _usable(message: Any) -> bool:
     return False
 
 
-def _is_out_of_range(message: Any) -> bool:
+def is_out_of_range(message: Any) -> bool:
     """Whether this says that the broker does not have the offset that was to be read next."""
     error = message.error()
     # By this name a consumer says so that was told not to go elsewhere by itself (auto.offset.reset).

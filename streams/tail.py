@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import structlog
@@ -18,12 +19,28 @@ from store.commit import CommitRecord, Position
 from streams.archive import ArchivePart, part_of
 from streams.chunk import Chunk, Partition
 from streams.decode import Decoder
-from streams.kafka import TopicChangedError, TopicIds, columns_of, consumer_of, partitions_of, start_of
+from streams.kafka import (
+    TopicChangedError,
+    TopicIds,
+    columns_of,
+    consumer_of,
+    is_out_of_range,
+    partitions_of,
+    start_of,
+)
 
 _TIMEOUT_S = 30.0
 _TEXTS = re.compile(rb'"((?:[^"\\]|\\.)*)"', re.DOTALL)
 log = structlog.get_logger()
-_Heard = dict[Partition, tuple[list[Any], bool]]
+
+
+@dataclass
+class _Heard:
+    """Of a partition: records, and whether they are its last, or the next that was asked for is not there."""
+
+    messages: list[Any] = field(default_factory=list)
+    ended: bool = False
+    out_of_range: bool = False
 
 
 class Tail:
@@ -68,11 +85,10 @@ class Tail:
             for each in partitions_of(settings, topics):
                 low, high = self._consumer.get_watermark_offsets(TopicPartition(*each), timeout=_TIMEOUT_S)
                 start = start_of(each, [record.position(*each)], low, high)
-                if start.lost or (record.position(*each) is None and low):
+                if record.position(*each) is None and low:
                     self.gaps.add(each.topic)
                 if start.lost:
-                    first, last = start.lost[0], start.lost[1] - 1
-                    log.error("records_lost", partition=str(each), first=first, last=last, reason="retention")
+                    self._lost(each, *start.lost)
                 if start.fresh < high:
                     self._at[each], self._fresh[each], self.ends[each] = start.at, start.fresh, high
                     self.n_records += high - start.at
@@ -87,7 +103,7 @@ class Tail:
         self._consumer.close()
 
     def __iter__(self) -> Iterator[ArchivePart]:
-        for each, messages in read_to(self._consumer, self._settings, self._at, self.ends, self._clock):
+        for each, messages in read_to(self._consumer, self._settings, self._at, self.ends, self._passed, self._clock):
             start_at, end_at = self._at[each], messages[-1].offset() + 1
             self._at[each] = end_at
             chunk = Chunk(each, start_at, end_at, self._fresh[each], *columns_of(messages))
@@ -96,12 +112,24 @@ class Tail:
             self.record = self.record.advanced("", {str(each): Position(part.end, part.horizon)})
             yield part
 
+    def _passed(self, each: Partition, low: int) -> None:
+        """The broker has nothing before an offset any more: it was deleted while what came before was read."""
+        begin = max(self._at[each], self._fresh[each])
+        if low > begin:
+            self._lost(each, begin, low)
+        self._at[each] = max(self._at[each], low)
+
+    def _lost(self, each: Partition, begin: int, end: int) -> None:
+        self.gaps.add(each.topic)
+        log.error("records_lost", partition=str(each), first=begin, last=end - 1, reason="retention")
+
 
 def read_to(
     consumer: Consumer,
     settings: Settings,
     starts: Mapping[Partition, int],
     ends: Mapping[Partition, int],
+    passed: Callable[[Partition, int], object] = lambda _partition, _low: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[tuple[Partition, list[Any]]]:
     """The records of partitions from their starts up to their ends, as they come.
@@ -111,6 +139,7 @@ def read_to(
         settings: the settings.
         starts: the first offset of each.
         ends: the offset after the last of each.
+        passed: is told of a partition of which records were deleted before they were read, and what it has from.
         clock: seconds.
 
     Raises:
@@ -120,32 +149,38 @@ def read_to(
     open_ = set(starts)
     consumer.incremental_assign([TopicPartition(*each, offset) for each, offset in starts.items()])
     while open_:
-        for each, (messages, ended) in _next(consumer, settings, clock).items():
+        for each, heard in _next(consumer, settings, clock).items():
             if each not in open_:
                 continue  # What was on its way.
-            # Where records keep coming, there never is an end.
-            if ended or messages[-1].offset() + 1 >= ends[each]:
-                open_.discard(each)
-                consumer.incremental_unassign([TopicPartition(*each)])
+            messages = heard.messages
             if messages:
                 yield each, messages
+            # Where records keep coming, there never is an end.
+            if heard.ended or (messages and messages[-1].offset() + 1 >= ends[each]):
+                open_.discard(each)
+                consumer.incremental_unassign([TopicPartition(*each)])
+            elif heard.out_of_range:
+                low, _ = consumer.get_watermark_offsets(TopicPartition(*each), timeout=_TIMEOUT_S)
+                passed(each, low)
+                consumer.incremental_unassign([TopicPartition(*each)])
+                consumer.incremental_assign([TopicPartition(*each, low)])
 
 
-def _next(consumer: Consumer, settings: Settings, clock: Callable[[], float]) -> _Heard:
-    """The next records of some partitions, and whether these are their last."""
+def _next(consumer: Consumer, settings: Settings, clock: Callable[[], float]) -> dict[Partition, _Heard]:
+    """The next that is heard of some partitions."""
     until_s = clock() + _TIMEOUT_S
     while clock() < until_s:
-        found: _Heard = {}
+        found: dict[Partition, _Heard] = {}
         for message in consumer.consume(settings.chunk_events, timeout=0.5):
             error, each = message.error(), Partition(str(message.topic()), int(message.partition() or 0))
-            messages, ended = found.get(each, ([], False))
-            if error is not None and error.code() != KafkaError._PARTITION_EOF:
-                if error.fatal() or error.code() not in PASSING:
-                    raise KafkaException(error)
-                continue
             if error is None:
-                messages.append(message)
-            found[each] = messages, ended or error is not None
+                found.setdefault(each, _Heard()).messages.append(message)
+            elif error.code() == KafkaError._PARTITION_EOF:
+                found.setdefault(each, _Heard()).ended = True
+            elif is_out_of_range(message):
+                found.setdefault(each, _Heard()).out_of_range = True
+            elif error.fatal() or error.code() not in PASSING:
+                raise KafkaException(error)
         if found:
             return found
     msg = f"Kafka at {settings.kafka} has said nothing for {_TIMEOUT_S:g} s: is it up? `headrace doctor` looks"
