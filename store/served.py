@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from typing import Final
 
@@ -44,6 +45,14 @@ def read(folder: Path, since_ms: int, services: Sequence[str] = ()) -> Iterator[
         if files and (not services or own.name in services):
             table = pa.concat_tables([pq.read_table(path) for path in files], promote_options="default")
             yield own.name, table.filter(pc.greater_equal(table[TIME_COLUMN], since))
+
+
+def about(table: pa.Table, keys: Sequence[str]) -> pa.Table:
+    """The rows that are about the entities of some columns of ids; where an answer was not, its features are null too.
+
+    One that was about nobody in particular has the empty id.
+    """
+    return table.filter(reduce(pc.and_, (table[key].is_valid() for key in keys)))
 
 
 def _written_ms(path: Path) -> int:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from config.settings import Settings
 from features.plan import Feature, Plan, contracts_of, stateful
 from store.archive import tables_of
-from store.served import PLAN_COLUMN, read
+from store.served import PLAN_COLUMN, about, read
 from training.point_in_time import UNSETTLED
 from training.run import TIME_COLUMN, Progress, TableLabels, events_of_tail, tail_of, training_set
 
@@ -130,7 +130,8 @@ def compare(
             worst: list[tuple[Feature, Example]] = []
             for name in names:
                 into = features.setdefault(name, Compared(service, name))
-                examples = _compare(into, settled, keys, name, tolerance)
+                own = [plan.entity(entity).key for entity in plan.features[name].entities]
+                examples = _compare(into, about(settled, own), keys, name, tolerance)
                 worst += [(plan.features[name], example) for example in examples]
             _add_events(settings, plan, worst)
         found.features += features.values()
