@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -20,11 +21,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from config.settings import Settings
     from features.changes import Change
+    from features.plan import Plan
     from registry.backfill import Backfilled
+    from training.run import Progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -321,18 +324,11 @@ def rebuild(
 
 def _fill(name: str, run: Callable[[Any, Any], Backfilled]) -> None:
     """Does it, and says what came of it."""
-    from confluent_kafka import KafkaException
-
-    from config.brokers import unreachable
     from features.changes import when
-    from training.progress import shown
 
     settings = _settings()
-    with shown() as on_progress:
-        try:
-            done = run(_redis(settings), on_progress)
-        except KafkaException as error:
-            raise RuntimeError(unreachable(settings, error)) from None
+    with _shown(settings) as on_progress:
+        done = run(_redis(settings), on_progress)
     if done.features:
         _audit(name, plan=done.plan.fingerprint, features=list(done.features))
     for each in done.features:
@@ -340,6 +336,21 @@ def _fill(name: str, run: Callable[[Any, Any], Backfilled]) -> None:
         lacks = "what the archive and Kafka no longer have" if at_ms is None else f"some until {when(at_ms)}"
         out.print(f"{each}: {'complete' if at_ms == 0 else f'lacks {lacks}'}", highlight=False)
     out.print(f"plan {done.plan.fingerprint} runs" + ("" if done.features else ": no feature lacks anything"))
+
+
+@contextmanager
+def _shown(settings: Settings) -> Iterator[Progress]:
+    """Shows how far it is, and says it if Kafka can't be reached."""
+    from confluent_kafka import KafkaException
+
+    from config.brokers import unreachable
+    from training.progress import shown
+
+    with shown() as on_progress:
+        try:
+            yield on_progress
+        except KafkaException as error:
+            raise RuntimeError(unreachable(settings, error)) from None
 
 
 @app.command()
@@ -356,31 +367,16 @@ def compare(
     Ends with status 1 if anything does.
     """
     import msgspec
-    from confluent_kafka import KafkaException
 
-    from config.brokers import unreachable
-    from config.settings import project_of
     from features.changes import when
     from features.times import duration_ms
-    from store.plans import applied_plan
     from training.compare import compare as run
-    from training.progress import shown
 
     settings = _settings()
-    client, project = _redis(settings), project_of(settings.repo)
     since_ms = time.time_ns() // 1_000_000 - duration_ms(since)
-    with shown() as on_progress:
-        given: dict[str, Any] = {"services": service or (), "settle_ms": duration_ms(settle)}
-        try:
-            found = run(
-                settings,
-                lambda number: applied_plan(client, project, number),
-                since_ms,
-                **given,
-                on_progress=on_progress,
-            )
-        except KafkaException as error:
-            raise RuntimeError(unreachable(settings, error)) from None
+    given: dict[str, Any] = {"services": service or (), "settle_ms": duration_ms(settle)}
+    with _shown(settings) as on_progress:
+        found = run(settings, _plans(settings), since_ms, **given, on_progress=on_progress)
     if as_json:
         out.print_json(msgspec.json.encode(found).decode())
         raise typer.Exit(1 if found.mismatches else 0)
@@ -408,6 +404,79 @@ def compare(
     left_out += f", {found.unknown:,} of plans that can't be read" if found.unknown else ""
     out.print(f"{found.rows:,} rows compared, {found.mismatches:,} mismatches; left out: {left_out}", highlight=False)
     raise typer.Exit(1 if found.mismatches else 0)
+
+
+@app.command()
+def quality(
+    since: Annotated[str, typer.Option(help="What was served, and the events, within so long before now")] = "1h",
+    service: Annotated[list[str] | None, typer.Option(help="Only what was asked for this service; repeat it")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Parquet, as `train` writes it: what values are compared with", exists=True)
+    ] = None,
+    psi_max: Annotated[
+        float | None, typer.Option(min=0, help="A population stability index above it, such as 0.25, is a breach")
+    ] = None,
+    prometheus: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as metrics too, for node_exporter to collect")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs")] = False,
+) -> None:
+    """Say how the values are that were served (a sample: HEADRACE_SAMPLE), and whether events are as contracts expect.
+
+    Ends with status 1 if anything is not as expected.
+    """
+    import msgspec
+
+    from features.times import duration_ms
+    from store.plans import load_plan
+    from training.quality import quality as run
+    from training.quality import write_metrics
+
+    settings, now_ms = _settings(), time.time_ns() // 1_000_000
+    given: dict[str, Any] = {"services": service or (), "reference": reference}
+    with _shown(settings) as on_progress:
+        wanted = (settings, load_plan(settings), _plans(settings), now_ms - duration_ms(since), now_ms)
+        found = run(*wanted, **given, on_progress=on_progress)
+    if prometheus is not None:
+        write_metrics(found, prometheus)
+    breaches = found.breaches(psi_max)
+    if as_json:
+        out.print_json(msgspec.json.encode(found).decode())
+        raise typer.Exit(1 if breaches else 0)
+    table = Table("service", Column("feature", no_wrap=True))
+    for name in ("rows", "null", "default", "p5", "p50", "p95", "psi"):
+        table.add_column(name, justify="right")
+    for each in found.features:
+        numbers = [each.null, each.default, *(each.quantiles.get(at) for at in ("0.05", "0.5", "0.95")), each.psi]
+        table.add_row(each.service, each.feature, f"{each.rows:,}", *map(_number, numbers))
+    if found.features:
+        out.print(table)
+    else:
+        out.print(f"nothing that was served since then is in {settings.sample_path()}", highlight=False, markup=False)
+    checks = Table("contract", Column("check", no_wrap=True), Column("events", justify="right"), "it is", "")
+    for check in found.checks:
+        said = "[red]BREACH[/]" if check.breached else "[green]ok[/]"
+        checks.add_row(check.contract, escape(check.check), f"{check.events:,}", _number(check.value), said)
+    if found.checks:
+        out.print(checks)
+    for breach in breaches:
+        out.print(breach, style="bold red", highlight=False, markup=False)
+    if found.unknown:
+        out.print(f"left out: {found.unknown:,} rows of plans that can't be read", highlight=False)
+    raise typer.Exit(1 if breaches else 0)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _plans(settings: Settings) -> Callable[[int], Plan | None]:
+    """The applied plans, by number."""
+    from config.settings import project_of
+    from store.plans import applied_plan
+
+    client, project = _redis(settings), project_of(settings.repo)
+    return lambda number: applied_plan(client, project, number)
 
 
 @app.command()

@@ -1,0 +1,334 @@
+"""Is what is served, and what producers send, as it should be? See docs/decisions/0022-quality.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, write_to_textfile
+from prometheus_client.core import GaugeMetricFamily
+
+from config.settings import Settings
+from features.events import Kind
+from features.expectations import Expectation
+from features.plan import EventSpec, Feature, Plan
+from features.program import Asked, Program
+from features.rows import Rows
+from features.values import arrow_type, to_arrow
+from store.archive import ArchiveTable, tables_of
+from store.served import PLAN_COLUMN, TIME_COLUMN, about, read
+from training.distribution import is_empty, is_nested, numbers_of, quantiles, stability_index
+from training.run import Progress, events_of_tail, in_threads, shares_of, tail_of
+from training.split import events_of_rows
+
+_ANY_FIELD: Final = "occurred_at"
+"""Is read to know how many events there are."""
+
+
+class FeatureQuality(msgspec.Struct):
+    """One feature of one service, as it was served. Shares are from 0 to 1."""
+
+    service: str
+    feature: str
+    rows: int
+    """Each of these counts once: the feature's own entities at the time of an answer."""
+    null: float
+    """The share of nulls; of lists and maps, also of empty ones."""
+    default: float
+    """The share of values that are as those of entities never seen."""
+    quantiles: dict[str, float]
+    """By share: see `training.distribution.quantiles`; of lists and maps, those of their lengths."""
+    psi: float | None = None
+    """See `training.distribution.stability_index`; None without a reference that has the feature."""
+
+
+class Checked(msgspec.Struct):
+    """An expectation of a contract: what it is about, in shares from 0 to 1 or events a second, and whether it is met.
+
+    The value is None for the share of no events, which is a breach of nothing.
+    """
+
+    contract: str
+    check: str
+    events: int
+    value: float | None
+    breached: bool
+
+
+class Quality(msgspec.Struct):
+    """What was found; `unknown` is how many rows were left out, as their plan can't be read any more."""
+
+    features: list[FeatureQuality] = []
+    checks: list[Checked] = []
+    unknown: int = 0
+
+    def breaches(self, psi_max: float | None = None) -> list[str]:
+        """What is not as it should be, a line each."""
+        found = [f"{each.contract}: {each.check}, it is {each.value:.4g}" for each in self.checks if each.breached]
+        moved = [each for each in self.features if None not in (psi_max, each.psi) and each.psi > psi_max]  # type: ignore[operator]  # neither is None
+        return found + [f"{each.service}: {each.feature} has a psi of {each.psi:.4g}" for each in moved]
+
+
+def quality(
+    settings: Settings,
+    plan: Plan,
+    plan_of: Callable[[int], Plan | None],
+    since_ms: int,
+    until_ms: int,
+    *,
+    services: Sequence[str] = (),
+    reference: Path | None = None,
+    on_progress: Progress = lambda _step, _done, _of: None,
+) -> Quality:
+    """Looks at what was kept of what was served, and at the events of contracts that expect something, of a time.
+
+    Args:
+        settings: where answers were kept, and where the archive and Kafka are.
+        plan: the one that runs, whose expectations count.
+        plan_of: the plan of a number.
+        since_ms: ms since the epoch, like the next.
+        until_ms: the end of the time.
+        services: only these; by default all.
+        reference: a Parquet file of what values should be like, by features' full names; `headrace train` makes it.
+        on_progress: is told how far it is.
+
+    Raises:
+        LookupError: if nothing was kept and nothing is expected, or the reference has none of the features.
+        ValueError: if the reference has a feature under another type.
+    """
+    kept = [each for each in read(settings.sample_path(), since_ms, services) if len(each[1])]
+    if not kept and not any(spec.expect for spec in plan.events):
+        msg = (
+            f"nothing that was served since then is in {settings.sample_path()}, and no contract expects anything: "
+            'have servers keep some by HEADRACE_SAMPLE, such as {"ranking_v1": 0.01}, or declare '
+            'expect=[share_null("category") < 0.05] beside a contract and run `headrace apply`'
+        )
+        raise LookupError(msg)
+    found = Quality()
+    against = None if reference is None else _Reference(reference)
+    for done, (service, table) in enumerate(kept, 1):
+        found.unknown += _add_features(found, service, table, plan_of, against)
+        on_progress("served", done, len(kept))
+    if against is not None and found.features and all(each.psi is None for each in found.features):
+        msg = (
+            f"{reference} has no column of the features served, such as {found.features[0].feature}: make it with "
+            f"`headrace train … --service {found.features[0].service} --out {reference}`"
+        )
+        raise LookupError(msg)
+    found.checks = list(_checked(settings, plan, since_ms, until_ms, on_progress))
+    return found
+
+
+# Features
+
+
+class _Reference:
+    """Columns of a Parquet file, one at a time: it may have more of them than memory can hold."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._names = set(pq.read_schema(path).names)
+        except pa.ArrowInvalid as error:
+            msg = f"{path}: {error}; the reference is a Parquet file, as `headrace train` writes it"
+            raise ValueError(msg) from error
+        self._rows: dict[tuple[str, ...], pa.Array] = {}
+
+    def column(self, feature: Feature, keys: Sequence[str]) -> pa.Array | None:
+        """The values of a feature, each once, if they are there.
+
+        Raises:
+            ValueError: if they are of another type.
+        """
+        name, kind = feature.full_name, arrow_type(feature.value_type)
+        if name not in self._names:
+            return None
+        columns = (*keys, TIME_COLUMN)
+        if columns not in self._rows and {*columns} <= self._names:
+            self._rows[columns] = _once(pq.read_table(self._path, columns=list(columns)), columns)
+        column = pq.read_table(self._path, columns=[name])[name].combine_chunks()
+        column = column if columns not in self._rows else column.take(self._rows[columns])
+        if is_nested(kind) and is_nested(column.type):
+            return column
+        try:
+            return column.cast(pa.float64() if pa.types.is_integer(kind) else kind)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            msg = f"{self._path}: {name} is {column.type}, the feature {feature.value_type}; `headrace train` makes one"
+            raise ValueError(msg) from error
+
+
+def _once(table: pa.Table, columns: Sequence[str]) -> pa.Array:
+    """The first row of each that have the same values in some columns."""
+    numbered = table.select(list(columns)).append_column("_row", pa.array(np.arange(len(table))))
+    firsts = numbered.group_by(list(columns), use_threads=False).aggregate([("_row", "min")])
+    return firsts["_row_min"].combine_chunks()
+
+
+def _add_features(
+    found: Quality,
+    service: str,
+    table: pa.Table,
+    plan_of: Callable[[int], Plan | None],
+    reference: _Reference | None,
+) -> int:
+    """Adds those of a service; says how many rows are of plans that can't be read."""
+    unknown = 0
+    values: dict[str, list[pa.Array]] = {}
+    defaults: dict[str, list[NDArray[np.bool_]]] = {}
+    newest: dict[str, tuple[Feature, list[str]]] = {}
+    for number in sorted(pc.unique(table[PLAN_COLUMN]).to_pylist()):
+        mine = table.filter(pc.equal(table[PLAN_COLUMN], number))
+        plan = plan_of(number)
+        if plan is None:
+            unknown += len(mine)
+            continue
+        names = [name for name in mine.column_names if name in plan.features]
+        unseen = _unseen(plan, names)
+        own: dict[tuple[str, ...], pa.Table] = {}
+        for name in names:
+            feature = plan.features[name]
+            keys = [plan.entity(entity).key for entity in feature.entities]
+            if feature.entities not in own:
+                theirs = about(mine, keys)
+                own[feature.entities] = theirs.take(_once(theirs, [*keys, TIME_COLUMN]))
+            column = own[feature.entities][name].combine_chunks()
+            values.setdefault(name, []).append(column)
+            defaults.setdefault(name, []).append(_equal(column, unseen[name]))
+            newest[name] = feature, keys
+    for name, (feature, keys) in newest.items():
+        column = pa.concat_arrays(values[name])
+        if not len(column):
+            continue
+        numbers = numbers_of(column)
+        shares = float(is_empty(column).mean()), float(np.concatenate(defaults[name]).mean())
+        spread = {} if numbers is None else quantiles(numbers)
+        before = None if reference is None else reference.column(feature, keys)
+        psi = None if before is None else stability_index(before, column)
+        found.features.append(FeatureQuality(service, name, len(column), *shares, spread, psi))
+    return unknown
+
+
+def _unseen(plan: Plan, names: Sequence[str]) -> Mapping[str, pa.Array]:
+    """By name, the one value of each feature of entities that no event was ever about."""
+    program = Program(plan, names)
+    one = {entity: np.zeros(1, np.intp) for entity in program.entities}
+    rows = {bundle.name: Rows.empty(bundle, 1) for bundle in program.bundles}
+    frame = program.evaluate(rows, Asked({entity: ["?"] for entity in one}, one, {}), 0)
+    return {each.full_name: to_arrow(frame.values[each.full_name], each.value_type) for each in program.features}
+
+
+def _equal(column: pa.Array, unseen: pa.Array) -> NDArray[np.bool_]:
+    """bool[n]: which values are the one that unseen entities have."""
+    if unseen.null_count or is_nested(column.type):
+        return is_empty(column)
+    return np.asarray(pc.fill_null(pc.equal(column, unseen.cast(column.type)[0]), fill_value=False))
+
+
+# Events
+
+
+def _checked(settings: Settings, plan: Plan, since_ms: int, until_ms: int, on_progress: Progress) -> Iterator[Checked]:
+    """What contracts expect of events with `since_ms <= t < until_ms`, of the archive and what Kafka has beyond."""
+    specs = [spec for spec in plan.events if spec.expect]
+    if not specs:
+        return
+    tables = tables_of(settings, plan)
+    read = [(spec, tables[spec.topic]) for spec in specs]
+    counts = {spec.name: np.zeros(1 + len(_expected(spec)), np.int64) for spec in specs}
+    pieces = [(spec, table, share, since_ms, until_ms) for spec, table in read for share in shares_of(table)]
+    for done, (name, counted) in enumerate(in_threads(_count_archived, pieces), 1):
+        counts[name] += counted
+        on_progress("archive", done, len(pieces))
+    on_progress("Kafka", 0, 1)
+    with tail_of(settings, plan, [table for _, table in read]) as tail:
+        for name, events in events_of_tail(tail, _wanted, since_ms):
+            counts[name] += _count(plan.event(name), [events], until_ms)
+    on_progress("Kafka", 1, 1)
+    for spec in specs:
+        n_events, *counted = counts[spec.name].tolist()
+        for each, n in zip(_expected(spec), counted, strict=True):
+            value = each.value(n_events, n, (until_ms - since_ms) / 1000)
+            yield Checked(spec.name, str(each), n_events, value, not each.is_met(value))
+
+
+def _expected(spec: EventSpec) -> Sequence[Expectation]:
+    return spec.expect or ()
+
+
+def _wanted(spec: EventSpec) -> Mapping[str, Kind]:
+    """The fields that a contract's expectations read; any one if that is none."""
+    names = {name for each in _expected(spec) for name in each.fields()}
+    return {name: spec.fields[name] for name in sorted(names or ({_ANY_FIELD} if spec.expect else ()))}
+
+
+def _count_archived(
+    spec: EventSpec, table: ArchiveTable, share: tuple[int, int], since_ms: int, until_ms: int
+) -> tuple[str, NDArray[np.int64]]:
+    return spec.name, _count(spec, table.scan(_wanted(spec), since_ms, until_ms, share), until_ms)
+
+
+def _count(spec: EventSpec, batches: Iterable[pa.RecordBatch], until_ms: int) -> NDArray[np.int64]:
+    """int64[1 + expectations]: how many events there are before a time, and how many of them each counts."""
+    expected, names = _expected(spec), tuple(_wanted(spec))
+    counts = np.zeros(1 + len(expected), np.int64)
+    for batch in batches:
+        events = events_of_rows(pa.Table.from_batches([batch]), np.zeros(len(batch), np.intp), names)
+        inside = events.times_ms < until_ms
+        counts[0] += inside.sum()
+        counts[1:] += [int((each.counted(events.fields, len(batch)) & inside).sum()) for each in expected]
+    return counts
+
+
+# Metrics
+
+_OF_FEATURES: Final[dict[str, tuple[str, Callable[[FeatureQuality], Any]]]] = {
+    "rows": ("Values that were looked at", lambda each: each.rows),
+    "null_ratio": ("Share of nulls, or of empty lists and maps", lambda each: each.null),
+    "default_ratio": ("Share of values as those of entities never seen", lambda each: each.default),
+    "psi": ("Population stability index against the reference", lambda each: each.psi),
+}
+_OF_CHECKS: Final[dict[str, tuple[str, Callable[[Checked], Any]]]] = {
+    "check_value": ("What the check compares: a ratio, or events a second", lambda each: each.value),
+    "breach": ("1 if the check is breached, else 0", lambda each: float(each.breached)),
+}
+
+
+class _Collected:
+    """As Prometheus collects it."""
+
+    def __init__(self, found: Quality) -> None:
+        self._found = found
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        for name, (doc, of_feature) in _OF_FEATURES.items():
+            family = GaugeMetricFamily(f"headrace_quality_{name}", doc, labels=["service", "feature"])
+            for feature in self._found.features:
+                if (value := of_feature(feature)) is not None:
+                    family.add_metric([feature.service, feature.feature], value)
+            yield family
+        doc = "Quantiles of numbers, and of the lengths of lists and maps"
+        family = GaugeMetricFamily("headrace_quality_value", doc, labels=["service", "feature", "quantile"])
+        for feature in self._found.features:
+            for quantile, value in feature.quantiles.items():
+                family.add_metric([feature.service, feature.feature, quantile], value)
+        yield family
+        for name, (doc, of_check) in _OF_CHECKS.items():
+            family = GaugeMetricFamily(f"headrace_quality_{name}", doc, labels=["contract", "check"])
+            for check in self._found.checks:
+                if (value := of_check(check)) is not None:
+                    family.add_metric([check.contract, check.check], value)
+            yield family
+
+
+def write_metrics(found: Quality, path: Path) -> None:
+    """Writes Prometheus's text format, for node_exporter's textfile collector: the file is there once it is whole."""
+    registry = CollectorRegistry()
+    registry.register(_Collected(found))
+    write_to_textfile(str(path), registry)
