@@ -471,12 +471,19 @@ def _number(value: float | None) -> str:
 
 
 def _plans(settings: Settings) -> Callable[[int], Plan | None]:
-    """The applied plans, by number."""
+    """The applied plans, by number; None for what can't be read."""
     from config.settings import project_of
     from store.plans import applied_plan
 
     client, project = _redis(settings), project_of(settings.repo)
-    return lambda number: applied_plan(client, project, number)
+
+    def plan_of(number: int) -> Plan | None:
+        try:
+            return applied_plan(client, project, number)
+        except ValueError:  # It is one of another version of Headrace.
+            return None
+
+    return plan_of
 
 
 @app.command()

@@ -514,7 +514,6 @@ def test_quality_says_which_checks_are_breached_and_ends_with_status_1(applied: 
     assert 'Like share_null("price") < 0.05 0 ok' in ran.flat
     assert 'Click: share_null("category") < 0.05, it is 0.1' in ran.flat
     assert run("quality", "--since", "1d", "--json").status == 1
-    refused(run("quality", HEADRACE_KAFKA=f"127.0.0.1:{free_port()}"), "Kafka")
 
 
 @pytest.fixture

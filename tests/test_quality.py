@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from features.changes import changes, in_the_way
 from features.compile import compile_plan
 from features.events import Event
 from features.evolve import succeed
-from features.plan import Plan
+from features.plan import Derived, Plan
 from headrace import DeclarationError, Entity, agg, col, rate, service, share, share_null, view
 from store.served import write
 from training.distribution import QUANTILES, is_empty, numbers_of, quantiles, stability_index
@@ -264,6 +265,7 @@ def test_the_stability_index_is_that_of_brute_force(values: Any, kind: pa.DataTy
 @pytest.mark.parametrize(
     ("reference", "actual"),
     [
+        ([-sys.float_info.max] * 90, [sys.float_info.max] * 90),
         ([5.0] * 90, [4.0] * 90),
         ([5.0] * 90, [6.0] * 90),
         ([5.0] * 90, [None] * 90),
@@ -331,6 +333,7 @@ KINDS = {
     "item_id": pa.string(),
     "event_timestamp": pa.int64(),
     "_plan": pa.int64(),
+    "user_sights__pace": pa.float64(),
     **{name: kind for name, (kind, _, _) in (OF_USER | OF_ITEM).items()},
 }
 
@@ -390,7 +393,7 @@ def test_what_was_served_is_counted_as_brute_force_counts_it(settings: Settings,
     for at in range(0, 300, 100):
         write(settings.sample_path(), "sights_v1", [batch_of(each) for each in answers[at : at + 100]], NOW_MS, 7)
     reference = settings.repo / "reference.parquet"
-    columns = [name for name in KINDS if name not in ("_plan", "user_sights__places")]
+    columns = [name for name in KINDS if name not in ("_plan", "user_sights__pace", "user_sights__places")]
     tables = [pa.Table.from_batches([batch_of(each)]) for each in others if {"user_id", "item_id"} <= each[0].keys()]
     pq.write_table(pa.concat_tables(tables).select(columns), reference)
 
@@ -427,12 +430,18 @@ def test_what_was_served_is_counted_as_brute_force_counts_it(settings: Settings,
 
 
 def test_rows_of_a_plan_that_can_not_be_read_are_left_out_and_counted(settings: Settings, rng: random.Random) -> None:
-    answers = random_answers(rng, 50)
-    answers[:20] = [[row | {"_plan": 3} for row in rows] for rows in answers[:20]]
+    """Nor of one whose code is gone: after another derived feature was applied, the command goes on."""
+    plan, answers = plan_of(), random_answers(rng, 60)
+    for at in range(40):
+        answers[at] = [row | {"_plan": 2 + at % 2} for row in answers[at]]
+    answers[0] = [row | {"user_sights__pace": 1.0} for row in answers[0]]
+    gone = Derived("pace", ("user_sights__sights_1h",), code="nowhere:Sights.pace", fingerprint="0")
+    view = msgspec.structs.replace(plan.view("user_sights"), features=(*plan.view("user_sights").features, gone))
+    with_gone = msgspec.structs.replace(plan, views=(plan.view("item_sights"), view))
     write(settings.sample_path(), "sights_v1", [batch_of(each) for each in answers], NOW_MS, 7)
-    found = looked_at(settings, plan_of())
-    assert found.unknown == sum(map(len, answers[:20]))
-    assert found.features
+    found = quality(settings, plan, {0: plan, 2: with_gone}.get, NOW_MS - HOUR_MS, NOW_MS)
+    assert found.unknown == sum(map(len, answers[:40]))
+    assert {each.feature for each in found.features} == plan.features.keys()
 
 
 def test_what_stands_in_the_way_says_what_to_do(settings: Settings, rng: random.Random) -> None:

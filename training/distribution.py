@@ -95,7 +95,9 @@ def _edges(numbers: Floats) -> Floats:
     deciles = np.quantile(there, np.arange(1, _BINS) / _BINS, method="inverted_cdf")
     values, times = np.unique(deciles, return_counts=True)
     # One more just below: what is between it and the number is the number alone.
-    return np.unique([values, np.where(times > 1, np.nextafter(values, -np.inf), values)])
+    with np.errstate(all="ignore"):  # The least float64 has infinity below it.
+        below = np.nextafter(values, -np.inf)
+    return np.unique([values, np.where(times > 1, below, values)])
 
 
 def _binned(numbers: Floats, edges: Floats) -> NDArray[np.intp]:

@@ -18,7 +18,7 @@ from prometheus_client.core import GaugeMetricFamily
 from config.settings import Settings
 from features.events import Kind
 from features.expectations import Expectation
-from features.plan import EventSpec, Feature, Plan
+from features.plan import CodeChangedError, EventSpec, Feature, Plan
 from features.program import Asked, Program
 from features.rows import Rows
 from features.values import arrow_type, to_arrow
@@ -63,7 +63,7 @@ class Checked(msgspec.Struct):
 
 
 class Quality(msgspec.Struct):
-    """What was found; `unknown` is how many rows were left out, as their plan can't be read any more."""
+    """What was found; `unknown` is how many rows were left out, as their plan or its code can't be read any more."""
 
     features: list[FeatureQuality] = []
     checks: list[Checked] = []
@@ -186,11 +186,11 @@ def _add_features(
     for number in sorted(pc.unique(table[PLAN_COLUMN]).to_pylist()):
         mine = table.filter(pc.equal(table[PLAN_COLUMN], number))
         plan = plan_of(number)
-        if plan is None:
+        names = [name for name in mine.column_names if plan is not None and name in plan.features]
+        unseen = None if plan is None else _unseen(plan, names)
+        if plan is None or unseen is None:
             unknown += len(mine)
             continue
-        names = [name for name in mine.column_names if name in plan.features]
-        unseen = _unseen(plan, names)
         own: dict[tuple[str, ...], pa.Table] = {}
         for name in names:
             feature = plan.features[name]
@@ -215,9 +215,12 @@ def _add_features(
     return unknown
 
 
-def _unseen(plan: Plan, names: Sequence[str]) -> Mapping[str, pa.Array]:
-    """By name, the one value of each feature of entities that no event was ever about."""
-    program = Program(plan, names)
+def _unseen(plan: Plan, names: Sequence[str]) -> Mapping[str, pa.Array] | None:
+    """By name, the one value of each feature of entities that no event was ever about; None if its code is gone."""
+    try:
+        program = Program(plan, names)
+    except CodeChangedError:
+        return None
     one = {entity: np.zeros(1, np.intp) for entity in program.entities}
     rows = {bundle.name: Rows.empty(bundle, 1) for bundle in program.bundles}
     frame = program.evaluate(rows, Asked({entity: ["?"] for entity in one}, one, {}), 0)
