@@ -501,6 +501,7 @@ def test_pairs_need_both_halves(applied: Settings, run: Run, tmp_path: Path) -> 
 @pytest.mark.usefixtures("wide")
 def test_quality_says_which_checks_are_breached_and_ends_with_status_1(applied: Settings, run: Run) -> None:
     """Of the events of the archive and of nothing in Kafka; without any sample it says where there is none."""
+    refused(run("quality"), str(applied.sample_path()), applied.archive_url(), "HEADRACE_SAMPLE", "expect=[")
     now_ms = time.time_ns() // 1_000_000
     known = {"user_id": "u1", "item_id": "i1", "category": "coats", "price": 30.0}
     clicks = [{"t": now_ms - 60_000, **known}] * 9 + [{"t": now_ms - 60_000, **known, "category": None}]

@@ -27,9 +27,11 @@ from features.events import Event
 from features.evolve import succeed
 from features.plan import Derived, Plan
 from headrace import DeclarationError, Entity, agg, col, rate, service, share, share_null, view
+from store.archive import tables_of
 from store.served import write
+from tests.support.archived import archive
 from training.distribution import QUANTILES, is_empty, numbers_of, quantiles, stability_index
-from training.quality import Checked, FeatureQuality, Quality, _count, quality, write_metrics
+from training.quality import Checked, FeatureQuality, Quality, _count, _wanted, quality, write_metrics
 
 NOW_MS = 1_763_719_200_000
 HOUR_MS = 3_600_000
@@ -67,6 +69,18 @@ def plan_of(*expect: Any) -> Plan:
         place = agg.last(seen, "place")
 
     return compile_plan([{"s": service("sights_v1", UserSights, ItemSights)}], "test", 8)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(repo=tmp_path)
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    return random.Random(seed)
 
 
 # What is expected
@@ -207,6 +221,18 @@ def test_events_are_counted_as_brute_force_counts_them(events: list[Any], until_
             assert each.is_met(value) == (not before or 2 * n < len(before))
 
 
+def test_of_a_contract_that_expects_only_a_rate_events_are_counted_too(tmp_path: Path, rng: random.Random) -> None:
+    """No field is of interest then, and in the archive as in Kafka's tail there are none without."""
+    plan = plan_of(rate > "1/s")
+    settings, (spec,) = Settings(archive=str(tmp_path)), plan.events
+    archive(settings, plan, {"Seen": [{"t": NOW_MS + at, "user_id": "u1", "item_id": "i1"} for at in range(9)]}, rng)
+    table = tables_of(settings, plan)["seen"]
+    assert _wanted(spec)
+    assert _count(spec, table.scan(_wanted(spec), NOW_MS + 2), NOW_MS + 7).tolist() == [5, 5]
+    (spec,) = plan_of().events
+    assert not _wanted(spec)
+
+
 def test_rates_are_events_a_second() -> None:
     for text, is_met in {"1/s": True, "61/m": False, "60/m": True, "3600/h": True, "86401/d": False}.items():
         assert (rate >= text).is_met(1.0) is is_met, text
@@ -214,7 +240,7 @@ def test_rates_are_events_a_second() -> None:
 
 # Distributions
 
-NUMBERS = st.one_of(st.none(), st.integers(-3, 3), st.floats(allow_nan=False, allow_infinity=False))
+NUMBERS = st.one_of(st.none(), st.integers(-3, 3).map(float), st.floats(allow_nan=False, allow_infinity=False))
 TEXTS = st.one_of(st.none(), st.sampled_from("abcdefghijklmno"))
 
 
@@ -230,14 +256,14 @@ def slow_index(reference: list[Any], actual: list[Any]) -> float:
     top = [text for text, _ in sorted(Counter(there).items(), key=lambda each: (-each[1], each[0]))[:10]]
     ends = Counter([] if is_text or not there else [rank(there, tenth / 10) for tenth in range(1, 10)])
 
-    def named(value: Any) -> str:
+    def named(value: Any) -> tuple[str, Any]:
         if value is None:
-            return "null"
+            return "null", None
         if is_text:
-            return f"is {value}" if value in top else "another"
+            return ("is", value) if value in top else ("is none of them", None)
         if ends[value] > 1:
-            return f"is {value}"
-        return f"to {min((end for end in ends if value <= end), default=math.inf)}"
+            return "is", value
+        return "up to", min((end for end in ends if value <= end), default=math.inf)
 
     total = 0.0
     for each in {named(value) for value in (*reference, *actual)}:
@@ -369,18 +395,6 @@ def batch_of(rows: list[dict[str, Any]]) -> pa.RecordBatch:
 
 def looked_at(settings: Settings, plan: Plan, **options: Any) -> Quality:
     return quality(settings, plan, {0: plan}.get, NOW_MS - HOUR_MS, NOW_MS + HOUR_MS, **options)
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(repo=tmp_path)
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    seed = random.randrange(1 << 32)
-    print("seed", seed)
-    return random.Random(seed)
 
 
 def test_what_was_served_is_counted_as_brute_force_counts_it(settings: Settings, rng: random.Random) -> None:

@@ -29,7 +29,6 @@ from training.run import Progress, events_of_tail, in_threads, shares_of, tail_o
 from training.split import events_of_rows
 
 _ANY_FIELD: Final = "occurred_at"
-"""Is read to know how many events there are."""
 
 
 class FeatureQuality(msgspec.Struct):
@@ -100,21 +99,14 @@ def quality(
         on_progress: is told how far it is.
 
     Raises:
-        LookupError: if nothing was kept and nothing is expected, or the reference has none of the features.
+        LookupError: if nothing is known, neither answers nor events, or the reference has none of the features.
         ValueError: if the reference has a feature under another type.
     """
     kept = [each for each in read(settings.sample_path(), since_ms, services) if len(each[1])]
-    if not kept and not any(spec.expect for spec in plan.events):
-        msg = (
-            f"nothing that was served since then is in {settings.sample_path()}, and no contract expects anything: "
-            'have servers keep some by HEADRACE_SAMPLE, such as {"ranking_v1": 0.01}, or declare '
-            'expect=[share_null("category") < 0.05] beside a contract and run `headrace apply`'
-        )
-        raise LookupError(msg)
     found = Quality()
     against = None if reference is None else _Reference(reference)
     for done, (service, table) in enumerate(kept, 1):
-        found.unknown += _add_features(found, service, table, plan_of, against)
+        _add_features(found, service, table, plan_of, against)
         on_progress("served", done, len(kept))
     if against is not None and found.features and all(each.psi is None for each in found.features):
         msg = (
@@ -123,6 +115,16 @@ def quality(
         )
         raise LookupError(msg)
     found.checks = list(_checked(settings, plan, since_ms, until_ms, on_progress))
+    # That events come no more is news; that there never were any is not.
+    archived = bool(found.checks) and any(table.exists for table in tables_of(settings, plan).values())
+    if not (kept or archived or any(each.events for each in found.checks)):
+        msg = (
+            f"nothing that was served since then is in {settings.sample_path()}, and no event of a contract that "
+            f"expects anything in the archive at {settings.archive_url()} or in Kafka: have servers keep some by "
+            'HEADRACE_SAMPLE, such as {"ranking_v1": 0.01}, or declare expect=[share_null("category") < 0.05] '
+            "beside a contract, and run `headrace apply`"
+        )
+        raise LookupError(msg)
     return found
 
 
@@ -152,7 +154,7 @@ class _Reference:
             return None
         columns = (*keys, TIME_COLUMN)
         if columns not in self._rows and {*columns} <= self._names:
-            self._rows[columns] = _once(pq.read_table(self._path, columns=list(columns)), columns)
+            self._rows[columns] = _once(_numbered(pq.read_table(self._path, columns=list(columns))), columns)
         column = pq.read_table(self._path, columns=[name])[name].combine_chunks()
         column = column if columns not in self._rows else column.take(self._rows[columns])
         if is_nested(kind) and is_nested(column.type):
@@ -164,9 +166,39 @@ class _Reference:
             raise ValueError(msg) from error
 
 
-def _once(table: pa.Table, columns: Sequence[str]) -> pa.Array:
-    """The first row of each that have the same values in some columns."""
-    numbered = table.select(list(columns)).append_column("_row", pa.array(np.arange(len(table))))
+class _Served:
+    """What one plan served, of a table of what was; and one value each of entities never seen."""
+
+    def __init__(self, table: pa.Table, plan: Plan, unseen: Mapping[str, pa.Array]) -> None:
+        self._table, self._plan, self._unseen = table, plan, unseen
+        self.features = plan.features
+        self._rows: dict[tuple[str, ...], pa.Array] = {}
+
+    def keys(self, name: str) -> list[str]:
+        """The columns with ids of what a feature is about."""
+        return [self._plan.entity(entity).key for entity in self.features[name].entities]
+
+    def column(self, name: str) -> tuple[pa.Array, NDArray[np.bool_]]:
+        """The values of a feature, each once, and which of them are those of entities never seen."""
+        keys = self.keys(name)
+        columns = (*keys, TIME_COLUMN)
+        if columns not in self._rows:
+            numbered = _numbered(self._table.select([*columns, PLAN_COLUMN]))
+            own = numbered.filter(pc.equal(numbered[PLAN_COLUMN], self._plan.number))
+            self._rows[columns] = _once(about(own, keys), columns)
+        column = self._table[name].take(self._rows[columns]).combine_chunks()
+        unseen = self._unseen[name]
+        if unseen.null_count or is_nested(column.type):
+            return column, is_empty(column)
+        return column, np.asarray(pc.fill_null(pc.equal(column, unseen.cast(column.type)[0]), fill_value=False))
+
+
+def _numbered(table: pa.Table) -> pa.Table:
+    return table.append_column("_row", pa.array(np.arange(len(table))))
+
+
+def _once(numbered: pa.Table, columns: Sequence[str]) -> pa.Array:
+    """The first row's number of each that have the same values in some columns."""
     firsts = numbered.group_by(list(columns), use_threads=False).aggregate([("_row", "min")])
     return firsts["_row_min"].combine_chunks()
 
@@ -177,42 +209,35 @@ def _add_features(
     table: pa.Table,
     plan_of: Callable[[int], Plan | None],
     reference: _Reference | None,
-) -> int:
-    """Adds those of a service; says how many rows are of plans that can't be read."""
-    unknown = 0
-    values: dict[str, list[pa.Array]] = {}
-    defaults: dict[str, list[NDArray[np.bool_]]] = {}
-    newest: dict[str, tuple[Feature, list[str]]] = {}
-    for number in sorted(pc.unique(table[PLAN_COLUMN]).to_pylist()):
-        mine = table.filter(pc.equal(table[PLAN_COLUMN], number))
-        plan = plan_of(number)
-        names = [name for name in mine.column_names if plan is not None and name in plan.features]
-        unseen = None if plan is None else _unseen(plan, names)
+) -> None:
+    """Adds those of a service."""
+    every: list[_Served] = []
+    for each in sorted(pc.value_counts(table[PLAN_COLUMN]).to_pylist(), key=lambda each: each["values"]):
+        plan = plan_of(each["values"])
+        unseen = None if plan is None else _unseen(plan, [name for name in table.column_names if name in plan.features])
         if plan is None or unseen is None:
-            unknown += len(mine)
+            found.unknown += each["counts"]
+        else:
+            every.append(_Served(table, plan, unseen))
+    for name in table.column_names:
+        by_plan = [served for served in every if name in served.features]
+        columns, defaults = zip(*(served.column(name) for served in by_plan), strict=True) if by_plan else ((), ())
+        if not any(map(len, columns)):
             continue
-        own: dict[tuple[str, ...], pa.Table] = {}
-        for name in names:
-            feature = plan.features[name]
-            keys = [plan.entity(entity).key for entity in feature.entities]
-            if feature.entities not in own:
-                theirs = about(mine, keys)
-                own[feature.entities] = theirs.take(_once(theirs, [*keys, TIME_COLUMN]))
-            column = own[feature.entities][name].combine_chunks()
-            values.setdefault(name, []).append(column)
-            defaults.setdefault(name, []).append(_equal(column, unseen[name]))
-            newest[name] = feature, keys
-    for name, (feature, keys) in newest.items():
-        column = pa.concat_arrays(values[name])
-        if not len(column):
-            continue
-        numbers = numbers_of(column)
-        shares = float(is_empty(column).mean()), float(np.concatenate(defaults[name]).mean())
-        spread = {} if numbers is None else quantiles(numbers)
-        before = None if reference is None else reference.column(feature, keys)
-        psi = None if before is None else stability_index(before, column)
-        found.features.append(FeatureQuality(service, name, len(column), *shares, spread, psi))
-    return unknown
+        column = pa.concat_arrays(columns)
+        numbers, newest = numbers_of(column), by_plan[-1]
+        before = None if reference is None else reference.column(newest.features[name], newest.keys(name))
+        found.features.append(
+            FeatureQuality(
+                service,
+                name,
+                rows=len(column),
+                null=float(is_empty(column).mean()),
+                default=float(np.concatenate(defaults).mean()),
+                quantiles={} if numbers is None else quantiles(numbers),
+                psi=None if before is None else stability_index(before, column),
+            )
+        )
 
 
 def _unseen(plan: Plan, names: Sequence[str]) -> Mapping[str, pa.Array] | None:
@@ -227,13 +252,6 @@ def _unseen(plan: Plan, names: Sequence[str]) -> Mapping[str, pa.Array] | None:
     return {each.full_name: to_arrow(frame.values[each.full_name], each.value_type) for each in program.features}
 
 
-def _equal(column: pa.Array, unseen: pa.Array) -> NDArray[np.bool_]:
-    """bool[n]: which values are the one that unseen entities have."""
-    if unseen.null_count or is_nested(column.type):
-        return is_empty(column)
-    return np.asarray(pc.fill_null(pc.equal(column, unseen.cast(column.type)[0]), fill_value=False))
-
-
 # Events
 
 
@@ -243,14 +261,14 @@ def _checked(settings: Settings, plan: Plan, since_ms: int, until_ms: int, on_pr
     if not specs:
         return
     tables = tables_of(settings, plan)
-    read = [(spec, tables[spec.topic]) for spec in specs]
+    asked = [(spec, tables[spec.topic]) for spec in specs]
     counts = {spec.name: np.zeros(1 + len(_expected(spec)), np.int64) for spec in specs}
-    pieces = [(spec, table, share, since_ms, until_ms) for spec, table in read for share in shares_of(table)]
+    pieces = [(spec, table, share, since_ms, until_ms) for spec, table in asked for share in shares_of(table)]
     for done, (name, counted) in enumerate(in_threads(_count_archived, pieces), 1):
         counts[name] += counted
         on_progress("archive", done, len(pieces))
     on_progress("Kafka", 0, 1)
-    with tail_of(settings, plan, [table for _, table in read]) as tail:
+    with tail_of(settings, plan, [table for _, table in asked]) as tail:
         for name, events in events_of_tail(tail, _wanted, since_ms):
             counts[name] += _count(plan.event(name), [events], until_ms)
     on_progress("Kafka", 1, 1)
@@ -265,10 +283,14 @@ def _expected(spec: EventSpec) -> Sequence[Expectation]:
     return spec.expect or ()
 
 
+def _fields(spec: EventSpec) -> tuple[str, ...]:
+    """The fields that a contract's expectations are about."""
+    return tuple(sorted({name for each in _expected(spec) for name in each.fields()}))
+
+
 def _wanted(spec: EventSpec) -> Mapping[str, Kind]:
-    """The fields that a contract's expectations read; any one if that is none."""
-    names = {name for each in _expected(spec) for name in each.fields()}
-    return {name: spec.fields[name] for name in sorted(names or ({_ANY_FIELD} if spec.expect else ()))}
+    """Which are read: some one even where expectations are about none, and none where there are no expectations."""
+    return {name: spec.fields[name] for name in _fields(spec) or ([_ANY_FIELD] if spec.expect else [])}
 
 
 def _count_archived(
@@ -279,7 +301,7 @@ def _count_archived(
 
 def _count(spec: EventSpec, batches: Iterable[pa.RecordBatch], until_ms: int) -> NDArray[np.int64]:
     """int64[1 + expectations]: how many events there are before a time, and how many of them each counts."""
-    expected, names = _expected(spec), tuple(_wanted(spec))
+    expected, names = _expected(spec), _fields(spec)
     counts = np.zeros(1 + len(expected), np.int64)
     for batch in batches:
         events = events_of_rows(pa.Table.from_batches([batch]), np.zeros(len(batch), np.intp), names)
