@@ -8,7 +8,7 @@ their product; and what is evaluated afterwards, of all times at once, are the v
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,17 +25,27 @@ WORDS_MAX: Final = 1 << 21
 _NONE: Final = np.zeros(0, np.int64)
 
 
+class Arrived(NamedTuple):
+    """What had arrived when, for rows as the stream made them: late events too, in the order in which they came.
+
+    Attributes:
+        events_ms: by contract, int64[events], when each event arrived.
+        until_ms: int64[n], what had arrived before then is in a row; ascending for each entity.
+    """
+
+    events_ms: Mapping[str, Ints]
+    until_ms: Ints
+
+
 def rows_at(
     family: Family,
     events: Mapping[str, Events],
     rows: Index,
     times_ms: Ints,
     words_max: int = WORDS_MAX,
-    arrived_ms: Mapping[str, Ints] | None = None,
+    arrived: Arrived | None = None,
 ) -> Iterator[tuple[slice, Rows]]:
     """The rows of entities at some times, each from its events strictly before.
-
-    Or from those that had arrived by then, in the order in which they did: as the stream made the row, late events too.
 
     A row whose entity was idle for the family's retention is forgotten, as Redis forgets it.
 
@@ -43,9 +53,9 @@ def rows_at(
         family: what the rows are.
         events: by contract, of entities by number; those of contracts that are not read are ignored.
         rows: intp[n], of which entity; ascending.
-        times_ms: int64[n], as of when; ascending for each entity.
+        times_ms: int64[n], as of when; ascending for each entity, unless `arrived` says otherwise.
         words_max: about how many numbers of rows to give at once.
-        arrived_ms: by contract, int64[events], when each event arrived; by default at its own time.
+        arrived: when events arrived; by default each at its own time, and what had by the time asked for counts.
 
     Yields:
         Consecutive slices of the n, and their rows.
@@ -55,8 +65,10 @@ def rows_at(
     fields = [key for key in bundle.text_fields if key[0] in events]
     texts, codes = unify([events[name].fields[field] for name, field in fields])
     batch = Batch(bundle, events, dict(zip(fields, codes, strict=True)))
-    arrived = [(arrived_ms or {}).get(name, each.times_ms) for name, each in events.items()]
-    arrives_ms = np.concatenate([_NONE, *arrived])
+    arrived = arrived or Arrived({}, times_ms)
+    arrives_ms = np.concatenate([_NONE, *(arrived.events_ms.get(name, each.times_ms) for name, each in events.items())])
+    # No row is evaluated before the time that was its latest when it was merged.
+    slack_ms = (arrived.until_ms - times_ms).max(initial=0)
     order = np.lexsort((arrives_ms, batch.rows))
     measured = [np.ascontiguousarray(each[:, order]) for each in (batch.takes, batch.values, batch.buckets)]
     has_bucket = np.ascontiguousarray(batch.has_bucket[:, order])
@@ -65,7 +77,7 @@ def rows_at(
     state: Any = _NONE, np.zeros(len(bundle.tables), np.int64), -1, 0
     done = 0
     while done < len(rows):
-        asked: Any = (*of_rows, *happened, rows, times_ms, done, *state, words_max)
+        asked: Any = (*of_rows, *happened, rows, times_ms, arrived.until_ms, slack_ms, done, *state, words_max)
         end, *state, pools, sizes, latest_ms = _advance(*asked)
         pool, totals = _together(pools, sizes, bundle.merging.shapes)
         yield slice(done, end), Rows.of_pool(bundle, latest_ms[np.newaxis], pool, totals, texts)
@@ -114,6 +126,8 @@ def _advance(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
     has_bucket: NDArray[np.bool_],
     asked_rows: Ints,
     asked_ms: Ints,
+    until_ms: Ints,
+    slack_ms: int,
     asked: int,
     pool: Ints,
     sizes: Ints,
@@ -143,6 +157,8 @@ def _advance(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
         has_bucket: bool[fields, events].
         asked_rows: int64[n], see `rows_at`, like the next.
         asked_ms: int64[n].
+        until_ms: int64[n], see `Arrived`; ascending for each entity.
+        slack_ms: by how much they may be later than the times asked for.
         asked: which of them is next.
         pool: the row of the entity of the one before, like the next.
         sizes: int64[tables].
@@ -167,7 +183,7 @@ def _advance(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
             while event < len(rows) and rows[event] < row:
                 event += 1
         begin = event
-        while event < len(rows) and rows[event] == row and arrives_ms[event] < now_ms:
+        while event < len(rows) and rows[event] == row and arrives_ms[event] < until_ms[asked]:
             if latest_ms >= 0 and times_ms[event] >= latest_ms + retention_ms:
                 pool, begin = pool[:0], event
                 sizes = np.zeros(len(shapes), np.int64)
@@ -179,7 +195,7 @@ def _advance(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
                 sizes,
                 recode,
                 1,
-                now_ms,
+                until_ms[asked] - slack_ms,
                 shapes,
                 operations,
                 empty,

@@ -175,15 +175,23 @@ def archive(
         raise typer.Exit(supervise(settings, processes, "archive"))
     from features.changes import when
     from features.times import duration_ms
-    from store.archive import tables_of
+    from store.archive import archive_forgotten, tables_of
+    from store.forgotten import Forgotten
     from store.plans import load_plan
 
+    applied = load_plan(settings)
     before_ms = None if keep is None else time.time_ns() // 1_000_000 - duration_ms(keep)
-    for topic, archived in tables_of(settings, load_plan(settings)).items():
+    keys, forgotten = {each.name: each.key for each in applied.entities}, Forgotten()
+    if compact:
+        forgotten = archive_forgotten(settings, applied, _redis(settings))
+    for topic, archived in tables_of(settings, applied).items():
         if not archived.exists:
             out.print(f"{topic}: nothing is archived", highlight=False)
             continue
         if compact:
+            if n_events := archived.erase(keys, forgotten):
+                _audit("archive_erase", topic=topic, events=n_events)
+                out.print(f"{topic}: {n_events:,} events of who was forgotten are out of it", highlight=False)
             done = archived.compact()
             out.print(f"{topic}: {done['numFilesRemoved']} files are {done['numFilesAdded']} now", highlight=False)
         if before_ms is not None:
@@ -230,6 +238,7 @@ def train(  # noqa: PLR0913, PLR0917  # each is an option of the command
     from config.brokers import unreachable
     from config.settings import project_of
     from features.definitions import compile_definitions
+    from store.archive import archive_forgotten
     from store.plans import load_plan
     from training.progress import shown
     from training.run import Limits, read_labels, write_training_set
@@ -239,6 +248,7 @@ def train(  # noqa: PLR0913, PLR0917  # each is an option of the command
         known = compile_definitions(settings.definitions, project_of(settings.repo), settings.shards)
     else:
         known = load_plan(settings)
+        archive_forgotten(settings, known, _redis(settings))
     if (service is None) == (not feature):
         message = f"name a service ({', '.join(spec.name for spec in known.services)}), or features by --feature"
         raise typer.BadParameter(message)
@@ -358,7 +368,7 @@ def compare(
     since: Annotated[str, typer.Option(help="What was served within so long before now, such as 1h")] = "1h",
     service: Annotated[list[str] | None, typer.Option(help="Only what was asked for this service; repeat it")] = None,
     settle: Annotated[
-        str, typer.Option(help="Rows with an event so shortly before or after the answer are left out")
+        str, typer.Option(help="An event so shortly before or after the answer may be in it or not")
     ] = "2s",
     as_json: Annotated[bool, typer.Option("--json", help="For programs")] = False,
 ) -> None:
@@ -368,12 +378,18 @@ def compare(
     """
     import msgspec
 
+    from config.settings import project_of
     from features.changes import when
     from features.times import duration_ms
+    from store.archive import archive_forgotten
+    from store.plans import applied_plan
     from training.compare import compare as run
 
     settings = _settings()
+    client = _redis(settings)
     since_ms = time.time_ns() // 1_000_000 - duration_ms(since)
+    if (applied := applied_plan(client, project_of(settings.repo))) is not None:
+        archive_forgotten(settings, applied, client)
     given: dict[str, Any] = {"services": service or (), "settle_ms": duration_ms(settle)}
     with _shown(settings) as on_progress:
         found = run(settings, _plans(settings), since_ms, **given, on_progress=on_progress)
@@ -381,10 +397,10 @@ def compare(
         out.print_json(msgspec.json.encode(found).decode())
         raise typer.Exit(1 if found.mismatches else 0)
     table = Table("service", Column("feature", no_wrap=True))
-    for name in ("rows", "mismatches", "null differs", "largest", "mean"):
+    for name in ("rows", "undecided", "mismatches", "null differs", "largest", "mean"):
         table.add_column(name, justify="right")
     for each in found.features:
-        numbers = (f"{each.rows:,}", f"{each.mismatches:,}", f"{each.null_differences:,}")
+        numbers = (f"{n:,}" for n in (each.rows, each.undecided, each.mismatches, each.null_differences))
         table.add_row(each.service, each.feature, *numbers, f"{each.largest:.2g}", f"{each.mean:.2g}")
     out.print(table)
     for each in found.features:
@@ -400,9 +416,10 @@ def compare(
             for event in example.events:
                 fields = " ".join(f"{name}={value}" for name, value in event.items() if name not in ("t", "contract"))
                 out.print(f"  {when(event['t'])} {event['contract']} {fields}", highlight=False, markup=False)
-    left_out = f"{found.unsettled:,} with an event on its way"
-    left_out += f", {found.unknown:,} of plans that can't be read" if found.unknown else ""
-    out.print(f"{found.rows:,} rows compared, {found.mismatches:,} mismatches; left out: {left_out}", highlight=False)
+    undecided = f"{found.undecided:.2%} of the values undecided, with an event on its way"
+    left_out = f"; left out: {found.unknown:,} rows of plans that can't be read" if found.unknown else ""
+    left_out += f"; left out: {found.forgotten:,} rows about who was forgotten since" if found.forgotten else ""
+    out.print(f"{found.rows:,} rows compared, {found.mismatches:,} mismatches; {undecided}{left_out}", highlight=False)
     raise typer.Exit(1 if found.mismatches else 0)
 
 
@@ -484,6 +501,53 @@ def _plans(settings: Settings) -> Callable[[int], Plan | None]:
             return None
 
     return plan_of
+
+
+@app.command()
+def forget(
+    entity: Annotated[str, typer.Argument(help="user, item, seller, …")],
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Whom to forget")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--ids", help="A file of ids, one a line", exists=True, dir_okay=False)
+    ] = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="All of whom nothing happened for so long, such as 400d")
+    ] = None,
+) -> None:
+    """Have entities forgotten: their rows go, and nothing that happened until now counts for them ever again.
+
+    The stream does it: it runs, and so do servers. Their events leave the archive at the next `headrace archive
+    --compact`; dead letters that name them are listed.
+    """
+    from features.events import TEXT_LENGTH_MAX
+    from features.times import duration_ms
+    from store.plans import load_plan
+    from training.forget import forget as run
+    from training.forget import idle
+
+    settings = _settings()
+    applied, now_ms = load_plan(settings), time.time_ns() // 1_000_000
+    if entity not in applied.stored_entities:
+        message = f"there is no entity {entity!r}; applied are: {', '.join(applied.stored_entities)}"
+        raise typer.BadParameter(message)
+    with _shown(settings) as on_progress:
+        found = dict.fromkeys([*(ids or ()), *(file.read_text().split("\n") if file else ())])
+        if older_than is not None:
+            found |= dict.fromkeys(idle(settings, applied, entity, now_ms - duration_ms(older_than)))
+        wanted = [each for each in found if each]
+        if unfit := [each for each in wanted if len(each) > TEXT_LENGTH_MAX]:
+            message = f"{unfit[0][:50]!r}… is no id: it has more than {TEXT_LENGTH_MAX} characters"
+            raise typer.BadParameter(message)
+        if not wanted:
+            message = "nobody is to be forgotten: name ids, a file of them (--ids), or --older-than"
+            raise typer.BadParameter(message)
+        _audit("forget", entity=entity, n_ids=len(wanted), ids=wanted[:10])
+        done = run(settings, applied, _redis(settings), entity, wanted, on_progress=on_progress)
+    for each in done.letters:
+        out.print(f"dead letter {each}", highlight=False, markup=False)
+    what = f"{len(done.times_ms):,} {entity}s are" if len(wanted) > 1 else f"{entity} {wanted[0]} is"
+    out.print(f"{what} forgotten; {len(done.letters):,} dead letters name them", highlight=False, markup=False)
+    out.print("their events leave the archive with `headrace archive --compact`, its files with --vacuum")
 
 
 @app.command()

@@ -257,6 +257,8 @@ class _Demo:
                 "server_processes": 1,
                 "sample": {"ranking_v1": 0.2},
                 "sample_folder": self._folder / "served",
+                "archive": str(self._folder / "archive"),  # The broker forgets what is a few minutes old.
+                "archive_options": {},
                 "redis_url": SecretStr(redis.url),
                 "host": "127.0.0.1",
                 "port": int(figures.url.rpartition(":")[2]),
@@ -279,6 +281,7 @@ class _Demo:
         self._wait("apply", lambda: self._children["apply"].poll() == 0)
         del self._children["apply"]
         self._start("stream")
+        self._start("archive")
         self._start("serve", "--port", str(self._settings.port))
         self._wait("the server", self._is_ready)
         there = {
@@ -287,6 +290,7 @@ class _Demo:
             "PORT": self._settings.port,
             "TOPICS": self._settings.topics,
             "SAMPLE_FOLDER": self._settings.sample_folder,
+            "ARCHIVE": self._settings.archive,
         }
         command = os.path.relpath(Path(sys.prefix, "bin", "headrace"))
         where = " ".join(f"HEADRACE_{name}={value}" for name, value in there.items())
@@ -412,7 +416,7 @@ class _Demo:
         return self._figures.committed
 
     def _producer(self, linger_ms: int) -> Producer:
-        options = {"linger.ms": linger_ms, "message.timeout.ms": int(CALL_TIMEOUT_S * 1000), "log_level": 4}
+        options = {"linger.ms": linger_ms, "message.timeout.ms": int(START_TIMEOUT_S * 1000), "log_level": 4}
         return Producer(self._settings.librdkafka(**options))
 
     def _delivered(self, error: Any, message: Any) -> None:

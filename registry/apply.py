@@ -16,7 +16,9 @@ from config.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from features.changes import Change, in_the_way
 from features.plan import Plan
 from registry.register import register, registered_plan
+from store.archive import archive_forgotten
 from store.commit import initialise, join
+from store.forgotten import write_forgotten
 from store.keys import Keyspace
 from store.plans import ApplyError, append_plan, plan_changes
 
@@ -70,6 +72,8 @@ def apply(
     registered = _register(settings, plan)
     now_ms = int(clock() * 1000)
     records = _initialise(client, applied, plan, now_ms)
+    if applied is None:  # Of who was forgotten before Redis lost all, the archive knows.
+        write_forgotten(client, Keyspace.of(plan), archive_forgotten(settings, plan, client))
     if changed:
         append_plan(client, plan, now_ms)
     return Applied(plan, changed, registered, topics, records)

@@ -143,7 +143,7 @@ def rebuild(
     create_topics(settings, plan)
     every = {name for name, feature in plan.features.items() if isinstance(feature.spec, Aggregation)}
     history = History(count_batches(settings, plan, contracts_of(plan, every)), since_ms)
-    lead_ms = make_all(settings, plan, history, client, on_progress=on_progress, clock=clock)
+    lead_ms = make_all(settings, plan, history, client, before=before, on_progress=on_progress, clock=clock)
     plan = rebuilt(declared, number, generation, lead_ms)
     follow(settings, plan, client, clock)
     writers = writers_of(client, plan)

@@ -34,6 +34,7 @@ from serving.problems import Problem, invalid, unavailable
 from serving.sample import Sampler
 from store.commit import RecordError
 from store.connect import connect
+from store.forgotten import order
 from store.keys import Keyspace
 from store.plans import layouts_of
 from store.read import ForeignValueError
@@ -118,6 +119,15 @@ def create_app(settings: Settings, plan: Plan, clock: Callable[[], float] = time
         DirectRoute(
             "GET", "/v1/entities/{entity}/{entity_id:path}", routes.entity, [wire.JSON], answers=contract.ENTITY
         ),
+        DirectRoute(
+            "DELETE",
+            "/v1/entities/{entity}/{entity_id:path}",
+            routes.forget,
+            [wire.JSON],
+            answers=contract.FORGET,
+            status=202,
+            scope="write",
+        ),
         DirectRoute("POST", "/v1/features", routes.features, wire.FORMATS, answers=contract.RANKING),
         DirectRoute("POST", "/get-online-features", routes.get_online_features, [wire.JSON], answers=contract.FEAST),
         DirectRoute("GET", "/v1/services/{name}", routes.service, [wire.JSON], answers=contract.SERVICE),
@@ -192,14 +202,30 @@ class _Routes:
         self, _request: Request, entity: str, entity_id: str, query: Annotated[EntityQuery, Query()]
     ) -> Response:
         """One entity's features, of a service or of all its views."""
-        if not 1 <= len(entity_id) <= TEXT_LENGTH_MAX or "\0" in entity_id:
-            raise invalid("id", f"an id has 1 to {TEXT_LENGTH_MAX} characters and no NUL")
+        _check_id(entity_id)
         program = self._of_entity(entity, query.service)
         given = (program, {entity: [entity_id]}, {entity: _ONE_ROW}, self._now_ms(query.as_of))
         answer = await (self._lookup.ask(*given) if query.as_of is None else self._lookup.read(*given))
         self._sampler.offer(query.service, answer, given[1])
         content = wire.entity_json(answer, entity, entity_id, query.service, self._plan.fingerprint)
         return self._answer(content, frame=answer.frame)
+
+    async def forget(self, _request: Request, entity: str, entity_id: str) -> Response:
+        """Has an entity forgotten: the stream does it within seconds, and nothing until then counts ever again."""
+        _check_id(entity_id)
+        self._of_entity(entity, None)  # It says whether there is such.
+        ordered_at = self._now_ms()
+        try:
+            await asyncio.to_thread(self._order, entity, entity_id, ordered_at)
+        except (RedisError, OSError) as error:
+            raise unavailable(f"Redis: {type(error).__name__}: {error}") from error
+        document = {"entity": entity, "id": entity_id, "ordered_at": ordered_at}
+        return self._answer(orjson.dumps(document), status=202)
+
+    def _order(self, entity: str, entity_id: str, at_ms: int) -> None:
+        # A connection of its own: those of the event loop's thread are its alone.
+        with connect(self._settings.redis_url.get_secret_value(), self._settings.request_timeout_s) as client:
+            order(client, self._plan.project, entity, [entity_id], at_ms)
 
     async def features(self, request: Request, body: FeaturesRequest) -> Response:
         """The features of one user and candidate items, as JSON, Arrow or npy by `Accept`."""
@@ -342,12 +368,13 @@ class _Routes:
         media_type: str = wire.JSON,
         more: Sequence[tuple[bytes, bytes]] = (),
         frame: Frame | None = None,
+        status: int = 200,
     ) -> Response:
         if frame is not None and frame.beyond:
             # Once: those who asked together share it.
             self._metrics.beyond(frame.beyond)
             frame.beyond = 0
-        return Bytes(content, [*self._headers[media_type], *more])
+        return Bytes(content, [*self._headers[media_type], *more], status)
 
     def _now_ms(self, as_of: int | None = None) -> int:
         """The query time, or a problem when `as_of` is not within the last 10 s."""
@@ -357,6 +384,11 @@ class _Routes:
                 "as_of", f"{as_of} is not within the last {SLACK_MS // 1000} s before {now} (ms since the epoch)"
             )
         return now if as_of is None else as_of
+
+
+def _check_id(entity_id: str) -> None:
+    if not 1 <= len(entity_id) <= TEXT_LENGTH_MAX or "\0" in entity_id:
+        raise invalid("id", f"an id has 1 to {TEXT_LENGTH_MAX} characters and no NUL")
 
 
 @lru_cache(maxsize=16)

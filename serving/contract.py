@@ -93,6 +93,7 @@ FEAST: Final = _object(
     }
 )
 
+FORGET: Final = _object({"entity": _TEXT, "id": _TEXT, "ordered_at": _INT})
 HEALTH: Final = _object({"status": _TEXT})
 READY: Final = _object({"status": _TEXT, "plan": _TEXT})
 

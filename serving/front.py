@@ -39,11 +39,11 @@ _PROBLEM: Final[dict[str, Any]] = {
 
 
 class Bytes(Response):
-    """200 with a body and headers that are bytes already."""
+    """A body and headers that are bytes already."""
 
-    def __init__(self, body: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
+    def __init__(self, body: bytes, headers: Sequence[tuple[bytes, bytes]], status: int = 200) -> None:
         # Instead of Response's own, which would look for and encode each of the headers.
-        self.status_code = 200
+        self.status_code = status
         self.background = None
         self.body = body
         self.raw_headers = [*headers, (b"content-length", b"%d" % len(body))]
@@ -72,6 +72,7 @@ class DirectRoute(APIRoute):
         method, path, endpoint: as FastAPI has them.
         media_types: of its answers.
         answers: the schema of those that are JSON.
+        status: theirs.
         scope: what a key must be good for to call it; None if no key is needed. A call for `write` is audited.
         is_vital: never refused for want of time: operators must see what is the matter.
     """
@@ -84,14 +85,16 @@ class DirectRoute(APIRoute):
         media_types: Sequence[str],
         *,
         answers: contract.Schema | None = None,
+        status: int = 200,
         scope: KeyScope | None = "read",
         is_vital: bool = False,
     ) -> None:
         content: dict[str, Any] = {media_type: {} for media_type in media_types}
         if answers is not None:
             content["application/json"] = {"schema": answers}
-        responses: dict[int | str, dict[str, Any]] = {200: {"content": content}, "default": _PROBLEM}
-        super().__init__(path, endpoint, methods=[method], response_class=Response, responses=responses)
+        responses: dict[int | str, dict[str, Any]] = {status: {"content": content}, "default": _PROBLEM}
+        given: Any = {"response_class": Response, "responses": responses, "status_code": status}
+        super().__init__(path, endpoint, methods=[method], **given)
         # Starlette's `.*$` ends before a line feed: it finds nothing of `a\nb`, and in `a\n` the row of `a`.
         self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z", re.DOTALL)
         self.scope = scope

@@ -102,6 +102,11 @@ class Guard:
         Raises:
             Problem: 401 without a key that is known, 403 without the scope, 429 beyond its rate.
         """
+        if scope == "write" and self.keys.is_open:
+            detail = (
+                "without API keys all may read, and nobody may write: make some (`headrace keys add --scope write`)"
+            )
+            raise Problem(403, "Forbidden", detail)
         return None if scope is None else self.keys.admit(headers, scope)
 
     async def body(self, scope: Scope, receive: Receive) -> bytes:

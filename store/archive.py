@@ -7,13 +7,15 @@ the event (UTC), and readable by whatever reads Delta Lake.
 
     event_id, occurred_at (as sent), the contract's fields,
     _recorded_at (the broker's), _partition, _offset, _day
+
+One more table, `_forgotten`, says who is, and since when: `entity`, `id`, `at`.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Final
@@ -31,6 +33,8 @@ from features.events import NEWEST_MS, Kind
 from features.plan import EventSpec, Plan
 from features.times import DAY_MS
 from store.commit import CommitRecord, FencedError, Position
+from store.forgotten import Forgotten, Times, orders, read_forgotten
+from store.keys import Keyspace
 
 _TIME: Final = pa.timestamp("us", "UTC")
 _TYPES: Final[dict[Kind, pa.DataType]] = {
@@ -44,6 +48,8 @@ _WRITER: Final = "headrace/writer"
 _PARTITIONS: Final = "headrace/partitions"
 _KEPT: Final = "headrace/kept_since_ms"
 _TOPIC_ID: Final = "headrace.topic_id"
+_FORGOTTEN: Final = "_forgotten"
+_FORGOTTEN_SCHEMA: Final = pa.schema([("entity", pa.string()), ("id", pa.string()), ("at", _TIME)])
 _SCAN_ROWS: Final = 1 << 17
 _NOTHING_READ: Final = -1
 _ATTEMPTS: Final = 10
@@ -202,6 +208,39 @@ class ArchiveTable:
                 break
         return int(found["num_deleted_rows"] or 0)
 
+    def erase(self, keys: Mapping[str, str], forgotten: Forgotten) -> int:
+        """Takes whom it names out of events until they were forgotten; returns of how many.
+
+        An event that names others too is theirs as well: it stays, without the id and its own. Others go.
+
+        Args:
+            keys: by kind of entity, the field with its ids.
+            forgotten: who is.
+        """
+        mine = {entity: key for entity, key in keys.items() if key in self._spec.fields}
+        n_events = 0
+        for entity, key in mine.items() if self._table is not None else ():
+            if times := forgotten.get(entity):
+                others = [f"t.{other} IS NOT NULL" for other in mine.values() if other != key]
+                n_events += self._erase(key, " OR ".join(others) or "false", _forgotten_rows(entity, times))
+        return n_events
+
+    def _erase(self, key: str, is_of_others: str, rows: pa.Table) -> int:
+        matched = f"t.{key} = s.id AND (t.occurred_at <= s.at OR t._recorded_at <= s.at)"
+        with self._done("changed"):
+            for attempts_left in reversed(range(_ATTEMPTS)):
+                self._table = self._open()
+                merge = self._there.merge(rows, matched, "s", "t")
+                merge.when_matched_update({key: "NULL", "event_id": "NULL"}, is_of_others).when_matched_delete()
+                try:
+                    found = merge.execute()
+                except CommitFailedError:
+                    if attempts_left:
+                        continue  # As in `forget_before`.
+                    raise
+                break
+        return int(found["num_target_rows_updated"] + found["num_target_rows_deleted"])
+
     # Reading
 
     def scan(
@@ -317,6 +356,42 @@ def tables_of(settings: Settings, plan: Plan) -> dict[str, ArchiveTable]:
     """The archive's table of each topic of a plan."""
     where, options = settings.archive_url(), settings.archive_options
     return {spec.topic: ArchiveTable(where, spec, options) for spec in plan.events}
+
+
+def forgotten_of(settings: Settings) -> Forgotten:
+    """Who is forgotten, as the archive has it."""
+    found, where = Forgotten(), f"{settings.archive_url().rstrip('/')}/{_FORGOTTEN}"
+    with suppress(TableNotFoundError):
+        rows = DeltaTable(where, storage_options=settings.archive_options).to_pyarrow_table()
+        for entity in pc.unique(rows["entity"]).to_pylist():
+            mine = rows.filter(pc.equal(rows["entity"], entity)).sort_by("at")
+            ids = (each.encode() for each in mine["id"].to_pylist())
+            found.add(entity, dict(zip(ids, _ms(mine["at"].combine_chunks()).tolist(), strict=True)))
+    return found
+
+
+def archive_forgotten(settings: Settings, plan: Plan, client: Any) -> Forgotten:
+    """Has the archive know who is forgotten, as Redis says it, also by orders that still stand; returns all.
+
+    Whoever makes rows of the archive goes by what it knows.
+    """
+    known, told = forgotten_of(settings), read_forgotten(client, Keyspace.of(plan), plan.stored_entities)
+    for each in orders(client, plan.project, 0):
+        told.add(each.entity, dict.fromkeys(each.ids, each.at_ms))
+    for entity, times in told.items():
+        mine = known.get(entity, {})
+        if new := {each: at_ms for each, at_ms in times.items() if mine.get(each, -1) < at_ms}:
+            where = f"{settings.archive_url().rstrip('/')}/{_FORGOTTEN}"
+            options: Any = {"mode": "append", "storage_options": settings.archive_options}
+            write_deltalake(where, _forgotten_rows(entity, new), **options)
+            known.add(entity, new)
+    return known
+
+
+def _forgotten_rows(entity: str, times: Times) -> pa.Table:
+    ids = pa.array([each.decode() for each in times], pa.string())
+    at = _times(np.array(list(times.values()), np.int64))
+    return pa.table([pa.array([entity] * len(ids)), ids, at], schema=_FORGOTTEN_SCHEMA)
 
 
 def rows_of(  # a column each

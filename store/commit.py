@@ -83,6 +83,7 @@ class CommitRecord(msgspec.Struct, frozen=True, dict=True):
         taken: numbers of plans, each with when a writer of it took the shard from one of another, ms since the epoch;
             of those plans that `writer`'s needs to know of.
         filled: if the plan is filled with history, how many batches of it the rows have: see `store.filling`.
+        orders: how many orders to forget were carried out: see `store.forgotten`.
     """
 
     writer: str
@@ -92,6 +93,7 @@ class CommitRecord(msgspec.Struct, frozen=True, dict=True):
     taken: tuple[tuple[int, int], ...] = ()
     version: int = VERSION
     filled: int | msgspec.UnsetType = msgspec.UNSET
+    orders: int | msgspec.UnsetType = msgspec.UNSET
 
     def encode(self) -> bytes:
         """Canonical JSON: equal records are equal bytes."""

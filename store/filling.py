@@ -20,10 +20,14 @@ KEPT_MS: Final = 30 * DAY_MS
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
-    """Rows of some entities of a shard: their ids, in UTF-8, and by family the row of each, empty for none."""
+    """Rows of some entities of a shard: their ids, in UTF-8, and by family the row of each, empty for none.
+
+    Of those that are forgotten it says since when: nothing before is in the rows.
+    """
 
     ids: list[bytes]
     rows: dict[str, list[bytes]]
+    forgotten: dict[bytes, int] = {}
 
     def encode(self) -> bytes:
         """As Redis keeps it."""

@@ -1,7 +1,9 @@
 """Every Redis key and its lifetime, built here and nowhere else.
 
     {headrace}:plans                      all applied plans, the newest last
+    {headrace}:forget                     all orders to forget, the newest last
     {headrace:user:7}:commit              the commit record of shard 7 of the users
+    {headrace:user:7}:forgotten           which of them are forgotten, and since when
     {headrace:user:7}:user_activity:u42   the row of user u42 in the family user_activity
     {headrace:user:7}:seam:3              where the history ends that plan 3 is filled with, and
     {headrace:user:7}:filling:3:0         a batch of it
@@ -76,6 +78,11 @@ def generation_key(project: str) -> bytes:
     return f"{{{project}}}:generation".encode()
 
 
+def orders_key(project: str) -> bytes:
+    """The key of a project's orders to forget."""
+    return f"{{{project}}}:forget".encode()
+
+
 @dataclass(frozen=True)
 class Keyspace:
     """The keys of one project, and one generation of its rows: see `features.plan.Plan`."""
@@ -102,6 +109,10 @@ class Keyspace:
         """The key of a shard's commit record."""
         return f"{self.tag(entity, shard)}commit".encode()
 
+    def forgotten(self, entity: str, shard: int) -> bytes:
+        """The key that says who of a shard is forgotten: see `store.forgotten`."""
+        return f"{self.tag(entity, shard)}forgotten".encode()
+
     def seam(self, entity: str, shard: int, plan: int) -> bytes:
         """The key that says where the history of a shard ends, for a plan that is filled: see `store.filling`."""
         return f"{self.tag(entity, shard)}seam:{plan}".encode()
@@ -113,6 +124,11 @@ class Keyspace:
     def commit_records(self, entities: Iterable[str]) -> list[bytes]:
         """The keys of the commit records of all shards of each kind of entity."""
         return [self.commit_record(entity, shard) for entity in entities for shard in range(self.shards)]
+
+    def rows_of(self, family_names: Iterable[str], entity: str, entity_id: bytes) -> list[bytes]:
+        """The keys of an entity's rows in families by name, also such as no plan has any more."""
+        tag = self.tag(entity, shard_of(entity_id, self.shards))
+        return [f"{tag}{name}:".encode() + entity_id for name in family_names]
 
     def rows(self, family: Family, ids: Iterable[bytes]) -> list[bytes]:
         """The keys of a family's rows, by the entities' ids in UTF-8."""

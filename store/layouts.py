@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from features.evolve import Column, columns_from, move
-from features.layout import Bundle, Family, family_of
+from features.layout import Bundle, Family, families_of, family_of
 from features.plan import Plan
 from store.codec import CorruptRowError, decode, encode, tag_of
 
@@ -38,6 +38,17 @@ class Layouts:
         self._fetch = fetch
         self._older: list[Plan | None] = []
         self._found: dict[tuple[str, bytes], _Past | None] = {}
+
+    def families(self, entity: str) -> set[str]:
+        """The names of all families that there may be rows of, of an entity: those of every plan that can be read."""
+        plans = [self._plan, *filter(None, self._fetch(0, _LAST))]
+        return {
+            family.name
+            for plan in plans
+            for view in plan.views
+            for family in families_of(plan, view)
+            if family.entity == entity
+        }
 
     def own(self, bundle: Bundle, blobs: Sequence[Blob]) -> list[Blob]:
         """The rows, those of other layouts as of this plan's; what is of none is left as it is.

@@ -6,13 +6,14 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import reduce
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from features.times import DAY_MS
 
@@ -47,12 +48,13 @@ def read(folder: Path, since_ms: int, services: Sequence[str] = ()) -> Iterator[
             yield own.name, table.filter(pc.greater_equal(table[TIME_COLUMN], since))
 
 
-def about(table: pa.Table, keys: Sequence[str]) -> pa.Table:
-    """The rows that are about the entities of some columns of ids; where an answer was not, its features are null too.
+def about(table: pa.Table, keys: Sequence[str]) -> NDArray[np.bool_]:
+    """bool[n]: which rows are about the entities of some columns of ids; others have null for features of theirs.
 
-    One that was about nobody in particular has the empty id.
+    A row that is about nobody in particular has the empty id.
     """
-    return table.filter(reduce(pc.and_, (table[key].is_valid() for key in keys)))
+    found: NDArray[np.bool_] = np.all([np.asarray(table[key].is_valid()) for key in keys], axis=0)
+    return found
 
 
 def _written_ms(path: Path) -> int:

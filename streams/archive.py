@@ -12,14 +12,17 @@ import redis
 
 from config.settings import Settings
 from features.plan import EventSpec, Plan
-from store.archive import ArchiveTable, Complete, rows_of, tables_of
+from store.archive import ArchiveTable, Complete, archive_forgotten, rows_of, tables_of
 from store.commit import CommitRecord, united
+from store.forgotten import count_orders
 from streams.chunk import Partition
 from streams.decode import Checked
 from streams.kafka import records_of
 from streams.lane import GapError
 from streams.metrics import METRICS
 
+ORDERS_S = 10.0
+"""It looks this often for who was forgotten."""
 _ROWS_MAX = 200_000
 """So many events of a topic are committed, however recent."""
 
@@ -95,6 +98,8 @@ class Archiver:
         confirm: Callable[[Mapping[str, str]], Callable[[], None]] = lambda _: lambda: None,
     ) -> None:
         self._commit_s, self._clock, self._confirm = settings.archive_commit_s, clock, confirm
+        self._settings, self._plan, self._redis = settings, plan, client
+        self._orders, self._ordered_at_s = 0, clock()
         accepted = _accepted(records_of(plan, client))
         found = tables_of(settings, plan)
         self._pending = {topic: _Pending(found[topic], accepted.get(topic, ""), clock()) for topic in topics}
@@ -109,6 +114,17 @@ class Archiver:
                 self._commit(pending)
             elif not pending.moved:
                 pending.since_s = self._clock()
+        if self._clock() - self._ordered_at_s >= ORDERS_S:
+            self._ordered_at_s = self._clock()
+            self._learn_forgotten()
+
+    def _learn_forgotten(self) -> None:
+        """Whom the stream has forgotten: for when Redis has lost everything."""
+        n_orders = count_orders(self._redis, self._plan.project)
+        if n_orders != self._orders:
+            carried_out = min(record.orders or 0 for record in records_of(self._plan, self._redis))
+            archive_forgotten(self._settings, self._plan, self._redis)
+            self._orders = carried_out
 
     def settle(self) -> None:
         """Commits all that was taken."""

@@ -59,9 +59,9 @@ class Happened:
     times_ms: Ints
     fields: Mapping[str, Any]
 
-    def take(self, mask: NDArray[np.bool_]) -> Happened:
-        """The events under the mask."""
-        if mask.all():
+    def take(self, mask: NDArray[np.bool_] | None) -> Happened:
+        """The events under the mask; without one all."""
+        if mask is None or mask.all():
             return self
         return Happened(
             self.contract,

@@ -58,6 +58,9 @@ DRAIN_S = 7
 """A worker that is told to stop takes no longer than this for its last commits; Redis or another worker may be away."""
 
 _EPOCH = timedelta(seconds=1)
+_PAUSE = timedelta(seconds=0.1)
+"""Who is patient takes records so often, while few come."""
+_FEW = 1_000
 
 _stopping: list[int] = []
 
@@ -103,7 +106,9 @@ def archive_flow(number: int | None = None, on_claimed: Callable[[Plan], object]
         return Target(archiver.start, archiver.settle)
 
     dataflow = Dataflow("headrace_archive")
-    chunks = op.input("kafka", dataflow, ChunkSource(settings, plan, partial(archived, settings, plan, client)))
+    chunks = op.input(
+        "kafka", dataflow, ChunkSource(settings, plan, partial(archived, settings, plan, client), patient=True)
+    )
     parts = op.flat_map_batch("check", chunks, check)
     op.output("tables", parts, Sink(settings.lanes, make))
     return dataflow
@@ -142,10 +147,11 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 class ChunkSource(DynamicSource[Chunk]):
     """All partitions of all topics of the plan; each worker reads a share of them."""
 
-    def __init__(self, settings: Settings, plan: Plan, records: Records) -> None:
+    def __init__(self, settings: Settings, plan: Plan, records: Records, *, patient: bool = False) -> None:
         self._settings = settings
         self._plan = plan
         self._records = records
+        self._patient = patient
 
     def build(self, step_id: str, worker_index: int, worker_count: int) -> StatelessSourcePartition[Chunk]:
         topics = [spec.topic for spec in self._plan.events]
@@ -155,25 +161,27 @@ class ChunkSource(DynamicSource[Chunk]):
             return (topics.index(partition.topic) + partition.number) % worker_count == worker_index
 
         with _failures_said():
-            return _WorkerChunks(WorkerReader(self._settings, self._plan, is_mine, self._records))
+            reader = WorkerReader(self._settings, self._plan, is_mine, self._records, patient=self._patient)
+            return _WorkerChunks(reader, _PAUSE if self._patient else timedelta())
 
 
 class _WorkerChunks(StatelessSourcePartition[Chunk]):
-    def __init__(self, reader: WorkerReader, clock: Callable[..., datetime] = datetime.now) -> None:
+    def __init__(self, reader: WorkerReader, pause: timedelta, clock: Callable[..., datetime] = datetime.now) -> None:
         self._reader = reader
+        self._pause = pause
         self._clock = clock
-        self._idle = False
+        self._n_records = 0
 
     def next_batch(self) -> Iterable[Chunk]:
         if _stopping:
             raise StopIteration
         with _failures_said():
-            chunks = self._reader.next_chunks(_WAIT_S if self._idle else 0.0)
-        self._idle = not any(chunk.values for chunk in chunks)
+            chunks = self._reader.next_chunks(0.0 if self._n_records or self._pause else _WAIT_S)
+        self._n_records = sum(len(chunk.values) for chunk in chunks)
         return chunks
 
     def next_awake(self) -> datetime | None:
-        return self._clock(UTC)
+        return self._clock(UTC) + (self._pause if self._n_records < _FEW else timedelta())
 
     def close(self) -> None:
         self._reader.close()

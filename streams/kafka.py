@@ -28,6 +28,7 @@ LOOK_S = 30.0
 """A worker looks this often whether a topic has gained partitions."""
 _LOOK_TIMEOUT_S = 0.5
 """No record is read meanwhile. A broker that takes longer is asked again the next time."""
+_PATIENT = {"fetch.wait.max.ms": 100, "fetch.min.bytes": 100_000}
 _LAG_S = 1.0
 _KAFKA_TIMEOUT_S = 15.0
 _IDS_TIMEOUT_S = 3.0
@@ -267,7 +268,7 @@ class WorkerReader:
 
     It reads those partitions of the plan's topics that `is_mine`, also those that are added while it reads. First it
     reads of all what was committed before, for duplicates; only then does it give what is new, of any. So whoever
-    writes now may do so until then.
+    writes now may do so until then. Who is `patient` is sent a lot at once, if it comes within a tenth of a second.
     """
 
     def __init__(
@@ -277,13 +278,15 @@ class WorkerReader:
         is_mine: Callable[[Partition], bool],
         records: Records,
         clock: Callable[[], float] = time.time,
+        *,
+        patient: bool = False,
     ) -> None:
         self._settings, self._plan, self._is_mine, self._records = settings, plan, is_mine, records
         self._clock = clock
         self._looked_s = self._said_s = clock()
         there = partitions_of(settings, self._topics)
         self._ids = TopicIds(settings, self._topics)
-        self._shared = _Shared(settings)
+        self._shared = _Shared(settings, _PATIENT if patient else {})
         self._readers: dict[Partition, PartitionReader] = {}
         self._read(there)
         self._catches_up = True
@@ -352,8 +355,8 @@ class WorkerReader:
 class _Shared:
     """One consumer, and what it has read of each partition."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.consumer = consumer_of(settings)
+    def __init__(self, settings: Settings, options: Mapping[str, Any]) -> None:
+        self.consumer = consumer_of(settings, **options)
         self.read: dict[Partition, list[Any]] = {}
         self._chunk_events = settings.chunk_events
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,7 @@ from itertools import accumulate, compress, islice, pairwise, product
 from operator import ne
 from queue import SimpleQueue
 from threading import Thread
+from types import MappingProxyType
 from typing import Any
 from weakref import finalize
 
@@ -28,7 +29,8 @@ from features.rows import Index, Rows
 from store.codec import encode
 from store.commit import CommitRecord, Position, RowWrite, ShardCommit, Writer
 from store.filling import Batch
-from store.keys import Keyspace, expire_at_ms
+from store.forgotten import FOR_EVER_MS, Forgotten, Times, count_orders, decode_forgotten, encode_forgotten, orders
+from store.keys import Keyspace, expire_at_ms, shard_of
 from store.layouts import Layouts
 from store.read import read_rows
 from streams.chunk import FILL_S, Happened, Ints, Part, Partition
@@ -64,6 +66,7 @@ class _Shard:
     before: CommitRecord
     """While a commit is on its way, the record that it replaces: Redis may still have that one."""
     committed_at_s: float
+    forgotten: Times
     mine: bool = False
     """Whether the record holds only what the lane itself has received."""
 
@@ -109,11 +112,20 @@ class Lane:
         self._filled_at_s = 0.0
         for name in product((bundle.entity for bundle in self._bundles), self._numbers):
             record = self._writer.claim(*name, plan.number, plan.needs, fills=name[0] in fills)
-            self._shards[name] = _Shard(self._keyspace.commit_record(*name), record, record, clock())
+            self._shards[name] = _Shard(self._keyspace.commit_record(*name), record, record, clock(), {})
         # All shards of a lane are to have one record: none was taken later than the last of them.
         self._plan_number = plan.number
         every = sorted(pair for shard in self._shards.values() for pair in shard.record.taken)
         self._taken = tuple(dict(every).items())
+        self._forgotten = Forgotten()
+        told = self._read(self._shards.values(), [self._keyspace.forgotten(*name) for name in self._shards])
+        for ((entity, _), shard), data in zip(self._shards.items(), told, strict=True):
+            shard.forgotten = decode_forgotten(data)
+            self._forgotten.add(entity, shard.forgotten)
+        # Fewer than a shard knows of, if Redis came back without the last of them.
+        known = [shard.record.orders or 0 for shard in self._shards.values()]
+        self._orders = min([*known, count_orders(client, plan.project)])
+        self._ordered_at_s = 0.0
         self._claimed: dict[tuple[str, Partition], Ints] = {}
         self._received: dict[Partition, Position] = {}
         self._topics: dict[str, str] = {}
@@ -149,6 +161,8 @@ class Lane:
 
         A commit that failed raises there, and then so does every later one: what follows on it must never be written.
         """
+        if not 0 <= self._clock() - self._ordered_at_s < IDLE_COMMIT_S:
+            self._forget()
         if self._filling and not 0 <= self._clock() - self._filled_at_s < FILL_S:
             # While nothing else is to be done, all that is there.
             while self._fill() and not any(part.events for part in parts):
@@ -166,10 +180,33 @@ class Lane:
             read = [each for each in every if each is not None and each.contract in bundle.events]
             # What Redis would not keep must not count by being merged together with what it does.
             late = (each.take(each.times_ms > forgotten_ms) for each in read)
-            happened = [each for each in late if len(each.ids)]
+            counted = (each.take(self._forgotten.counts(bundle.entity, each.ids, each.times_ms)) for each in late)
+            happened = [each for each in counted if len(each.ids)]
             if happened:
                 work.append(_Arrived(self._keyspace, bundle, happened, forgotten_ms, now_ms))
-        return self._do(work, confirmed, {})
+        return self._do(work, confirmed)
+
+    def _forget(self) -> None:
+        """Carries out the orders to forget that were given since it last looked."""
+        clock_s = self._clock()
+        self._ordered_at_s = clock_s
+        given = orders(self._redis, self._keyspace.project, self._orders)
+        self._orders += len(given)
+        work: list[_Ordered] = []
+        for bundle in self._bundles:
+            known, ids = self._forgotten.get(bundle.entity, {}), dict[bytes, int]()
+            for each in given:
+                if each.entity == bundle.entity:
+                    mine = (one for one in each.ids if shard_of(one, self._keyspace.shards) in self._numbers)
+                    ids |= {one: each.at_ms for one in mine if known.get(one, -1) < each.at_ms}
+            if ids:
+                families = self._layouts.families(bundle.entity)
+                of_shards = {number: self._shards[bundle.entity, number].forgotten for number in self._numbers}
+                work.append(_Ordered(self._keyspace, bundle, ids, int(clock_s * 1000), families, of_shards))
+        if work:
+            self._do(work)
+            for done in work:
+                self._forgotten.add(done.bundle.entity, done.times)
 
     def _fill(self) -> bool:
         """Adds its next batch of history to each shard that there is one for; whether there was any."""
@@ -183,43 +220,50 @@ class Lane:
             name: data for name, data in zip(keys, self._redis.mget(list(keys.values())), strict=True) if data
         }
         work = [
-            _Filled(self._keyspace, bundle, mine, clock_ms - self._kept_ms[bundle.entity], self._layouts)
+            _Filled(self._keyspace, bundle, mine, clock_ms - self._kept_ms[bundle.entity], self._layouts, known)
             for bundle in self._filling
             if (mine := {shard: data for (entity, shard), data in found.items() if entity == bundle.entity})
+            for known in [self._forgotten.get(bundle.entity, {})]
         ]
         self._filled_at_s = 0.0 if found else self._clock()
         if found:
-            self._do(work, lambda: None, {name: keys[name] for name in found})
+            self._do(work, filled={name: keys[name] for name in found})
         return bool(found)
 
     def _do(
         self,
         work: Sequence[_Work],
-        confirmed: Callable[[], None],
-        batches: Mapping[tuple[str, int], bytes],
+        confirmed: Callable[[], None] = lambda: None,
+        filled: Mapping[tuple[str, int], bytes] = MappingProxyType({}),
     ) -> Written:
-        """Commits work; and of shards whose next batch of history it is, that they have it."""
+        """Commits work; and of shards whose next batch of history it is, under these keys, that they have it."""
         writes: dict[tuple[str, int], list[RowWrite]] = {}
         kept: list[tuple[list[bytes], list[bytes]]] = []
         evicted: Counter[tuple[str, str]] = Counter()
-        found = iter(self._cache.read([key for each in work for key in each.keys], partial(self._read, work)))
+        concerned = [
+            self._shards[each.bundle.entity, shard] for each in work for shard in np.unique(each.shards).tolist()
+        ]
+        found = iter(self._cache.read([key for each in work for key in each.keys], partial(self._read, concerned)))
         for each in work:
             of_tables = self._merge(each, list(islice(found, len(each.keys))), writes, kept)
             for table in np.flatnonzero(of_tables).tolist():
                 for aggregation in self._aggregations[each.bundle.entity][table]:
                     evicted[aggregation] += int(of_tables[table])
-        self._commit(writes, confirmed, batches)
+            for shard, besides in each.besides().items():
+                writes[each.bundle.entity, shard] = [*writes.get((each.bundle.entity, shard), []), *besides]
+        for name, key in filled.items():
+            writes[name] = [*writes.get(name, []), RowWrite(key, b"", 0)]
+        self._commit(writes, confirmed, filled)
         for keys, rows in kept:
             self._cache.keep(keys, rows)
         return Written(sum(len(rows) for rows in writes.values()), evicted)
 
-    def _read(self, work: Sequence[_Work], keys: list[bytes]) -> list[bytes | None]:
-        """The rows of keys, together with the records of the work's shards: both must be what this writer wrote.
+    def _read(self, shards: Collection[_Shard], keys: list[bytes]) -> list[bytes | None]:
+        """The values of keys, together with the records of their shards: both must be what this writer wrote.
 
         To compare when committing is not enough: if Redis loses its last writes and then has them again (a lagging
         replica is promoted, dies, and the old master is back), a row read in between is older than its record.
         """
-        shards = [self._shards[each.bundle.entity, shard] for each in work for shard in np.unique(each.shards).tolist()]
         found: list[bytes | None] = self._redis.mget([*keys, *(shard.key for shard in shards)])
         for shard, stored in zip(shards, found[len(keys) :], strict=True):
             if stored not in (shard.record.encode(), shard.before.encode()):
@@ -314,25 +358,24 @@ class Lane:
         self,
         writes: Mapping[tuple[str, int], list[RowWrite]],
         confirmed: Callable[[], None],
-        batches: Mapping[tuple[str, int], bytes],
+        filled: Collection[tuple[str, int]],
     ) -> None:
         """Commits shards that have rows to write, and idle ones now and then."""
         now_s = self._clock()
         received = {str(partition): position for partition, position in self._received.items()}
         whole = CommitRecord(self._writer.token, received, self._topics.copy(), self._plan_number, self._taken)
+        whole = msgspec.structs.replace(whole, orders=self._orders or msgspec.UNSET)
         commits: dict[tuple[str, int], ShardCommit] = {}
         for name, shard in self._shards.items():
             rows = writes.get(name, [])
-            if name in batches:
-                rows = [*rows, RowWrite(batches[name], b"", 0)]
             # A clock that was set back must not keep a shard from committing.
             if not rows and 0 <= now_s - shard.committed_at_s < IDLE_COMMIT_S:
                 continue
             # All shards of a lane have what it received, so they share one record; but for what others wrote before.
             new = whole if shard.mine else _advanced(shard.record, whole)
             shard.mine = shard.mine or new == whole
-            if isinstance(filled := shard.record.filled, int):
-                new = msgspec.structs.replace(new, filled=filled + (name in batches))
+            if isinstance(shard.record.filled, int):
+                new = msgspec.structs.replace(new, filled=shard.record.filled + (name in filled))
             shard.committed_at_s = now_s
             # Also one that changes nothing: only so does an idle writer notice that it was superseded, or that Redis
             # came back with less.
@@ -444,6 +487,10 @@ class _Work:
         """The places of rows that are there and must count as absent."""
         return np.flatnonzero((rows.latest_ms >= 0) & (rows.latest_ms <= self.forgotten_ms))
 
+    def besides(self) -> dict[int, list[RowWrite]]:
+        """What else is to be written by shard, once it was merged."""
+        return {}
+
 
 class _Arrived(_Work):
     """Events."""
@@ -471,11 +518,64 @@ class _Arrived(_Work):
         return merge(self.bundle, rows, self._events, self._now_ms)
 
 
+class _Ordered(_Work):
+    """Orders to forget: by id, when it was said."""
+
+    def __init__(
+        self,
+        keyspace: Keyspace,
+        bundle: Bundle,
+        ordered_ms: Mapping[bytes, int],
+        clock_ms: int,
+        families: Collection[str],
+        of_shards: Mapping[int, Times],
+    ) -> None:
+        self._keyspace, self._of_shards = keyspace, of_shards
+        self._others = sorted(set(families) - {family.name for family in bundle.families})
+        self._ids, self._at_ms = list(ordered_ms), np.maximum(list(ordered_ms.values()), clock_ms)
+        self.shards = np.array([shard_of(each, keyspace.shards) for each in self._ids], np.int16)
+        touched = np.ones((len(bundle.families), len(self._ids)), bool)
+        super().__init__(keyspace, bundle, self._ids, touched, forgotten_ms=0)
+
+    def forgotten(self, rows: Rows) -> Index:
+        """All. Whatever they have is of before it, also by a clock that is behind the broker's."""
+        self._at_ms = np.maximum(self._at_ms, rows.latest_ms.max(axis=0))
+        return np.flatnonzero(rows.latest_ms >= 0)
+
+    def merge(self, rows: Rows) -> Merged:
+        """The rows, which are empty."""
+        return Merged(rows, np.zeros(len(self.bundle.tables), np.int64))
+
+    @property
+    def times(self) -> Times:
+        """Since when each is forgotten."""
+        return dict(zip(self._ids, self._at_ms.tolist(), strict=True))
+
+    def besides(self) -> dict[int, list[RowWrite]]:
+        """Who is forgotten; and rows that only other plans have go, too."""
+        entity, keyspace = self.bundle.entity, self._keyspace
+        found: dict[int, list[RowWrite]] = {}
+        for (each, at_ms), shard in zip(self.times.items(), self.shards.tolist(), strict=True):
+            self._of_shards[shard][each] = at_ms
+            rows = keyspace.rows_of(self._others, entity, each)
+            found.setdefault(shard, []).extend(RowWrite(key, b"", 0) for key in rows)
+        for shard, writes in found.items():
+            times = encode_forgotten(self._of_shards[shard])
+            writes.append(RowWrite(keyspace.forgotten(entity, shard), times, FOR_EVER_MS))
+        return found
+
+
 class _Filled(_Work):
     """A batch of history of each of some shards."""
 
     def __init__(
-        self, keyspace: Keyspace, bundle: Bundle, batches: Mapping[int, bytes], forgotten_ms: int, layouts: Layouts
+        self,
+        keyspace: Keyspace,
+        bundle: Bundle,
+        batches: Mapping[int, bytes],
+        forgotten_ms: int,
+        layouts: Layouts,
+        known: Mapping[bytes, int],
     ) -> None:
         found = {shard: Batch.decode(data) for shard, data in batches.items()}
         ids = [entity_id for batch in found.values() for entity_id in batch.ids]
@@ -486,6 +586,9 @@ class _Filled(_Work):
         self.shards = np.repeat(list(found), [len(batch.ids) for batch in found.values()]).astype(np.int16)
         self._history = read_rows(bundle, blobs, lambda place: ids[place % len(ids)], layouts)
         touched = self._history.latest_ms > forgotten_ms
+        if known:  # Of whom was forgotten after the batch was made, nothing of it counts.
+            told = {each: at_ms for batch in found.values() for each, at_ms in batch.forgotten.items()}
+            touched &= np.array([known.get(each) == told.get(each) for each in ids], bool)
         if not touched.all():
             kept = [blob if mine else b"" for blob, mine in zip(blobs, touched.ravel().tolist(), strict=True)]
             self._history = read_rows(bundle, kept, lambda place: ids[place % len(ids)], layouts)
@@ -540,7 +643,7 @@ def _advanced(record: CommitRecord, received: CommitRecord) -> CommitRecord:
         if known and known.next > position.next:
             positions[partition] = Position(known.next, position.horizon)
     advanced = record.advanced(received.writer, positions, received.topics)
-    return msgspec.structs.replace(advanced, taken=received.taken)
+    return msgspec.structs.replace(advanced, taken=received.taken, orders=received.orders)
 
 
 def _spread(found: list[bytes | None], places: Ints, size: int) -> list[bytes | None]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import structlog
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from config.brokers import PASSING
-from config.settings import Settings
+from config.settings import DEAD_LETTER_SUFFIX, Settings
 from features.plan import Plan
 from store.commit import CommitRecord, Position
 from streams.archive import ArchivePart, part_of
@@ -19,6 +21,7 @@ from streams.decode import Decoder
 from streams.kafka import TopicChangedError, TopicIds, columns_of, consumer_of, partitions_of, start_of
 
 _TIMEOUT_S = 30.0
+_TEXTS = re.compile(rb'"((?:[^"\\]|\\.)*)"', re.DOTALL)
 log = structlog.get_logger()
 _Heard = dict[Partition, tuple[list[Any], bool]]
 
@@ -84,41 +87,86 @@ class Tail:
         self._consumer.close()
 
     def __iter__(self) -> Iterator[ArchivePart]:
-        self._consumer.incremental_assign([TopicPartition(*each, offset) for each, offset in self._at.items()])
-        while self._at:
-            for each, (messages, ended) in self._next().items():
-                if each not in self._at:
-                    continue  # What was on its way.
-                if messages:
-                    start_at, self._at[each] = self._at[each], messages[-1].offset() + 1
-                    chunk = Chunk(each, start_at, self._at[each], self._fresh[each], *columns_of(messages))
-                    part = part_of(self._decoder.check_all([chunk])[0])
-                    self.recorded_ms = max(self.recorded_ms, part.record_ms_max)
-                    self.record = self.record.advanced("", {str(each): Position(part.end, part.horizon)})
-                    yield part
-                # Where records keep coming, there never is an end.
-                if ended or self._at[each] >= self.ends[each]:
-                    del self._at[each]
-                    self._consumer.incremental_unassign([TopicPartition(*each)])
+        for each, messages in read_to(self._consumer, self._settings, self._at, self.ends, self._clock):
+            start_at, end_at = self._at[each], messages[-1].offset() + 1
+            self._at[each] = end_at
+            chunk = Chunk(each, start_at, end_at, self._fresh[each], *columns_of(messages))
+            part = part_of(self._decoder.check_all([chunk])[0])
+            self.recorded_ms = max(self.recorded_ms, part.record_ms_max)
+            self.record = self.record.advanced("", {str(each): Position(part.end, part.horizon)})
+            yield part
 
-    def _next(self) -> _Heard:
-        """The next records of some partitions, and whether these are their last."""
-        until_s = self._clock() + _TIMEOUT_S
-        while self._clock() < until_s:
-            found: _Heard = {}
-            for message in self._consumer.consume(self._settings.chunk_events, timeout=0.5):
-                error, each = message.error(), Partition(str(message.topic()), int(message.partition() or 0))
-                messages, ended = found.get(each, ([], False))
-                if error is not None and error.code() != KafkaError._PARTITION_EOF:
-                    if error.fatal() or error.code() not in PASSING:
-                        raise KafkaException(error)
-                    continue
-                if error is None:
-                    messages.append(message)
-                found[each] = messages, ended or error is not None
-            if found:
-                return found
-        msg = (
-            f"Kafka at {self._settings.kafka} has said nothing for {_TIMEOUT_S:g} s: is it up? `headrace doctor` looks"
-        )
-        raise TimeoutError(msg)
+
+def read_to(
+    consumer: Consumer,
+    settings: Settings,
+    starts: Mapping[Partition, int],
+    ends: Mapping[Partition, int],
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[tuple[Partition, list[Any]]]:
+    """The records of partitions from their starts up to their ends, as they come.
+
+    Args:
+        consumer: says where a partition ends (`enable.partition.eof`).
+        settings: the settings.
+        starts: the first offset of each.
+        ends: the offset after the last of each.
+        clock: seconds.
+
+    Raises:
+        KafkaException: if the broker does not give them.
+        TimeoutError: if it answers no more.
+    """
+    open_ = set(starts)
+    consumer.incremental_assign([TopicPartition(*each, offset) for each, offset in starts.items()])
+    while open_:
+        for each, (messages, ended) in _next(consumer, settings, clock).items():
+            if each not in open_:
+                continue  # What was on its way.
+            # Where records keep coming, there never is an end.
+            if ended or messages[-1].offset() + 1 >= ends[each]:
+                open_.discard(each)
+                consumer.incremental_unassign([TopicPartition(*each)])
+            if messages:
+                yield each, messages
+
+
+def _next(consumer: Consumer, settings: Settings, clock: Callable[[], float]) -> _Heard:
+    """The next records of some partitions, and whether these are their last."""
+    until_s = clock() + _TIMEOUT_S
+    while clock() < until_s:
+        found: _Heard = {}
+        for message in consumer.consume(settings.chunk_events, timeout=0.5):
+            error, each = message.error(), Partition(str(message.topic()), int(message.partition() or 0))
+            messages, ended = found.get(each, ([], False))
+            if error is not None and error.code() != KafkaError._PARTITION_EOF:
+                if error.fatal() or error.code() not in PASSING:
+                    raise KafkaException(error)
+                continue
+            if error is None:
+                messages.append(message)
+            found[each] = messages, ended or error is not None
+        if found:
+            return found
+    msg = f"Kafka at {settings.kafka} has said nothing for {_TIMEOUT_S:g} s: is it up? `headrace doctor` looks"
+    raise TimeoutError(msg)
+
+
+def letters_about(settings: Settings, topics: Iterable[str], ids: Iterable[str]) -> Iterator[str]:
+    """Which dead letters have one of these ids as a text, in whatever field: where each is, and why it was refused."""
+    named = {json.dumps(each, ensure_ascii=ascii_)[1:-1].encode() for each in ids for ascii_ in (True, False)}
+    consumer = consumer_of(settings, **{"enable.partition.eof": True})
+    try:
+        starts, ends = {}, {}
+        for each in partitions_of(settings, [topic + DEAD_LETTER_SUFFIX for topic in topics]):
+            low, high = consumer.get_watermark_offsets(TopicPartition(*each), timeout=_TIMEOUT_S)
+            if low < high:
+                starts[each], ends[each] = low, high
+        for each, messages in read_to(consumer, settings, starts, ends):
+            for message in messages:
+                if not named.isdisjoint(_TEXTS.findall(message.value() or b"")):
+                    headers = {name: value.decode(errors="replace") for name, value in message.headers() or () if value}
+                    why = headers.get("reason", "")
+                    yield f"{each}/{message.offset()}, of {headers.get('origin', 'an unknown record')}: {why}"
+    finally:
+        consumer.close()

@@ -24,6 +24,8 @@ from serving.guard import Guard
 from serving.keys import LOOK_S, KeyFile, Keys, Scope, new_key
 from serving.metrics import Metrics
 from serving.problems import Problem
+from store.connect import connect
+from store.forgotten import Order, orders
 from tests.support.served import Clock, catalogue, listening, served, settings_of
 
 RANKING = {"service": "ranking_v1", "user_id": "u1", "item_ids": ["i1"]}
@@ -115,6 +117,24 @@ async def test_every_route_wants_a_key_but_those_of_operators(path: Path, plan: 
                 assert answer.status_code not in (401, 403), (route, each)
         for route in ("/healthz", "/metrics", "/openapi.json"):
             assert (await http.get(route)).status_code == 200
+
+
+async def test_an_entity_is_forgotten_by_who_may_write(path: Path, plan: Plan, redis_url: str) -> None:
+    """What it gives is an order to whoever writes to the entity's shard. Without keys nobody may."""
+    reader, writer = make(path), make(path, ["write"])
+    clock = Clock()
+    async with served(settings_of(redis_url, api_keys_file=path), plan, clock) as http:
+        assert (await http.delete("/v1/entities/user/u1", headers=bearer(reader))).status_code == 403
+        answer = await http.delete("/v1/entities/user/a%2Fb", headers=bearer(writer))
+        ordered_at = int(clock() * 1000)
+        assert (answer.status_code, answer.json()) == (202, {"entity": "user", "id": "a/b", "ordered_at": ordered_at})
+        assert (await http.delete("/v1/entities/nobody/u1", headers=bearer(writer))).status_code == 404
+        assert (await http.delete("/v1/entities/user/%00", headers=bearer(writer))).status_code == 422
+    with connect(redis_url, 5) as client:
+        assert orders(client, plan.project, 0) == [Order("user", [b"a/b"], ordered_at)]
+    async with served(settings_of(redis_url), plan, Clock()) as http:
+        answer = await http.delete("/v1/entities/user/u1")
+        assert (answer.status_code, "headrace keys add" in answer.json()["detail"]) == (403, True)
 
 
 async def test_a_stranger_costs_no_reading_of_a_body(path: Path, plan: Plan, redis_url: str) -> None:

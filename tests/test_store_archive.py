@@ -12,10 +12,15 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
+from config.settings import Settings
+from features.definitions import compile_definitions
 from features.events import Kind
 from features.plan import EventSpec
-from store.archive import ArchiveTable, Complete, rows_of
+from store.archive import ArchiveTable, Complete, archive_forgotten, forgotten_of, rows_of
 from store.commit import FencedError, Position
+from store.connect import connect
+from store.forgotten import Forgotten, order, write_forgotten
+from store.keys import Keyspace
 
 OWN: dict[str, Kind] = {"name": "str", "n": "int", "x": "float", "yes": "bool"}
 SPEC = EventSpec("Seen", "seen", {"event_id": "str", "occurred_at": "int", **OWN}, "nowhere:Seen", "0")
@@ -132,6 +137,56 @@ def test_looking_after_a_table_disturbs_no_writer(tmp_path: Path) -> None:
     left = sorted(each for batch in table_of(tmp_path).scan({}) for each in batch["_offset"].to_pylist())
     assert left == [5, 8]
     assert table_of(tmp_path).complete()[2].next == 9
+
+
+def test_who_is_forgotten_is_out_of_events_and_others_are_not(tmp_path: Path) -> None:
+    """Until the time that is said. An event that is somebody else's too stays his; one that is not goes."""
+    spec = EventSpec("Met", "met", {"user_id": "str", "item_id": "str", "price": "float"}, "nowhere:Met", "0")
+    table = table_of(tmp_path, spec)
+    table.claim()
+    users, items = ["u1", "u1", "u1", "u2", None], ["i1", None, "i2", "i1", "i1"]
+    times_ms = T_MS + np.arange(5)
+    fields = {"user_id": pa.array(users), "item_id": pa.array(items, pa.string()), "price": np.arange(5.0)}
+    event_ids = pa.array([f"e{at}" for at in range(5)])
+    table.append(
+        rows_of(spec, event_ids, times_ms, times_ms + 5, 0, np.arange(5), fields), {0: Complete(5, T_MS)}, {0: 0}
+    )
+    keys, forgotten = {"user": "user_id", "item": "item_id"}, Forgotten()
+    assert table.erase(keys, forgotten) == 0
+    forgotten.add("user", {b"u1": T_MS + 1, b"u3": T_MS + 9})
+    assert table.erase(keys, forgotten) == 2
+    found = DeltaTable(table.url).to_pyarrow_table().sort_by("_offset")
+    assert found["user_id"].to_pylist() == [None, "u1", "u2", None]
+    assert found["event_id"].to_pylist() == [None, "e2", "e3", "e4"]
+    assert found["item_id"].to_pylist() == ["i1", "i2", "i1", "i1"]
+    assert table.erase(keys, forgotten) == 0
+    append_more = rows_of(spec, event_ids, times_ms, times_ms, 0, np.arange(5, 10), fields)
+    table.append(append_more, {0: Complete(10, T_MS)}, {0: 0})  # Its writer goes on.
+    table.compact()
+    assert table.n_rows == 9
+
+
+def test_the_archive_knows_who_is_forgotten(tmp_path: Path, redis_url: str) -> None:
+    """What writers of shards have, and what stands ordered; twice is once, and the latest time counts."""
+    plan = compile_definitions("features.catalog", "test", 4)
+    settings = Settings(archive=str(tmp_path / "archive"))
+    with connect(redis_url, 5) as client:
+        assert archive_forgotten(settings, plan, client) == {}
+        assert not (tmp_path / "archive").exists()
+        write_forgotten(client, Keyspace.of(plan), Forgotten(user={b"u1": 5, "ü".encode(): 7}))
+        order(client, "test", "item", ["i1"], 6)
+        order(client, "test", "user", ["u1"], 9)
+        want = {"user": {b"u1": 9, "ü".encode(): 7}, "item": {b"i1": 6}}
+        for _ in range(2):
+            assert archive_forgotten(settings, plan, client) == want
+        assert DeltaTable(str(tmp_path / "archive" / "_forgotten")).to_pyarrow_table().num_rows == 3
+        client.flushall()
+        assert archive_forgotten(settings, plan, client) == want
+        counts = forgotten_of(settings).counts(
+            "user", pa.array(["u1", "ü", None, "u2", "u1"]), np.array([9, 8, 1, 1, 10])
+        )
+        assert counts is not None
+        assert counts.tolist() == [False, True, True, True, True]
 
 
 def test_another_process_reads_what_this_one_would(tmp_path: Path) -> None:

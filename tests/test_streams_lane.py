@@ -39,6 +39,7 @@ from store.commit import (
 )
 from store.connect import connect
 from store.filling import Batch
+from store.forgotten import order, read_forgotten
 from store.keys import Keyspace, shard_of
 from store.layouts import Layouts
 from store.reader import Reader
@@ -514,7 +515,7 @@ def test_a_chunk_of_a_topic_that_is_no_more_is_refused(client: redis.Redis) -> N
 
 def everything(client: Any) -> dict[bytes, bytes]:
     """All keys and their values."""
-    return {key: client.get(key) for key in client.keys("*")}
+    return {key: client.get(key) for key in client.keys("*") if client.type(key) == b"string"}
 
 
 def counts(client: redis.Redis, *names: str) -> list[Any]:
@@ -736,12 +737,12 @@ def test_a_lane_adds_history_once_and_says_how_much(client: redis.Redis) -> None
     lane = Lane(plan, 0, 1, client, clock)
     shard = shard_of(b"u1", SHARDS)
 
-    def put(number: int, age_ms: int, n: int) -> None:
+    def put(number: int, age_ms: int, n: int, forgotten: dict[bytes, int] | None = None) -> None:
         before = families_of(alone, alone.views[0])[0]
         events = {"Click": Events(np.zeros(n, np.intp), np.full(n, NOW_MS - age_ms), {})}
         rows = merge(before, Rows.empty(before, 1), events, 0).rows
         blobs = encode(family, move(rows, before, family, columns_from(alone, plan, family.name)))
-        data = Batch([b"u1"], {family.name: blobs}).encode()
+        data = Batch([b"u1"], {family.name: blobs}, forgotten or {}).encode()
         client.set(keyspace.filling("user", shard, plan.number, number), data)
 
     def filled() -> Any:
@@ -772,6 +773,61 @@ def test_a_lane_adds_history_once_and_says_how_much(client: redis.Redis) -> None
     lane.write([])
     assert (filled(), added()) == (6, 3)
     assert not client.exists(keyspace.filling("user", shard, plan.number, 2))
+
+    put(3, 60_000, 5)  # Made before u1 was to be forgotten.
+    order(client, "forgetful", "user", ["u1"], clock.now_ms)
+    clock.now_ms += 1_000
+    lane.write([])
+    assert (filled(), added()) == (0, 4)
+    put(4, -1_500, 2, {b"u1": clock.now_ms})
+    clock.now_ms += 1_000
+    lane.write([])
+    assert (filled(), added()) == (2, 5)
+
+
+def test_who_is_forgotten_stays_so(client: redis.Redis) -> None:
+    """Rows go, of views that only older plans have too; what comes late does not count, and what is new does.
+
+    Also to a lane that was not there when it was ordered; it orders nothing again, and nobody else is touched.
+    """
+    older = compile_plan([{"Ever": Ever}], "test", SHARDS)
+    lane, clock = a_lane(client)
+    lane._layouts = Layouts(PLAN, lambda _first, _last: [older])
+    (ever,) = SPACE.rows(families_of(older, older.views[0])[0], [b"u1"])
+    client.set(ever, b"of an older plan")
+    lane.write(parts_of(0, ["u1", "u1", "u2"]))
+    order(client, "test", "user", ["u1", "never seen"], clock.now_ms - 500)
+    order(client, "test", "item", ["u1"], clock.now_ms)
+    lane.write([])
+    assert counts(client, "u1", "u2") == [2, 1]  # It looks once a second.
+
+    clock.now_ms += 1_000
+    lane.write([])
+    assert counts(client, "u1", "u2") == [0, 1]
+    assert [key for key in everything(client) if key.endswith(b":u1")] == []
+    known = read_forgotten(client, SPACE, ["user"])["user"]
+    assert known == {b"u1": NOW_MS + 1_000, b"never seen": NOW_MS + 1_000}
+
+    later = NOW_MS + 2_000
+    lane.write([*parts_of(3, ["u1", "u2"]), *parts_of(5, ["u1"], at_ms=later, record_ms=later)])
+    assert counts(client, "u1", "u2") == [1, 2]
+    clock.now_ms += 1_000
+    lane.write([])
+    successor, _ = a_lane(client, clock)
+    successor.write([*parts_of(6, ["u1", "u2"]), *parts_of(8, ["u1"], at_ms=later, record_ms=later)])
+    assert counts(client, "u1", "u2") == [2, 3]
+    assert read_forgotten(client, SPACE, ["user"])["user"] == known
+
+
+def test_what_a_row_has_is_of_before_it_is_forgotten_whoever_has_the_wrong_time(client: redis.Redis) -> None:
+    """Else an event of the broker's future would be gone, and count again for who makes the rows anew."""
+    lane, clock = a_lane(client)
+    ahead_ms = NOW_MS + 60_000
+    lane.write(parts_of(0, ["u1"], at_ms=ahead_ms, record_ms=ahead_ms))
+    order(client, "test", "user", ["u1"], NOW_MS)
+    clock.now_ms += 1_000
+    lane.write([])
+    assert read_forgotten(client, SPACE, ["user"]) == {"user": {b"u1": ahead_ms}}
 
 
 @pytest.mark.parametrize(

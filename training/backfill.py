@@ -16,6 +16,7 @@ from typing import Any, Final
 from config.settings import Settings
 from features.evolve import filling_alone
 from features.plan import Plan
+from store.archive import archive_forgotten
 from store.commit import read_records, taken_by_all
 from store.filling import KEPT_MS, Batch, decode_seam
 from store.keys import Keyspace
@@ -70,7 +71,7 @@ def fill(
     shards, n_batches = _Shards(plan, client, clock, sleep), plan.history.batches
     first = shards.begun()
     with tempfile.TemporaryDirectory(prefix="headrace-backfill-", dir=folder) as spill:
-        job = Job(plan, filling_alone(plan), plan.history, Path(spill))
+        job = Job(plan, filling_alone(plan), plan.history, Path(spill), archive_forgotten(settings, plan, client))
         past = Past(settings, job, on_progress)
         if first < n_batches:
             past.sort_archive()  # Meanwhile: it takes the stream some seconds to take the plan up.
@@ -95,7 +96,9 @@ def _make_batch(job: Job, seams: Seams, now_ms: int, entity: str, number: int) -
     found = {}
     for shard, mine in enumerate(made.by_shard(job.plan.shards)):
         blobs = {family: [every[at] for at in mine] for family, every in made.rows.items()}
-        found[entity, shard] = Batch([made.ids[at] for at in mine], blobs).encode()
+        ids, forgotten = [made.ids[at] for at in mine], job.forgotten.get(entity, {})
+        told = {each: forgotten[each] for each in ids if each in forgotten} if forgotten else {}
+        found[entity, shard] = Batch(ids, blobs, told).encode()
     return found
 
 

@@ -11,16 +11,19 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from config.settings import Settings
 from features.plan import Feature, Plan, contracts_of, stateful
-from store.archive import tables_of
+from store.archive import forgotten_of, tables_of
+from store.forgotten import Forgotten
 from store.served import PLAN_COLUMN, about, read
-from training.point_in_time import UNSETTLED
+from training.point_in_time import LAG, UNSETTLED
 from training.run import TIME_COLUMN, Progress, TableLabels, events_of_tail, tail_of, training_set
 
 SETTLE_MS: Final = 2_000
 TOLERANCE: Final = 1e-6
+"""The relative difference up to which numbers are equal."""
 EXAMPLES: Final = 3
 _SERVED: Final = "_served:"
 _EVENTS_MAX: Final = 10
@@ -43,6 +46,8 @@ class Compared(msgspec.Struct):
     service: str
     feature: str
     rows: int = 0
+    undecided: int = 0
+    """Rows besides: an event was on its way, and what was served is none of what was tried."""
     mismatches: int = 0
     null_differences: int = 0
     largest: float = 0.0
@@ -63,19 +68,25 @@ class Comparison:
     Attributes:
         features: one a service and feature.
         rows: how many rows were compared.
-        unsettled: how many were not, as an event was on its way.
         unknown: how many were not, as their plan can't be read any more.
+        forgotten: how many were not, as somebody that they are about was forgotten since.
     """
 
     features: list[Compared] = field(default_factory=list)
     rows: int = 0
-    unsettled: int = 0
     unknown: int = 0
+    forgotten: int = 0
 
     @property
     def mismatches(self) -> int:
         """In all features."""
         return sum(each.mismatches for each in self.features)
+
+    @property
+    def undecided(self) -> float:
+        """The share of values of which nobody can say it."""
+        undecided = sum(each.undecided for each in self.features)
+        return undecided / max(undecided + sum(each.rows for each in self.features), 1)
 
 
 def compare(
@@ -85,7 +96,6 @@ def compare(
     *,
     services: Sequence[str] = (),
     settle_ms: int = SETTLE_MS,
-    tolerance: float = TOLERANCE,
     on_progress: Progress = lambda _step, _done, _of: None,
 ) -> Comparison:
     """Computes again what was kept of what was served since a time.
@@ -95,8 +105,7 @@ def compare(
         plan_of: the plan of a number.
         since_ms: ms since the epoch.
         services: only these; by default all.
-        settle_ms: rows are left out for which an event reached the broker within so many ms of the answer.
-        tolerance: the relative difference up to which numbers are equal.
+        settle_ms: an event that reached the broker within so many ms of the answer may be in it or not.
         on_progress: is told how far it is.
 
     Raises:
@@ -110,6 +119,7 @@ def compare(
             'HEADRACE_SAMPLE, such as {"ranking_v1": 0.01}'
         )
         raise LookupError(msg)
+    forgotten = forgotten_of(settings)
     for service, table in kept:
         features: dict[str, Compared] = {}
         for number in pc.unique(table[PLAN_COLUMN]).to_pylist():
@@ -118,61 +128,140 @@ def compare(
             if plan is None:
                 found.unknown += len(mine)
                 continue
-            names = [name for name in mine.column_names if name in plan.features]
-            labels = mine.rename_columns([f"{_SERVED}{name}" if name in names else name for name in mine.column_names])
+            n_kept, mine = len(mine), _not_forgotten(forgotten, plan, mine, settle_ms)
+            found.forgotten += n_kept - len(mine)
+            found.rows += len(mine)
+            if not len(mine):
+                continue
             given: Any = {"settle_ms": settle_ms, "on_progress": on_progress}
-            batches = list(training_set(settings, plan, names, TableLabels(labels), **given))
-            whole = pa.Table.from_batches(batches).combine_chunks()
-            settled = whole.filter(pc.invert(whole[UNSETTLED]))
-            found.rows += len(settled)
-            found.unsettled += len(whole) - len(settled)
-            keys = [each.key for each in plan.entities if each.key in mine.column_names]
             worst: list[tuple[Feature, Example]] = []
-            for name in names:
+            for name, closest in _closest(settings, plan, mine, **given).items():
                 into = features.setdefault(name, Compared(service, name))
-                own = [plan.entity(entity).key for entity in plan.features[name].entities]
-                examples = _compare(into, about(settled, own), keys, name, tolerance)
+                examples = _add(into, closest, mine, [each.key for each in plan.entities])
                 worst += [(plan.features[name], example) for example in examples]
             _add_events(settings, plan, worst)
         found.features += features.values()
     return found
 
 
-def _compare(into: Compared, table: pa.Table, keys: list[str], name: str, tolerance: float) -> list[Example]:
+def _not_forgotten(forgotten: Forgotten, plan: Plan, served: pa.Table, settle_ms: int) -> pa.Table:
+    times_ms = np.asarray(served[TIME_COLUMN].combine_chunks().view(pa.int64()))
+    for entity in plan.entities:
+        if entity.key in served.column_names:
+            counts = forgotten.counts(entity.name, served[entity.key].combine_chunks(), times_ms - settle_ms)
+            if counts is not None:
+                served, times_ms = served.filter(pa.array(counts)), times_ms[counts]
+    return served
+
+
+@dataclass
+class _Closest:
+    """Of one feature's rows, what is closest to what was served of all that may be right.
+
+    Attributes:
+        computed: the values.
+        differences: float64[n], relative; infinite between what can't be subtracted.
+        settled: bool[n], whether nothing that it follows from was on its way: then all is the same.
+        asked: bool[n], whether the answer was about the feature's entities; else nothing of it was served.
+    """
+
+    computed: pa.Array
+    differences: NDArray[np.float64]
+    settled: NDArray[np.bool_]
+    asked: NDArray[np.bool_]
+
+
+def _closest(
+    settings: Settings, plan: Plan, served: pa.Table, *, settle_ms: int, on_progress: Progress
+) -> dict[str, _Closest]:
+    """By feature. What was on its way to rows may have been merged or not: first all or nothing of it is tried.
+
+    For rows that this does not explain it is tried how long it took, more and more finely.
+    """
+    names = [name for name in served.column_names if name in plan.features]
+    labels = served.rename_columns([f"{_SERVED}{name}" if name in names else name for name in served.column_names])
+    found: dict[str, _Closest] = {}
+    open_ = np.arange(len(served))
+    finer = sorted({-settle_ms >> shift for shift in range(settle_ms.bit_length())} | {0})
+    for lags_ms in ([-settle_ms, settle_ms], finer[1:]):
+        each_lag = labels.take(pa.array(np.repeat(open_, len(lags_ms))))
+        each_lag = TableLabels(each_lag.append_column(LAG, pa.array(np.tile(lags_ms, len(open_)))))
+        given: Any = {"settle_ms": settle_ms, "on_progress": on_progress}
+        table = pa.Table.from_batches(training_set(settings, plan, names, each_lag, **given)).combine_chunks()
+        is_open = np.zeros(len(open_), bool)
+        for name in names:
+            asked = about(served, [plan.entity(entity).key for entity in plan.features[name].entities])
+            differences = _differences(table[f"{_SERVED}{name}"], table[name]).reshape(len(open_), -1)
+            differences[~asked[open_]] = 0
+            best = differences.argmin(axis=1)
+            rows = np.arange(len(open_))
+            computed = table[name].take(pa.array(rows * len(lags_ms) + best)).combine_chunks()
+            differences = differences[rows, best]
+            if name in found:
+                known = found[name]
+                better = differences < known.differences[open_]
+                of_both = np.arange(len(served))
+                of_both[open_[better]] = len(served) + rows[better]
+                known.computed = pa.concat_arrays([known.computed, computed]).take(pa.array(of_both))
+                known.differences[open_[better]] = differences[better]
+            else:
+                on_way = [np.asarray(table[f"{UNSETTLED}{each}"]) for each in plan.features[name].entities]
+                settled = ~np.any(on_way, axis=0)[:: len(lags_ms)]
+                found[name] = _Closest(computed, differences, settled, asked)
+                is_open |= ~settled & (differences > TOLERANCE)
+        open_ = open_[is_open]
+        if not len(open_):
+            break
+    return found
+
+
+def _add(into: Compared, closest: _Closest, served: pa.Table, keys: list[str]) -> list[Example]:
     """Adds what differs in a feature; returns which of its worst examples are of these rows."""
-    served, computed = table[f"{_SERVED}{name}"], table[name]
-    if served.type != computed.type:
-        served = served.cast(computed.type)
-    null, other_null = (np.asarray(each.is_null()) for each in (served, computed))
-    into.rows += len(table)
-    into.null_differences += int((null != other_null).sum())
-    if pa.types.is_floating(computed.type) or pa.types.is_integer(computed.type):
-        one, other = (np.asarray(pc.fill_null(each.cast(pa.float64()), 0.0)) for each in (served, computed))
-        size = np.maximum(np.maximum(np.abs(one), np.abs(other)), np.finfo(np.float64).tiny)
-        differences = np.where(null | other_null, 0.0, np.abs(one - other) / size)
-        into.largest = max(into.largest, float(differences.max(initial=0)))
-        into.total += float(differences.sum())
-        differences = np.where(null != other_null, np.inf, np.where(differences > tolerance, differences, 0.0))
-    else:
-        pairs = zip(served.to_pylist(), computed.to_pylist(), strict=True)
-        differences = np.array([0.0 if _same(*pair, tolerance) else np.inf for pair in pairs])
-    into.mismatches += int((differences > 0).sum())
+    differ = closest.differences > TOLERANCE
+    decided = closest.asked & (closest.settled | ~differ)
+    into.rows += int(decided.sum())
+    into.undecided += int((closest.asked & ~decided).sum())
+    differences = np.where(decided, closest.differences, 0)
+    into.mismatches += int((differences > TOLERANCE).sum())
+    values = served[into.feature]
+    into.null_differences += int(
+        (decided & (np.asarray(values.is_null()) != np.asarray(closest.computed.is_null()))).sum()
+    )
+    finite = differences[np.isfinite(differences)]
+    into.largest = max(into.largest, float(finite.max(initial=0)))
+    into.total += float(finite.sum())
     found = []
     for at in np.argsort(-differences, kind="stable")[:EXAMPLES].tolist():
-        if differences[at] > 0:
-            ids = {key: table[key][at].as_py() for key in keys}
-            values = (served[at].as_py(), computed[at].as_py(), float(differences[at]))
-            found.append(Example(ids, table[TIME_COLUMN][at].value, *values))
+        if differences[at] > TOLERANCE:
+            ids = {key: served[key][at].as_py() for key in keys if key in served.column_names}
+            both = values[at].as_py(), closest.computed[at].as_py()
+            found.append(Example(ids, served[TIME_COLUMN][at].value, *both, float(differences[at])))
     into.examples = sorted([*into.examples, *found], key=lambda each: -each.difference)[:EXAMPLES]
     return [example for example in found if example in into.examples]
 
 
-def _same(served: Any, computed: Any, tolerance: float) -> bool:
+def _differences(served: pa.ChunkedArray, computed: pa.ChunkedArray) -> NDArray[np.float64]:
+    """float64[n]: of numbers relative to the larger; infinite between null and a value, and between others."""
+    if served.type != computed.type:
+        served = served.cast(computed.type)
+    null, other_null = (np.asarray(each.is_null()) for each in (served, computed))
+    if pa.types.is_floating(computed.type) or pa.types.is_integer(computed.type):
+        one, other = (np.asarray(pc.fill_null(each.cast(pa.float64()), 0.0)) for each in (served, computed))
+        size = np.maximum(np.maximum(np.abs(one), np.abs(other)), np.finfo(np.float64).tiny)
+        differences: NDArray[np.float64] = np.abs(one - other) / size
+        differences[null | other_null] = 0
+        differences[null != other_null] = np.inf
+        return differences
+    pairs = zip(served.to_pylist(), computed.to_pylist(), strict=True)
+    return np.array([0.0 if _same(*pair) else np.inf for pair in pairs])
+
+
+def _same(served: Any, computed: Any) -> bool:
     if not isinstance(computed, list) or not computed or not isinstance(computed[0], tuple):
         return bool(served == computed)
     one, other = dict(served or ()), dict(computed)  # Maps.
     return one.keys() == other.keys() and all(
-        abs(one[key] - other[key]) <= tolerance * max(abs(one[key]), abs(other[key])) for key in one
+        abs(one[key] - other[key]) <= TOLERANCE * max(abs(one[key]), abs(other[key])) for key in one
     )
 
 

@@ -26,6 +26,7 @@ from features.plan import EventSpec, History, Plan
 from store.archive import ArchiveTable, tables_of
 from store.codec import encode
 from store.commit import CommitRecord
+from store.forgotten import Forgotten
 from store.keys import shards_of
 from training.run import Progress, events_of_tail, in_threads, shares_of, tail_of
 from training.split import PARTITION_EVENTS, Chosen, Spill, Splitter, events_of_rows
@@ -46,12 +47,14 @@ class Job:
         alone: the plan with only those views and aggregations that get history.
         history: since when, in how many batches.
         folder: for files in between.
+        forgotten: whose events, until when, do not count.
     """
 
     plan: Plan
     alone: Plan
     history: History
     folder: Path
+    forgotten: Forgotten
 
     @cached_property
     def bundles(self) -> dict[str, Bundle]:
@@ -66,7 +69,7 @@ class Job:
     def spill(self) -> Spill:
         """Where events are sorted to batches."""
         keys = {entity: self.plan.entity(entity).key for entity in self.bundles}
-        return Spill(self.folder, self.bundles, keys, self.history.batches)
+        return Spill(self.folder, self.bundles, keys, self.history.batches, self.forgotten)
 
     def choose(self, entity: str, _: str, events: pa.RecordBatch) -> Chosen:
         """All events of an entity, by batch."""

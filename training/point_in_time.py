@@ -9,6 +9,7 @@ folder.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -22,13 +23,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from features.events import NEWEST_MS
-from features.history import rows_at
+from features.history import Arrived, rows_at
 from features.layout import Bundle
 from features.plan import Plan
 from features.program import Asked, Program
 from features.rows import Events
 from features.values import to_arrow
 from store.codec import decode, encode
+from store.forgotten import Forgotten
 from training.split import Chosen, Spill, events_of_rows, write_file
 
 Ints = NDArray[np.int64]
@@ -37,8 +39,10 @@ CHUNK_ROWS: Final = 8192
 """So many labels are evaluated at once."""
 _FINER: Final = {"us": 1_000, "ns": 1_000_000}
 """Units of time in a millisecond."""
-UNSETTLED: Final = "_unsettled"
-"""The column that says which rows are: see `Job`."""
+LAG: Final = "_lag"
+"""The column of labels that says until how long after its time, ms, what arrived counts: see `Job`."""
+UNSETTLED: Final = "_unsettled:"
+"""Before an entity, the column that says for which labels it is unsettled: see `Job`."""
 OVERRIDE: Final = "__"
 """Between the entity and the field in the name of a column that overrides what an entity's row knows."""
 
@@ -59,8 +63,9 @@ class Job:
         folder: where the steps leave files for each other.
         until_ms: no label is later.
         since_ms: no event before it is read.
-        settle_ms: if it is given, rows are as the stream made them, of what had arrived; a label is unsettled for which
-            something arrived within so many ms of its time.
+        settle_ms: if it is given, rows are as the stream made them, of what had arrived by a label's time and its
+            `LAG`. An entity is unsettled for a label if something about it arrived within so many ms of its time.
+        forgotten: whose events, until when, do not count.
     """
 
     plan: Plan
@@ -71,10 +76,11 @@ class Job:
     since_ms: int
     until_ms: int
     settle_ms: int | None = None
+    forgotten: Forgotten = dataclasses.field(default_factory=Forgotten)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without what is made of it: that is made again where it is needed."""
-        return Job, tuple(getattr(self, field.name) for field in fields(self))
+        return Job, tuple(getattr(self, each.name) for each in fields(self))
 
     @cached_property
     def program(self) -> Program:
@@ -90,7 +96,7 @@ class Job:
     def spill(self) -> Spill:
         """Where events are sorted to entities."""
         keys = {entity: self.key(entity) for entity in self.bundles}
-        return Spill(self.folder, self.bundles, keys, self.partitions)
+        return Spill(self.folder, self.bundles, keys, self.partitions, self.forgotten)
 
     def key(self, entity: str) -> str:
         """The column with an entity's ids."""
@@ -104,17 +110,20 @@ class Questions:
     Attributes:
         ids: text[m], each once at each time; the empty one, of no entity, for null.
         times_ms: int64[m].
+        lags_ms: int64[m], see `LAG`.
         rows: intp[labels], which of them each label asks.
     """
 
     ids: pa.StringArray
     times_ms: Ints
+    lags_ms: Ints
     rows: NDArray[np.intp]
 
 
 def questions(job: Job, labels: pa.RecordBatch) -> dict[str, Questions]:
     """By entity, what a chunk of labels asks."""
     times_ms = times_of(labels, job.time_column)
+    lags_ms = np.zeros(len(labels), np.int64) if job.settle_ms is None else np.asarray(labels[LAG])
     found = {}
     for entity in job.program.entities:
         encoded = _texts(labels[job.key(entity)]).fill_null("").dictionary_encode()
@@ -122,12 +131,13 @@ def questions(job: Job, labels: pa.RecordBatch) -> dict[str, Questions]:
         if _overrides(labels.schema, entity):
             first, rows = np.arange(len(codes)), np.arange(len(codes))
         else:
-            order = np.lexsort((times_ms, codes))
+            order = np.lexsort((lags_ms, times_ms, codes))
             is_new = np.ones(len(order), bool)
-            is_new[1:] = (np.diff(codes[order]) != 0) | (np.diff(times_ms[order]) != 0)
+            is_new[1:] = np.any([np.diff(each[order]) != 0 for each in (codes, times_ms, lags_ms)], axis=0)
             first, rows = order[is_new], np.empty(len(order), np.intp)
             rows[order] = np.cumsum(is_new) - 1
-        found[entity] = Questions(encoded.dictionary.take(encoded.indices.take(pa.array(first))), times_ms[first], rows)
+        ids = encoded.dictionary.take(encoded.indices.take(pa.array(first)))
+        found[entity] = Questions(ids, times_ms[first], lags_ms[first], rows)
     return found
 
 
@@ -162,6 +172,7 @@ class Entities:
         self.ids = pc.unique(ids)
         self.numbers = self.find(ids)
         self.times_ms = np.concatenate([each.times_ms for each in asked])
+        self.until_ms = self.times_ms + np.concatenate([each.lags_ms for each in asked])
         counts = [len(each.times_ms) for each in asked]
         self.chunks = np.repeat(np.arange(len(counts)), counts)
         self.places = np.concatenate([np.arange(count) for count in counts])
@@ -182,7 +193,7 @@ def make_rows(job: Job, entity: str, of: Entities, partition: int) -> None:
     job.spill.must_be_seen()
     bundle = job.bundles[entity]
     mine = np.flatnonzero(of.numbers % job.partitions == partition)
-    mine = mine[np.lexsort((of.times_ms[mine], of.numbers[mine]))]
+    mine = mine[np.lexsort((of.until_ms[mine], of.numbers[mine]))]
     if not len(mine):
         return
     tables = {name: job.spill.read(entity, name, partition) for name in bundle.events}
@@ -193,13 +204,14 @@ def make_rows(job: Job, entity: str, of: Entities, partition: int) -> None:
     }
     rows, times_ms = of.numbers[mine], of.times_ms[mine]
     columns: dict[str, Any] = {}
-    arrived_ms = None
+    arrived = None
     if job.settle_ms is not None:
-        arrived_ms = {name: np.asarray(table["_recorded"]) for name, table in tables.items() if table is not None}
-        columns[UNSETTLED] = _unsettled(happened, arrived_ms, rows, times_ms, job.settle_ms)
+        events_ms = {name: np.asarray(table["_recorded"]) for name, table in tables.items() if table is not None}
+        arrived = Arrived(events_ms, of.until_ms[mine])
+        columns[UNSETTLED] = _unsettled(happened, events_ms, rows, times_ms, job.settle_ms)
     for family in bundle.families:
         blobs: list[bytes] = []
-        for _, state in rows_at(family, happened, rows, times_ms, arrived_ms=arrived_ms):
+        for _, state in rows_at(family, happened, rows, times_ms, arrived=arrived):
             blobs += encode(family, state)
         columns[family.name] = pa.array(blobs, pa.binary())
     by_chunk = np.argsort(of.chunks[mine], kind="stable")
@@ -251,10 +263,9 @@ def evaluate(job: Job, labels: pa.RecordBatch, chunk: int) -> pa.RecordBatch:
             column = column.take(pa.array(pairs[feature.entities[0]]))
         labels = labels.append_column(feature.full_name, column)
     if job.settle_ms is not None:
-        unsettled = np.zeros(len(labels), bool)
         for entity, each in asked.items():
-            unsettled |= _flags(job, entity, len(each.times_ms), chunk)[each.rows]
-        labels = labels.append_column(UNSETTLED, pa.array(unsettled))
+            flags = _flags(job, entity, len(each.times_ms), chunk)[each.rows]
+            labels = labels.append_column(f"{UNSETTLED}{entity}", pa.array(flags))
     return labels
 
 

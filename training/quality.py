@@ -185,7 +185,7 @@ class _Served:
         if columns not in self._rows:
             numbered = _numbered(self._table.select([*columns, PLAN_COLUMN]))
             own = numbered.filter(pc.equal(numbered[PLAN_COLUMN], self._plan.number))
-            self._rows[columns] = _once(about(own, keys), columns)
+            self._rows[columns] = _once(own.filter(pa.array(about(own, keys))), columns)
         column = self._table[name].take(self._rows[columns]).combine_chunks()
         unseen = self._unseen[name]
         if unseen.null_count or is_nested(column.type):

@@ -18,7 +18,9 @@ import msgspec
 from config.settings import Settings
 from features.layout import family_of
 from features.plan import History, Plan
+from store.archive import archive_forgotten
 from store.commit import read_records, set_records, united
+from store.forgotten import count_orders, write_forgotten
 from store.keys import Keyspace, expire_at_ms
 from store.plans import layouts_of
 from streams.chunk import Partition
@@ -42,6 +44,7 @@ def rebuild(
     history: History,
     client: Any,
     *,
+    before: Plan | None = None,
     folder: Path | None = None,
     on_progress: Progress = lambda _step, _done, _of: None,
     clock: Callable[[], float] = time.time,
@@ -53,6 +56,7 @@ def rebuild(
         plan: the plan, of a generation that nobody writes to.
         history: since when, in how many batches.
         client: Redis.
+        before: the plan that is applied, if any is: its writers know who is forgotten.
         folder: for files in between, by default one that is gone afterwards.
         on_progress: is told how far it is.
         clock: seconds since the epoch.
@@ -63,7 +67,9 @@ def rebuild(
     """
     keyspace = Keyspace.of(plan)
     with tempfile.TemporaryDirectory(prefix="headrace-rebuild-", dir=folder) as spill:
-        job = Job(plan, plan, history, Path(spill))
+        n_orders = count_orders(client, plan.project)  # First: what is ordered later, the writers to come carry out.
+        forgotten = archive_forgotten(settings, before or plan, client)
+        job = Job(plan, plan, history, Path(spill), forgotten)
         past = Past(settings, job, on_progress)
         past.sort_archive()
         past.sort_tail()
@@ -77,7 +83,9 @@ def rebuild(
         ]
         for done, _ in enumerate(in_threads(_write_rows, todo), 1):
             on_progress("rows", done, len(todo))
+    write_forgotten(client, keyspace, forgotten)
     record = msgspec.structs.replace(past.record, writer="rebuild", plan=plan.number, taken=((plan.number, now_ms),))
+    record = msgspec.structs.replace(record, orders=n_orders or msgspec.UNSET)
     set_records(client, keyspace.commit_records(plan.stored_entities), record)
     return past.lead_ms(now_ms)
 

@@ -23,7 +23,7 @@ from features.events import NEWEST_MS, Kind
 from features.plan import EventSpec, Plan
 from features.program import Program
 from features.values import arrow_type
-from store.archive import ArchiveTable, events_of, tables_of
+from store.archive import ArchiveTable, events_of, forgotten_of, tables_of
 from store.commit import united
 from streams.tail import Tail
 from training.point_in_time import (
@@ -155,7 +155,8 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
         return filter(len, (limits.of(chunk, time_column) for chunk in labels.chunks()))
 
     with tempfile.TemporaryDirectory(prefix="headrace-train-", dir=folder) as spill:
-        job = Job(plan, tuple(full_names), time_column, 1, Path(spill), limits.since_ms or 0, 0, settle_ms)
+        given = (plan, tuple(full_names), time_column, 1, Path(spill), limits.since_ms or 0, 0, settle_ms)
+        job = Job(*given, forgotten_of(settings))
         check(job, labels.schema)
         asked: dict[str, list[Questions]] = {entity: [] for entity in job.program.entities}
         n_chunks = until_ms = 0
@@ -173,7 +174,7 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
             n_events = sum(table.n_rows for _, table in read) + (tail.n_records if tail else 0)
             n_asked = max(len(each.numbers) for each in entities.values())
             partitions = 1 + max(n_events, n_asked) // PARTITION_EVENTS
-            job = replace(job, partitions=partitions, until_ms=min(until_ms, NEWEST_MS))
+            job = replace(job, partitions=partitions, until_ms=min(until_ms + (settle_ms or 0), NEWEST_MS))
             pieces = [(job, entities, spec, table, share) for spec, table in read for share in shares_of(table)]
             for done, _ in enumerate(run(_split, pieces), 1):
                 on_progress("archive", done, len(pieces))
@@ -204,7 +205,8 @@ def interactions(
         limits: of the events' times.
         with_tail: whether to read what the archive has not yet from Kafka.
     """
-    keys = [plan.entity(entity).key for entity in Program(plan, full_names).entities]
+    entities = Program(plan, full_names).entities
+    keys = [plan.entity(entity).key for entity in entities]
     start_ms, end_ms = limits.start_ms or 0, limits.end_ms or NEWEST_MS
 
     def wanted(spec: EventSpec) -> Mapping[str, Kind]:
@@ -216,7 +218,9 @@ def interactions(
     if with_tail:
         with tail_of(settings, plan, [table for _, table in read]) as tail:
             found += [events for _, events in events_of_tail(tail, wanted, start_ms)]
-    schema = pa.schema([*((key, pa.string()) for key in keys), ("_t", pa.int64())])
+    schema, forgotten = pa.schema([*((key, pa.string()) for key in keys), ("_t", pa.int64())]), forgotten_of(settings)
+    for entity, key in zip(entities, keys, strict=True):
+        found = [forgotten.counted(entity, key, events) for events in found]
     table = pa.Table.from_batches([batch.select(schema.names) for batch in found], schema).drop_null()
     table = table.filter((pc.field("_t") >= start_ms) & (pc.field("_t") < end_ms))
     table = table.group_by(schema.names).aggregate([]).sort_by([(name, "ascending") for name in ("_t", *keys)])

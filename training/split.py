@@ -18,6 +18,7 @@ from features.events import Kind
 from features.layout import Bundle
 from features.plan import EventSpec
 from features.rows import Events
+from store.forgotten import Forgotten
 
 Ints = NDArray[np.int64]
 
@@ -51,12 +52,14 @@ class Spill:
         bundles: by entity, the rows that events are read for.
         keys: by entity, the field with its id.
         partitions: among how many a kind's entities are divided.
+        forgotten: whose events, until when, are left out.
     """
 
     folder: Path
     bundles: Mapping[str, Bundle]
     keys: Mapping[str, str]
     partitions: int
+    forgotten: Forgotten
 
     def must_be_seen(self) -> None:
         """Raises OSError on a machine that does not see the files of the steps before."""
@@ -132,11 +135,12 @@ class Splitter:
         for entity, bundle in spill.bundles.items():
             if contract not in bundle.events or spill.keys[entity] not in events.schema.names:
                 continue
-            chosen = self._choose(entity, contract, events)
+            known = spill.forgotten.counted(entity, spill.keys[entity], events)
+            chosen = self._choose(entity, contract, known)
             order = np.argsort(chosen.partitions, kind="stable")
             bounds = np.searchsorted(chosen.partitions[order], np.arange(spill.partitions + 1)).tolist()
             columns = [*bundle.fields[contract], *(name for name in _OURS if name in events.schema.names)]
-            mine = events.select(columns).take(pa.array(chosen.places[order]))
+            mine = known.select(columns).take(pa.array(chosen.places[order]))
             mine = mine.append_column("_entity", chosen.entities.take(pa.array(order)))
             for partition, (begin, end) in enumerate(pairwise(bounds)):
                 if begin < end:

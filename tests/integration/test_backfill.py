@@ -17,6 +17,7 @@ import pytest
 
 from store.commit import read_records
 from store.completeness import Completeness, look
+from store.forgotten import Forgotten, read_forgotten
 from store.keys import Keyspace
 from store.plans import applied_plan, layouts_of
 from store.reader import Reader
@@ -99,6 +100,7 @@ class Shop:
         self.stack, self.rng, self._folder = stack, rng, folder
         self.events: dict[str, list[dict[str, Any]]] = {contract: [] for contract in CONTRACTS.values()}
         self.answers: Counter[int] = Counter()
+        self.forgotten = Forgotten()
         self._number = 0
         self._sender = Sender(stack.kafka.bootstrap_servers)
         self._flows, self._ends, self._pouring = threading.Event(), threading.Event(), threading.Lock()
@@ -188,6 +190,24 @@ class Shop:
         print(self.stack.log(name))
         assert last.returncode == 0
 
+    def forget(self, *ids: str) -> None:
+        """Has users forgotten, one of whom a dead letter names; and all who have not come for long, which is one."""
+        self._sender.send("clicks", ids[0], b'{"user_id": "%s"}' % ids[0].encode())
+        self._sender.flush()
+        self.stack.wait_until_committed()
+        said = self.stack.headrace("forget", "user", *ids)
+        print(said)
+        assert "dead letter clicks.dead-letter/" in said
+        assert f"{len(ids)} users are forgotten" in said
+        old = an_event(self.rng, -1, users=1, items=1) | {"user_id": "idle"}
+        old["occurred_at"] -= 20 * DAY_MS
+        self.events["Click"].append(old | {"t": old["occurred_at"]})
+        self._sender.send("clicks", "idle", old)
+        self._sender.flush()
+        self.stack.wait_until_committed()
+        said = self.stack.headrace("forget", "user", "--older-than", "19d")
+        assert "user idle is forgotten; 0 dead letters" in said, said
+
     def rebuild(self, shards: int) -> None:
         """Has all rows made anew."""
         self.stack.settings.shards = shards
@@ -225,8 +245,19 @@ class Shop:
         self.flowing(False)
         plan, client, n_values = applied_plan(self.stack.client, "headrace"), self.stack.client, 0
         assert plan is not None
-        expected, wrong = Expected(plan, self.events), []
+        told = read_forgotten(client, Keyspace.of(plan), plan.stored_entities)
+        assert not any(self.forgotten.values()) or told == self.forgotten
+        self.forgotten = told
+        wrong: list[str] = []
         for entity in plan.entities:
+            since_ms = self.forgotten.get(entity.name, {})
+            expected = Expected(
+                plan,
+                {
+                    contract: [each for each in many if each["t"] > since_ms.get(each[entity.key].encode(), -1)]
+                    for contract, many in self.events.items()
+                },
+            )
             names = [each.full_name for each in plan.features.values() if each.entities == (entity.name,)]
             if not names:
                 continue
@@ -249,7 +280,11 @@ class Shop:
 
 
 def test_what_is_new_has_its_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A longer window, a view of a new entity, replaced features: after each, all is as if it had always been there."""
+    """A longer window, a view of a new entity, replaced features: after each, all is as if it had always been there.
+
+    And who is forgotten in between is as never seen before that, also after everything was made anew, and everybody
+    else as before.
+    """
     seed = random.randrange(1 << 32)
     print("seed", seed)
     rng = random.Random(seed)
@@ -281,6 +316,9 @@ def test_what_is_new_has_its_history(tmp_path: Path, monkeypatch: pytest.MonkeyP
             shop.declare(replaced, "--replace", "user_acts.spent")
             stream = shop.fill(stream)
             print("a view of a new entity, replaced features:", shop.check(), "values, 0 differ")
+            shop.forget("u1", "u2")
+            print("two users were forgotten:", shop.check(), "values, 0 differ")
+            assert shop.forgotten["user"].keys() == {b"u1", b"u2", b"idle"}
             shop.rebuild(shards=12)
             print("another number of shards:", shop.check(), "values, 0 differ")
             shop.flowing(False)

@@ -17,6 +17,8 @@ from features.events import Event
 from features.language import Entity, view
 from features.plan import Plan
 from store.completeness import Completeness
+from store.forgotten import Forgotten, read_forgotten
+from store.keys import Keyspace
 from store.layouts import Layouts
 from store.reader import Reader
 from streams.chunk import Partition
@@ -162,7 +164,7 @@ def counted(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def expected(records: Sequence[Record], query_ms: int) -> dict[tuple[str, str], Any]:
+def expected(records: Sequence[Record], forgotten: Forgotten, query_ms: int) -> dict[tuple[str, str], Any]:
     """Every feature of every entity, by id and name."""
     events = counted(records)
     found: dict[tuple[str, str], Any] = {}
@@ -171,7 +173,7 @@ def expected(records: Sequence[Record], query_ms: int) -> dict[tuple[str, str], 
         found[id_, name] = oracle.expected(agg, own, query_ms, *arguments, **more)
 
     for id_ in USERS:
-        clicks, likes = ([each for each in events[topic] if each["user_id"] == id_] for topic in ("clicks", "likes"))
+        clicks, likes = (_of(events[topic], "user", id_, forgotten) for topic in ("clicks", "likes"))
         value(id_, "activity__clicks_10m", "count", clicks, "10m")
         value(id_, "activity__clicks_1h", "count", clicks, "1h")
         value(id_, "activity__likes_all", "count", likes)
@@ -182,18 +184,18 @@ def expected(records: Sequence[Record], query_ms: int) -> dict[tuple[str, str], 
             for name in sorted({each["category"] for each in clicks} - {None})
         }
     for id_ in ITEMS:
-        clicks, likes = ([each for each in events[topic] if each["item_id"] == id_] for topic in ("clicks", "likes"))
+        clicks, likes = (_of(events[topic], "item", id_, forgotten) for topic in ("clicks", "likes"))
         value(id_, "popularity__clicks_1m", "count", clicks, "1m")
         value(id_, "popularity__clicks_10m", "count", clicks, "10m")
         value(id_, "popularity__fans_10m", "distinct", likes, "10m", "user_id")
     for id_ in SELLERS:
-        clicks = [each for each in events["clicks"] if each["seller_id"] == id_]
+        clicks = _of(events["clicks"], "seller", id_, forgotten)
         value(id_, "sales__top_24h", "top_k", clicks, "24h", "category", k=2)
         value(id_, "sales__sold_all", "sum", clicks, field="price")
     return found
 
 
-def more(records: Sequence[Record], plan: Plan, query_ms: int) -> dict[tuple[str, str], Any]:
+def more(records: Sequence[Record], forgotten: Forgotten, plan: Plan, query_ms: int) -> dict[tuple[str, str], Any]:
     """As `expected`: the features that a plan has beside."""
     events = counted(records)
     found: dict[tuple[str, str], Any] = {}
@@ -205,7 +207,7 @@ def more(records: Sequence[Record], plan: Plan, query_ms: int) -> dict[tuple[str
         (entity,) = feature.entities
         agg = {Count: "count", Sum: "sum", LastK: "last_k"}[type(spec)]
         for id_ in IDS[entity]:
-            own = [each for each in events["clicks"] if each[f"{entity}_id"] == id_]
+            own = _of(events["clicks"], entity, id_, forgotten)
             k = spec.k if isinstance(spec, LastK) else 0
             found[id_, name] = oracle.expected(agg, own, query_ms, window.name, spec.field, k)
     return found
@@ -231,7 +233,8 @@ def served(
 def differences(records: Sequence[Record], mget: Any, plans: Sequence[Plan], query_ms: int) -> list[str]:
     """What is served by the last of several plans, and is not what it must be."""
     plan = plans[-1]
-    want = expected(records, query_ms) | more(records, plan, query_ms)
+    forgotten = read_forgotten(_Mget(mget), Keyspace.of(plan), IDS)
+    want = expected(records, forgotten, query_ms) | more(records, forgotten, plan, query_ms)
     got, incomplete = served(mget, plan, Layouts(plan, lambda first, last: plans[first : last + 1]), query_ms)
     assert want.keys() == got.keys(), want.keys() ^ got.keys()
     wrong = [name for name in incomplete if name in plans[0].features]
@@ -241,6 +244,18 @@ def differences(records: Sequence[Record], mget: Any, plans: Sequence[Plan], que
         for (id_, name), one in want.items()
         if name not in incomplete and not _same(got[id_, name], one)
     ]
+
+
+def _of(events: Sequence[dict[str, Any]], entity: str, id_: str, forgotten: Forgotten) -> list[dict[str, Any]]:
+    """Those of an entity since it was forgotten."""
+    since_ms = forgotten.get(entity, {}).get(id_.encode(), -1)
+    return [each for each in events if each[f"{entity}_id"] == id_ and each["t"] > since_ms]
+
+
+class _Mget(NamedTuple):
+    """A client that can do no more."""
+
+    mget: Any
 
 
 def _same(got: Any, want: Any) -> bool:

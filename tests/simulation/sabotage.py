@@ -157,6 +157,24 @@ BREAKS: Final = (
         "late = iter(read)",
     ),
     Break(
+        "what happened before somebody was forgotten counts",
+        lane.Lane.start,
+        "counted = (each.take(self._forgotten.counts(bundle.entity, each.ids, each.times_ms)) for each in late)",
+        "counted = late",
+    ),
+    Break(
+        "who is forgotten is not known after a start",
+        lane.Lane.__init__,
+        "shard.forgotten = decode_forgotten(data)",
+        "pass",
+    ),
+    Break(
+        "a row is forgotten by the clock alone",
+        lane._Ordered.forgotten,
+        "self._at_ms = np.maximum(self._at_ms, rows.latest_ms.max(axis=0))",
+        "pass",
+    ),
+    Break(
         "duplicates count",
         decode.Decoder._checked,
         "repeated = dedupe.duplicates(offsets[mine], hashes[mine], record_ms[mine])",

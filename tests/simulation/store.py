@@ -13,7 +13,9 @@ from lupa import lua51  # type: ignore[import-untyped]  # fakeredis brings it; i
 from redis.exceptions import NoScriptError, ResponseError
 
 Command = tuple[Any, ...]
-Values = Mapping[bytes, tuple[bytes, int | None]]
+Value = bytes | tuple[bytes, ...]
+"""A text, or a list."""
+Values = Mapping[bytes, tuple[Value, int | None]]
 """Values and when they expire, ms since the epoch, by key."""
 
 _LUA: Final = lua51.LuaRuntime(encoding=None, unpack_returned_tuples=True)
@@ -29,7 +31,7 @@ class SimulatedRedis:
 
     def __init__(self, clock_ms: Callable[[], int]) -> None:
         self._clock_ms = clock_ms
-        self._values: dict[bytes, tuple[bytes, int | None]] = {}
+        self._values: dict[bytes, tuple[Value, int | None]] = {}
         self._scripts: dict[bytes, bytes] = {}
 
     def execute(self, command: Command) -> Any:
@@ -50,7 +52,7 @@ class SimulatedRedis:
         self._values = dict(values)
         self._scripts = {}
 
-    def _get(self, key: bytes) -> bytes | None:
+    def _get(self, key: bytes) -> Any:
         found = self._values.get(key)
         if found is None:
             return None
@@ -72,6 +74,18 @@ class SimulatedRedis:
         expire_at_ms = int(how[1]) if how[:1] == [b"PXAT"] else None
         self._values[key] = value, expire_at_ms
         return True
+
+    def _rpush(self, key: bytes, *values: bytes) -> int:
+        self._values[key] = (*(self._get(key) or ()), *values), None
+        return len(self._values[key][0])
+
+    def _lrange(self, key: bytes, first: bytes, last: bytes) -> list[bytes]:
+        assert int(first) >= 0
+        assert last == b"-1"
+        return list((self._get(key) or ())[int(first) :])
+
+    def _llen(self, key: bytes) -> int:
+        return len(self._get(key) or ())
 
     def _del(self, *keys: bytes) -> int:
         found = [key for key in dict.fromkeys(keys) if self._get(key) is not None]
@@ -122,6 +136,9 @@ class Client:
 
     def mget(self, keys: Sequence[bytes]) -> Any:
         return self._one("MGET", *keys)
+
+    def execute_command(self, *words: Any) -> Any:
+        return self._one(*words)
 
     def script_load(self, script: str) -> Any:
         return self._one("SCRIPT", "LOAD", script)

@@ -16,7 +16,7 @@ SEEDS = effort(200, 1_000)
 """As many are fixed, and as many are new each time."""
 SEEDS_TO_NOTICE_MAX = 400
 FAULTS = (
-    "Crash", "FencedError", "GapError", "apply", "broken", "kill", "late", "lost", "redelivered", "retention",
+    "Crash", "FencedError", "GapError", "apply", "broken", "forget", "kill", "late", "lost", "redelivered", "retention",
     "rollback", "stale", "start", "unanswered", "unread", "zombie",
 )  # fmt: skip
 

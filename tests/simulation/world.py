@@ -25,6 +25,7 @@ from structlog.testing import capture_logs
 from config.settings import Settings
 from features.evolve import as_declared, succeed
 from store.commit import FencedError, ShardCommit, Writer, initialise, read_record, taken_by_all
+from store.forgotten import count_orders, order
 from store.keys import Keyspace
 from store.layouts import Layouts
 from streams.chunk import Chunk, Part, Partition
@@ -34,6 +35,7 @@ from streams.lane import Commit, Committer, GapError, Lane
 from tests.simulation.marketplace import (
     BASE_MS,
     HORIZON_MS,
+    IDS,
     PARTITIONS,
     SKEW_MS,
     a_log,
@@ -86,6 +88,8 @@ class Faults:
         self.apply = 0.0
         """Another plan is applied: processes that start run it, beside those of the one before."""
         self.retention = chance(0.3)
+        self.forget = 0.0
+        """Somebody is to be forgotten."""
 
 
 class World:
@@ -97,6 +101,8 @@ class World:
         # By a generator of its own, and in a third of all runs: what is rare elsewhere stays as likely.
         self._applying = random.Random(seed + 1)
         self.faults.apply = self._applying.choice((0.0, 0.0, 0.05))
+        self._forgetting = random.Random(seed + 2)
+        self.faults.forget = self._forgetting.choice((0.0, 0.0, 0.05))
         self.counts: Counter[str] = Counter()
         self.shards = rng.randint(2, 3)
         self.clock = Clock(BASE_MS - 1_000)
@@ -147,6 +153,11 @@ class World:
             self.dies(rng.choice(self.workers), "kill")
         if self._applying.random() < faults.apply:
             self._apply()
+        if self._forgetting.random() < faults.forget:
+            self.counts["forget"] += 1
+            entity = self._forgetting.choice(ENTITIES)
+            ids = self._forgetting.choices(IDS[entity], k=2)
+            order(self.direct, "sim", entity, ids, self.clock.now_ms + self._forgetting.choice([0, 0, -SKEW_MS]))
         is_broken = len(self.workers) < (self.workers[0].n_workers if self.workers else 1)
         if rng.random() < (0.3 if is_broken else faults.restart if self.starts < _STARTS_MAX else 0):
             self._start()
@@ -240,7 +251,10 @@ class World:
     def _is_drained(self) -> bool:
         ends = {partition: many[-1].offset() + 1 for partition, many in self.log.records.items() if many}
         at = self._positions(self.direct.get)
-        return all(each is not None and each.next >= ends.get(where, 0) for where, each in at)
+        keys = Keyspace("sim", self.shards).commit_records(ENTITIES)
+        orders = [read_record(self.direct, key).orders or 0 for key in keys]  # type: ignore[arg-type]  # as much as is used
+        carried_out = min(orders) == count_orders(self.direct, "sim")
+        return carried_out and all(each is not None and each.next >= ends.get(where, 0) for where, each in at)
 
     def _positions(self, get: Callable[[bytes], bytes | None]) -> list[tuple[Partition, Any]]:
         """Of all shards, by partition."""
