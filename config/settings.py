@@ -106,7 +106,9 @@ class Settings(BaseSettings):
         "more than it can carry; at least the requests a second times the seconds of a round trip to Redis",
     )
     sample: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
-        {}, description='How much of what is served is kept for `headrace compare`, by service: {"ranking_v1": 0.001}'
+        {},
+        description="How much of what is served is kept, for `headrace compare` and `quality`, by service: "
+        '{"ranking_v1": 0.001}',
     )
     sample_folder: Path = Field(
         Path("data/served"), description="Where it is kept (from the folder of feature_store.yaml)"

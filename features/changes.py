@@ -13,7 +13,7 @@ from features.plan import EventSpec, Feature, FeatureSpec, Plan, ServiceSpec, Vi
 
 Kind = Literal["adds", "describes", "changes meaning", "removes", "breaks producers"]
 What = Literal["feature", "view", "entity", "contract", "service"]
-_DESCRIBING: Final = ("doc", "owner", "tags", "code")
+_DESCRIBING: Final = ("doc", "owner", "tags", "code", "expect")
 _BOUNDS: Final = ("k", "buckets")
 """Of which more holds all that less does."""
 _WORDS: Final = ("title", "description", "default", "examples")
@@ -225,8 +225,11 @@ def when(at_ms: int) -> str:
 def _described(what: What, name: str, old: Any, new: Any) -> Iterator[Change]:
     said = [field for field in _DESCRIBING if getattr(old, field, None) != getattr(new, field, None)]
     if said:
-        moved = {"code": "it is declared in another place"}
-        yield Change("describes", what, name, ", ".join(moved.get(field, f"another {field}") for field in said))
+        otherwise = {"code": "it is declared in another place"}
+        if "expect" in said:
+            expected = ", ".join(map(str, new.expect or ())) or "nothing"
+            otherwise["expect"] = f"{expected} is expected of its events, which refuses none"
+        yield Change("describes", what, name, ", ".join(otherwise.get(field, f"another {field}") for field in said))
 
 
 def _contract_changes(old: EventSpec, new: EventSpec) -> Iterator[Change]:

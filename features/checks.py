@@ -11,6 +11,7 @@ from features.aggregations import Distinct, Last, LastK, SecondsSince, TopK
 from features.aggregations.base import Aggregation
 from features.aggregations.decayed import Decayed
 from features.events import Event, Kind
+from features.expectations import Expectation, Rate, per_second
 from features.expressions import Condition, values_of
 from features.times import Window, duration_ms
 
@@ -38,10 +39,15 @@ def check_name(what: str, name: object) -> None:
         raise mistake(what, f"{name!r} is no name", right)
 
 
-def check_duration(place: str, parse: Callable[[str], Any], text: object) -> None:
+def check_duration(
+    place: str,
+    parse: Callable[[str], Any],
+    text: object,
+    right: str = "write a duration such as '30m', '24h' or '7d'",
+) -> None:
     """A text that `parse` takes."""
     if not isinstance(text, str):
-        raise mistake(place, f"{text!r} is no text", "write a duration such as '30m', '24h' or '7d'")
+        raise mistake(place, f"{text!r} is no text", right)
     try:
         parse(text)
     except ValueError as error:
@@ -129,6 +135,29 @@ def checked_default(place: str, default: object, *, is_text: bool = False, is_ma
     raise mistake(
         place, f"default={default!r} is not of the feature's type", f"use {'text' if is_text else 'a finite number'}"
     )
+
+
+def checked_expectations(event: type[Event], expectations: object) -> tuple[Expectation, ...]:
+    """What a contract expects of its events."""
+    place = event.__name__
+    if not isinstance(expectations, list | tuple):
+        raise mistake(place, f"expect={expectations} is no list", 'write expect=[share_null("category") < 0.05]')
+    for each in expectations:
+        if not isinstance(each, Expectation):
+            right = 'write share_null("category") < 0.05, share(col("price") > 1000) < 0.01 or rate > "10/s"'
+            raise mistake(place, f"expect has {each}, which expects nothing", right)
+        if isinstance(each.of, Rate):
+            check_duration(f"{place}: {each}", per_second, each.bound, "write a rate such as '10/s'")
+            continue
+        _check_condition(place, "share", event, each.of.where)
+        if always := {"event_id", "occurred_at"} & each.fields():
+            raise mistake(place, f"expect reads {always.pop()!r}", "leave it out: every event has its own")
+        if not (_is_number(each.bound) and 0 <= float(each.bound) <= 1):
+            raise mistake(place, f"{each.of} {each.sign} {each.bound!r}", "compare a share with a number from 0 to 1")
+    found = tuple(expectations)
+    if twice := [str(each) for each in found if found.count(each) > 1]:
+        raise mistake(place, f"expects {twice[0]} twice", "say it once")
+    return found
 
 
 def _check_condition(place: str, option: str, event: type[Event], condition: object) -> None:

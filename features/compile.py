@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import msgspec
+
 from features.checks import mistake
 from features.events import Event
 from features.language import VIEWS, Service, View
@@ -85,6 +87,7 @@ def _event_spec(event: type[Event]) -> EventSpec:
         fingerprint=contract_fingerprint(event),
         schema=contract_schema(event),
         doc=inspect.cleandoc(event.__doc__ or ""),
+        expect=event.expectations or msgspec.UNSET,
     )
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import types
 import typing
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from features.expectations import Expectation
 
 OLDEST_MS: Final = 946_684_800_000
 """2000-01-01: earlier times are a producer's mistake (seconds for milliseconds, zero, …)."""
@@ -51,6 +54,8 @@ class Event(BaseModel):
     Fields are `str`, `int`, `float` or `bool`, optional ones with `| None = None`. Validation is strict: no text for a
     number, finite numbers only (whole ones up to 2^53), no empty text (send null instead), at most 256 characters, no
     NUL. Unknown fields are ignored, so that producers can add them first.
+
+    `expect` declares what its events shall be like as a whole, which refuses none of them: see `features.expectations`.
     """
 
     model_config = ConfigDict(
@@ -58,11 +63,12 @@ class Event(BaseModel):
     )
 
     topic: ClassVar[str] = ""
+    expectations: ClassVar[tuple[Expectation, ...]] = ()
 
     event_id: str
     occurred_at: OccurredAt
 
-    def __init_subclass__(cls, *, topic: str = "", **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, topic: str = "", expect: Sequence[Expectation] = (), **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if re.fullmatch(r"[a-zA-Z0-9._-]{1,200}", topic) is None or topic in (".", ".."):
             msg = (
@@ -73,8 +79,11 @@ class Event(BaseModel):
         cls.topic = topic
 
     @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+    def __pydantic_init_subclass__(cls, *, expect: Sequence[Expectation] = (), **kwargs: Any) -> None:
+        from features.checks import checked_expectations  # Which knows contracts.
+
         cls.kinds()
+        cls.expectations = checked_expectations(cls, expect)
 
     @field_validator("*", mode="after")
     @classmethod

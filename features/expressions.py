@@ -5,6 +5,7 @@ A condition is plain data, so that the plan can keep it, and is evaluated for a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -220,3 +221,31 @@ def values_of(condition: Condition) -> Iterable[tuple[str, Scalar]]:
             yield from values_of(condition.right)
         case Not():
             yield from values_of(condition.inner)
+
+
+def text_of(condition: AnyCondition) -> str:
+    """The condition as it is declared.
+
+    >>> print(text_of((col("price") > 10) & ~col("surface").is_null()))
+    (col("price") > 10) & (~(col("surface").is_null()))
+    """
+    match condition:
+        case Compare():
+            return f"{_col(condition.field)} {condition.sign} {_literal(condition.value)}"
+        case OneOf():
+            return f"{_col(condition.field)}.one_of({', '.join(map(_literal, condition.values))})"
+        case IsNull():
+            return f"{_col(condition.field)}.is_null()"
+        case Both() | Either():
+            sign = "&" if isinstance(condition, Both) else "|"
+            return f"({text_of(condition.left)}) {sign} ({text_of(condition.right)})"
+        case Not():
+            return f"~({text_of(condition.inner)})"
+
+
+def _col(field: str) -> str:
+    return f'col("{field}")'
+
+
+def _literal(value: Scalar) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

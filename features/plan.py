@@ -17,6 +17,7 @@ import msgspec
 from features.aggregations import AnyAggregation
 from features.aggregations.base import Aggregation
 from features.events import Event, Kind
+from features.expectations import Expectation
 from features.times import Window
 from features.values import Type
 
@@ -42,6 +43,8 @@ class EventSpec(msgspec.Struct, frozen=True):
     fingerprint: str
     schema: dict[str, Any] = {}
     doc: str = ""
+    expect: tuple[Expectation, ...] | msgspec.UnsetType = msgspec.UNSET
+    """What its events shall be like as a whole. Without any, the plan reads as those that knew of none."""
 
 
 class At(msgspec.Struct, frozen=True, tag_field="is", tag="at"):

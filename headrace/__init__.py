@@ -10,6 +10,9 @@ check_packages()
 if TYPE_CHECKING:
     from features import agg as agg
     from features.events import Event as Event
+    from features.expectations import rate as rate
+    from features.expectations import share as share
+    from features.expectations import share_null as share_null
     from features.expressions import col as col
     from features.language import DeclarationError as DeclarationError
     from features.language import Entity as Entity
@@ -22,10 +25,24 @@ _HOMES = {
     "agg": "features.agg",
     "Event": "features.events",
     "col": "features.expressions",
+    **dict.fromkeys(("rate", "share", "share_null"), "features.expectations"),
     **dict.fromkeys(("DeclarationError", "Entity", "cross", "derived", "service", "view"), "features.language"),
 }
 
-__all__ = ["DeclarationError", "Entity", "Event", "agg", "col", "cross", "derived", "service", "view"]
+__all__ = [
+    "DeclarationError",
+    "Entity",
+    "Event",
+    "agg",
+    "col",
+    "cross",
+    "derived",
+    "rate",
+    "service",
+    "share",
+    "share_null",
+    "view",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -20,11 +21,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from config.settings import Settings
     from features.changes import Change
+    from features.plan import Plan
     from registry.backfill import Backfilled
+    from training.run import Progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -331,18 +334,11 @@ def rebuild(
 
 def _fill(name: str, run: Callable[[Any, Any], Backfilled]) -> None:
     """Does it, and says what came of it."""
-    from confluent_kafka import KafkaException
-
-    from config.brokers import unreachable
     from features.changes import when
-    from training.progress import shown
 
     settings = _settings()
-    with shown() as on_progress:
-        try:
-            done = run(_redis(settings), on_progress)
-        except KafkaException as error:
-            raise RuntimeError(unreachable(settings, error)) from None
+    with _shown(settings) as on_progress:
+        done = run(_redis(settings), on_progress)
     if done.features:
         _audit(name, plan=done.plan.fingerprint, features=list(done.features))
     for each in done.features:
@@ -350,6 +346,21 @@ def _fill(name: str, run: Callable[[Any, Any], Backfilled]) -> None:
         lacks = "what the archive and Kafka no longer have" if at_ms is None else f"some until {when(at_ms)}"
         out.print(f"{each}: {'complete' if at_ms == 0 else f'lacks {lacks}'}", highlight=False)
     out.print(f"plan {done.plan.fingerprint} runs" + ("" if done.features else ": no feature lacks anything"))
+
+
+@contextmanager
+def _shown(settings: Settings) -> Iterator[Progress]:
+    """Shows how far it is, and says it if Kafka can't be reached."""
+    from confluent_kafka import KafkaException
+
+    from config.brokers import unreachable
+    from training.progress import shown
+
+    with shown() as on_progress:
+        try:
+            yield on_progress
+        except KafkaException as error:
+            raise RuntimeError(unreachable(settings, error)) from None
 
 
 @app.command()
@@ -366,34 +377,22 @@ def compare(
     Ends with status 1 if anything does.
     """
     import msgspec
-    from confluent_kafka import KafkaException
 
-    from config.brokers import unreachable
     from config.settings import project_of
     from features.changes import when
     from features.times import duration_ms
     from store.archive import archive_forgotten
     from store.plans import applied_plan
     from training.compare import compare as run
-    from training.progress import shown
 
     settings = _settings()
-    client, project = _redis(settings), project_of(settings.repo)
+    client = _redis(settings)
     since_ms = time.time_ns() // 1_000_000 - duration_ms(since)
-    if (applied := applied_plan(client, project)) is not None:
+    if (applied := applied_plan(client, project_of(settings.repo))) is not None:
         archive_forgotten(settings, applied, client)
-    with shown() as on_progress:
-        given: dict[str, Any] = {"services": service or (), "settle_ms": duration_ms(settle)}
-        try:
-            found = run(
-                settings,
-                lambda number: applied_plan(client, project, number),
-                since_ms,
-                **given,
-                on_progress=on_progress,
-            )
-        except KafkaException as error:
-            raise RuntimeError(unreachable(settings, error)) from None
+    given: dict[str, Any] = {"services": service or (), "settle_ms": duration_ms(settle)}
+    with _shown(settings) as on_progress:
+        found = run(settings, _plans(settings), since_ms, **given, on_progress=on_progress)
     if as_json:
         out.print_json(msgspec.json.encode(found).decode())
         raise typer.Exit(1 if found.mismatches else 0)
@@ -425,6 +424,86 @@ def compare(
 
 
 @app.command()
+def quality(
+    since: Annotated[str, typer.Option(help="What was served, and the events, within so long before now")] = "1h",
+    service: Annotated[list[str] | None, typer.Option(help="Only what was asked for this service; repeat it")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Parquet, as `train` writes it: what values are compared with", exists=True)
+    ] = None,
+    psi_max: Annotated[
+        float | None, typer.Option(min=0, help="A population stability index above it, such as 0.25, is a breach")
+    ] = None,
+    prometheus: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as metrics too, for node_exporter to collect")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs")] = False,
+) -> None:
+    """Say how the values are that were served (a sample: HEADRACE_SAMPLE), and whether events are as contracts expect.
+
+    Ends with status 1 if anything is not as expected.
+    """
+    import msgspec
+
+    from features.times import duration_ms
+    from store.plans import load_plan
+    from training.quality import quality as run
+    from training.quality import write_metrics
+
+    settings, now_ms = _settings(), time.time_ns() // 1_000_000
+    given: dict[str, Any] = {"services": service or (), "reference": reference}
+    with _shown(settings) as on_progress:
+        wanted = (settings, load_plan(settings), _plans(settings), now_ms - duration_ms(since), now_ms)
+        found = run(*wanted, **given, on_progress=on_progress)
+    if prometheus is not None:
+        write_metrics(found, prometheus)
+    breaches = found.breaches(psi_max)
+    if as_json:
+        out.print_json(msgspec.json.encode(found).decode())
+        raise typer.Exit(1 if breaches else 0)
+    table = Table("service", Column("feature", no_wrap=True))
+    for name in ("rows", "null", "default", "p5", "p50", "p95", "psi"):
+        table.add_column(name, justify="right")
+    for each in found.features:
+        numbers = [each.null, each.default, *(each.quantiles.get(at) for at in ("0.05", "0.5", "0.95")), each.psi]
+        table.add_row(each.service, each.feature, f"{each.rows:,}", *map(_number, numbers))
+    if found.features:
+        out.print(table)
+    else:
+        out.print(f"nothing that was served since then is in {settings.sample_path()}", highlight=False, markup=False)
+    checks = Table("contract", Column("check", no_wrap=True), Column("events", justify="right"), "it is", "")
+    for check in found.checks:
+        said = "[red]BREACH[/]" if check.breached else "[green]ok[/]"
+        checks.add_row(check.contract, escape(check.check), f"{check.events:,}", _number(check.value), said)
+    if found.checks:
+        out.print(checks)
+    for breach in breaches:
+        out.print(breach, style="bold red", highlight=False, markup=False)
+    if found.unknown:
+        out.print(f"left out: {found.unknown:,} rows of plans that can't be read", highlight=False)
+    raise typer.Exit(1 if breaches else 0)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _plans(settings: Settings) -> Callable[[int], Plan | None]:
+    """The applied plans, by number; None for what can't be read."""
+    from config.settings import project_of
+    from store.plans import applied_plan
+
+    client, project = _redis(settings), project_of(settings.repo)
+
+    def plan_of(number: int) -> Plan | None:
+        try:
+            return applied_plan(client, project, number)
+        except ValueError:  # It is one of another version of Headrace.
+            return None
+
+    return plan_of
+
+
+@app.command()
 def forget(
     entity: Annotated[str, typer.Argument(help="user, item, seller, …")],
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Whom to forget")] = None,
@@ -440,37 +519,30 @@ def forget(
     The stream does it: it runs, and so do servers. Their events leave the archive at the next `headrace archive
     --compact`; dead letters that name them are listed.
     """
-    from confluent_kafka import KafkaException
-
-    from config.brokers import unreachable
     from features.events import TEXT_LENGTH_MAX
     from features.times import duration_ms
     from store.plans import load_plan
     from training.forget import forget as run
     from training.forget import idle
-    from training.progress import shown
 
     settings = _settings()
     applied, now_ms = load_plan(settings), time.time_ns() // 1_000_000
     if entity not in applied.stored_entities:
         message = f"there is no entity {entity!r}; applied are: {', '.join(applied.stored_entities)}"
         raise typer.BadParameter(message)
-    with shown() as on_progress:
-        try:
-            found = dict.fromkeys([*(ids or ()), *(file.read_text().split("\n") if file else ())])
-            if older_than is not None:
-                found |= dict.fromkeys(idle(settings, applied, entity, now_ms - duration_ms(older_than)))
-            wanted = [each for each in found if each]
-            if unfit := [each for each in wanted if len(each) > TEXT_LENGTH_MAX]:
-                message = f"{unfit[0][:50]!r}… is no id: it has more than {TEXT_LENGTH_MAX} characters"
-                raise typer.BadParameter(message)
-            if not wanted:
-                message = "nobody is to be forgotten: name ids, a file of them (--ids), or --older-than"
-                raise typer.BadParameter(message)
-            _audit("forget", entity=entity, n_ids=len(wanted), ids=wanted[:10])
-            done = run(settings, applied, _redis(settings), entity, wanted, on_progress=on_progress)
-        except KafkaException as error:
-            raise RuntimeError(unreachable(settings, error)) from None
+    with _shown(settings) as on_progress:
+        found = dict.fromkeys([*(ids or ()), *(file.read_text().split("\n") if file else ())])
+        if older_than is not None:
+            found |= dict.fromkeys(idle(settings, applied, entity, now_ms - duration_ms(older_than)))
+        wanted = [each for each in found if each]
+        if unfit := [each for each in wanted if len(each) > TEXT_LENGTH_MAX]:
+            message = f"{unfit[0][:50]!r}… is no id: it has more than {TEXT_LENGTH_MAX} characters"
+            raise typer.BadParameter(message)
+        if not wanted:
+            message = "nobody is to be forgotten: name ids, a file of them (--ids), or --older-than"
+            raise typer.BadParameter(message)
+        _audit("forget", entity=entity, n_ids=len(wanted), ids=wanted[:10])
+        done = run(settings, applied, _redis(settings), entity, wanted, on_progress=on_progress)
     for each in done.letters:
         out.print(f"dead letter {each}", highlight=False, markup=False)
     what = f"{len(done.times_ms):,} {entity}s are" if len(wanted) > 1 else f"{entity} {wanted[0]} is"

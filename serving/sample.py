@@ -114,7 +114,8 @@ class Sampler:
 
         columns: dict[str, pa.Array] = {}
         for entity, ids in served.ids.items():
-            columns[plan.entity(entity).key] = whole(pa.array([each or None for each in ids], pa.string()))
+            # The empty id is nobody's: null is that of a row that is about no such entity.
+            columns[plan.entity(entity).key] = whole(pa.array([each or "" for each in ids], pa.string()))
         columns[TIME_COLUMN] = pa.array(np.full(n, answer.as_of_ms)).view(pa.timestamp("ms", "UTC"))
         columns[PLAN_COLUMN] = pa.array(np.full(n, plan.number))
         for entity, fields in served.overrides.items():

@@ -9,9 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from features.times import DAY_MS
 
@@ -44,6 +46,15 @@ def read(folder: Path, since_ms: int, services: Sequence[str] = ()) -> Iterator[
         if files and (not services or own.name in services):
             table = pa.concat_tables([pq.read_table(path) for path in files], promote_options="default")
             yield own.name, table.filter(pc.greater_equal(table[TIME_COLUMN], since))
+
+
+def about(table: pa.Table, keys: Sequence[str]) -> NDArray[np.bool_]:
+    """bool[n]: which rows are about the entities of some columns of ids; others have null for features of theirs.
+
+    A row that is about nobody in particular has the empty id.
+    """
+    found: NDArray[np.bool_] = np.all([np.asarray(table[key].is_valid()) for key in keys], axis=0)
+    return found
 
 
 def _written_ms(path: Path) -> int:

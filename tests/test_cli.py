@@ -31,7 +31,20 @@ from tests.support.archived import archive
 from tests.support.served import NOW_MS, SHARDS, Clock, Rows, catalogue, project_folder
 from tests.support.stack import wait_for
 
-COMMANDS = ["apply", "archive", "demo", "doctor", "history", "plan", "replay", "serve", "show", "stream", "train"]
+COMMANDS = [
+    "apply",
+    "archive",
+    "demo",
+    "doctor",
+    "history",
+    "plan",
+    "quality",
+    "replay",
+    "serve",
+    "show",
+    "stream",
+    "train",
+]
 
 
 @dataclass
@@ -483,6 +496,25 @@ def test_pairs_need_both_halves(applied: Settings, run: Run, tmp_path: Path) -> 
 
 
 # train, archive
+
+
+@pytest.mark.usefixtures("wide")
+def test_quality_says_which_checks_are_breached_and_ends_with_status_1(applied: Settings, run: Run) -> None:
+    """Of the events of the archive and of nothing in Kafka; without any sample it says where there is none."""
+    refused(run("quality"), str(applied.sample_path()), applied.archive_url(), "HEADRACE_SAMPLE", "expect=[")
+    now_ms = time.time_ns() // 1_000_000
+    known = {"user_id": "u1", "item_id": "i1", "category": "coats", "price": 30.0}
+    clicks = [{"t": now_ms - 60_000, **known}] * 9 + [{"t": now_ms - 60_000, **known, "category": None}]
+    late = {"t": now_ms - 7_200_000, **known, "price": None}
+    archive(applied, catalogue(), {"Click": [*clicks, late]}, random.Random(1))
+    ran = run("quality")
+    assert ran.status == 1, ran.err
+    assert f"nothing that was served since then is in {applied.sample_path()}" in ran.flat
+    assert 'Click share_null("category") < 0.05 10 0.1 BREACH' in ran.flat
+    assert 'Click share_null("price") < 0.05 10 0 ok' in ran.flat
+    assert 'Like share_null("price") < 0.05 0 ok' in ran.flat
+    assert 'Click: share_null("category") < 0.05, it is 0.1' in ran.flat
+    assert run("quality", "--since", "1d", "--json").status == 1
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from config.settings import Settings
 from features.plan import Feature, Plan, contracts_of, stateful
 from store.archive import forgotten_of, tables_of
 from store.forgotten import Forgotten
-from store.served import PLAN_COLUMN, read
+from store.served import PLAN_COLUMN, about, read
 from training.point_in_time import LAG, UNSETTLED
 from training.run import TIME_COLUMN, Progress, TableLabels, events_of_tail, tail_of, training_set
 
@@ -162,11 +162,13 @@ class _Closest:
         computed: the values.
         differences: float64[n], relative; infinite between what can't be subtracted.
         settled: bool[n], whether nothing that it follows from was on its way: then all is the same.
+        asked: bool[n], whether the answer was about the feature's entities; else nothing of it was served.
     """
 
     computed: pa.Array
     differences: NDArray[np.float64]
     settled: NDArray[np.bool_]
+    asked: NDArray[np.bool_]
 
 
 def _closest(
@@ -182,13 +184,15 @@ def _closest(
     open_ = np.arange(len(served))
     finer = sorted({-settle_ms >> shift for shift in range(settle_ms.bit_length())} | {0})
     for lags_ms in ([-settle_ms, settle_ms], finer[1:]):
-        asked = labels.take(pa.array(np.repeat(open_, len(lags_ms))))
-        asked = asked.append_column(LAG, pa.array(np.tile(lags_ms, len(open_))))
+        each_lag = labels.take(pa.array(np.repeat(open_, len(lags_ms))))
+        each_lag = TableLabels(each_lag.append_column(LAG, pa.array(np.tile(lags_ms, len(open_)))))
         given: Any = {"settle_ms": settle_ms, "on_progress": on_progress}
-        table = pa.Table.from_batches(training_set(settings, plan, names, TableLabels(asked), **given)).combine_chunks()
+        table = pa.Table.from_batches(training_set(settings, plan, names, each_lag, **given)).combine_chunks()
         is_open = np.zeros(len(open_), bool)
         for name in names:
+            asked = about(served, [plan.entity(entity).key for entity in plan.features[name].entities])
             differences = _differences(table[f"{_SERVED}{name}"], table[name]).reshape(len(open_), -1)
+            differences[~asked[open_]] = 0
             best = differences.argmin(axis=1)
             rows = np.arange(len(open_))
             computed = table[name].take(pa.array(rows * len(lags_ms) + best)).combine_chunks()
@@ -203,7 +207,7 @@ def _closest(
             else:
                 on_way = [np.asarray(table[f"{UNSETTLED}{each}"]) for each in plan.features[name].entities]
                 settled = ~np.any(on_way, axis=0)[:: len(lags_ms)]
-                found[name] = _Closest(computed, differences, settled)
+                found[name] = _Closest(computed, differences, settled, asked)
                 is_open |= ~settled & (differences > TOLERANCE)
         open_ = open_[is_open]
         if not len(open_):
@@ -214,9 +218,9 @@ def _closest(
 def _add(into: Compared, closest: _Closest, served: pa.Table, keys: list[str]) -> list[Example]:
     """Adds what differs in a feature; returns which of its worst examples are of these rows."""
     differ = closest.differences > TOLERANCE
-    decided = closest.settled | ~differ
+    decided = closest.asked & (closest.settled | ~differ)
     into.rows += int(decided.sum())
-    into.undecided += int((~decided).sum())
+    into.undecided += int((closest.asked & ~decided).sum())
     differences = np.where(decided, closest.differences, 0)
     into.mismatches += int((differences > TOLERANCE).sum())
     values = served[into.feature]

@@ -2,10 +2,12 @@
 
 from pydantic import Field
 
-from headrace import Event
+from headrace import Event, col, share, share_null
+
+_EXPECTED = [share_null("category") < 0.05, share_null("price") < 0.05, share(col("price") > 10_000) < 0.001]
 
 
-class Impression(Event, topic="impressions"):
+class Impression(Event, topic="impressions", expect=_EXPECTED):
     """An item was shown to a user."""
 
     user_id: str
@@ -17,7 +19,7 @@ class Impression(Event, topic="impressions"):
     surface: str | None = None
 
 
-class Click(Event, topic="clicks"):
+class Click(Event, topic="clicks", expect=_EXPECTED):
     """A user opened an item."""
 
     user_id: str
@@ -29,7 +31,7 @@ class Click(Event, topic="clicks"):
     surface: str | None = None
 
 
-class Like(Event, topic="likes"):
+class Like(Event, topic="likes", expect=_EXPECTED):
     """A user marked an item as liked."""
 
     user_id: str
