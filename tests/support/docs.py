@@ -134,7 +134,8 @@ class Reader:
 
 def notebook(document: str) -> str:
     """The document as a Jupyter notebook, with its outputs."""
-    cells: list[dict[str, Any]] = []
+    # Jupyter has every command print as to a terminal, with bars and colours.
+    cells = [_cell("%env FORCE_COLOR=")]
     at = 0
     for found in _BLOCK.finditer(document):
         cells += _prose(document[at : found.start()])
@@ -177,13 +178,7 @@ def _code(block: Block) -> list[dict[str, Any]]:
 
 
 def _cell(source: str) -> dict[str, Any]:
-    return {
-        "cell_type": "code",
-        "execution_count": None,
-        "metadata": {},
-        "outputs": [],
-        "source": _lines(source),
-    }
+    return {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": _lines(source)}
 
 
 def _lines(text: str) -> list[str]:
