@@ -257,6 +257,7 @@ class _Demo:
                 "server_processes": 1,
                 "sample": {"ranking_v1": 0.2},
                 "sample_folder": self._folder / "served",
+                "dedupe_s": 20.0,  # What starts reads so much again, and this broker gives a record at a time.
                 "archive": str(self._folder / "archive"),  # The broker forgets what is a few minutes old.
                 "archive_options": {},
                 "redis_url": SecretStr(redis.url),
@@ -291,6 +292,7 @@ class _Demo:
             "TOPICS": self._settings.topics,
             "SAMPLE_FOLDER": self._settings.sample_folder,
             "ARCHIVE": self._settings.archive,
+            "DEDUPE_S": self._settings.dedupe_s,
         }
         command = os.path.relpath(Path(sys.prefix, "bin", "headrace"))
         where = " ".join(f"HEADRACE_{name}={value}" for name, value in there.items())

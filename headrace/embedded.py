@@ -7,6 +7,8 @@ that the system gives, and are gone when their block ends or their process dies.
 
 The broker is no Kafka: it keeps the last 5 MB or 100,000 batches of a partition, creates topics
 with 4 partitions on first use, and forgets all when closed.
+
+`python -m headrace.embedded` runs both until Ctrl-C, for who tries things out.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -365,3 +368,18 @@ def _bundled_redis() -> Path:
         'or name another one, EmbeddedRedis(binary="/usr/bin/redis-server")'
     )
     raise ServerError(msg)
+
+
+def main() -> None:
+    """Run both servers until SIGINT or SIGTERM, and print what to export."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with EmbeddedRedis() as redis, EmbeddedBroker() as broker:
+        there = {"KAFKA": broker.bootstrap_servers, "TOPICS": "auto", "REDIS_URL": redis.url}
+        print("export", *(f"HEADRACE_{name}={value}" for name, value in there.items()), flush=True)  # noqa: T201  # its purpose
+        stop.wait()
+
+
+if __name__ == "__main__":
+    main()

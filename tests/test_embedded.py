@@ -198,3 +198,24 @@ def test_broker_is_gone_after_its_block() -> None:
         socket.create_connection((host, int(port)), timeout=DEADLINE_S)
     with pytest.raises(ServerError, match="use it in a `with` block"):
         _ = broker.bootstrap_servers
+
+
+def test_both_run_for_who_tries_things_out_until_ctrl_c() -> None:
+    """`python -m headrace.embedded` prints what to export, and leaves nothing."""
+    with subprocess.Popen([sys.executable, "-m", "headrace.embedded"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            words = process.stdout.readline().split()
+            assert words.pop(0) == "export"
+            there = dict(word.split("=", 1) for word in words)
+            producer = Producer({"bootstrap.servers": there["HEADRACE_KAFKA"], "log_level": 0})
+            assert producer.list_topics(timeout=DEADLINE_S).brokers
+            producer.close()
+            assert there["HEADRACE_TOPICS"] == "auto"
+            with redis.Redis.from_url(there["HEADRACE_REDIS_URL"]) as client:
+                pid = client.info("server")["process_id"]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(DEADLINE_S) == 0
+        finally:
+            process.kill()
+    assert eventually(lambda: not is_running(pid))
