@@ -257,7 +257,7 @@ class _Demo:
                 "server_processes": 1,
                 "sample": {"ranking_v1": 0.2},
                 "sample_folder": self._folder / "served",
-                "dedupe_s": 20.0,  # What starts reads so much again, and this broker gives a record at a time.
+                "dedupe_s": 20,  # What starts reads so much again, and this broker gives a record at a time.
                 "archive": str(self._folder / "archive"),  # The broker forgets what is a few minutes old.
                 "archive_options": {},
                 "redis_url": SecretStr(redis.url),
