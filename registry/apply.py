@@ -15,7 +15,7 @@ from config.brokers import topics_there, unreachable
 from config.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from features.changes import Change, in_the_way
 from features.plan import Plan
-from registry.register import register, registered_plan
+from registry.register import register
 from store.archive import archive_forgotten
 from store.commit import initialise, join
 from store.forgotten import write_forgotten
@@ -91,12 +91,7 @@ def put(settings: Settings, client: redis.Redis, plan: Plan, now_ms: int) -> Non
 
 def _register(settings: Settings, plan: Plan) -> bool:
     """Has Feast's registry hold the plan; returns False if it did."""
-    store = FeatureStore(repo_path=str(settings.repo))
-    catalogued = registered_plan(store)
-    if catalogued is not None and catalogued.fingerprint == plan.fingerprint:
-        return False
-    register(store, plan, settings)
-    return True
+    return register(FeatureStore(repo_path=str(settings.repo)), plan, settings)
 
 
 def _initialise(client: redis.Redis, applied: Plan | None, plan: Plan, now_ms: int) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any, Final
 
 import feast
@@ -58,7 +60,7 @@ def compile_to_feast(plan: Plan, settings: Settings) -> dict[str, Any]:
             views[spec.name] = _stream_view(plan, spec, entities, sources)
     for spec in plan.views:
         if len(spec.entities) > 1:
-            views[spec.name] = _cross_view(spec, views)
+            views[spec.name] = _cross_view(plan, spec, entities, views)
     services = {spec.name: _service(plan, spec.name, views) for spec in plan.services}
     groups: dict[str, dict[str, Any]] = {"entity": entities, "source": sources, "view": views, "service": services}
     return {
@@ -81,7 +83,8 @@ def _source(spec: EventSpec, settings: Settings) -> feast.KafkaSource:
     return feast.KafkaSource(
         name=spec.topic,
         timestamp_field="occurred_at",
-        message_format=JsonFormat(schema_json=", ".join(f"{name} {kind}" for name, kind in spec.fields.items())),
+        # Sorted, as in a plan that was read back.
+        message_format=JsonFormat(schema_json=", ".join(f"{name} {spec.fields[name]}" for name in sorted(spec.fields))),
         kafka_bootstrap_servers=settings.kafka,
         topic=spec.topic,
         batch_source=archived,
@@ -95,12 +98,24 @@ def _field(feature: Feature) -> feast.Field:
     return feast.Field(name=feature.name, dtype=FEAST_TYPES[feature.value_type], description=feature.doc, tags=tags)
 
 
-def _stream_view(
-    plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: dict[str, Any]
-) -> feast.StreamFeatureView:
+class StreamView(feast.StreamFeatureView):
+    """A view in the catalogue. The stream computes it, and never calls its function."""
+
+    @property
+    def schema(self) -> list[feast.Field]:  # type: ignore[override]  # Feast says that it may be set, and can't
+        """The features in order, without the key.
+
+        Feast's has both, as a set: what the registry reads back would be another view, with the key for a feature, and
+        each `apply` a new version of it.
+        """
+        return list(self.features)
+
+
+def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: dict[str, Any]) -> StreamView:
     entity = plan.entity(spec.entities[0])
     events = list(dict.fromkeys(measure.event for aggregation in spec.aggregations for measure in aggregation.measures))
-    return feast.StreamFeatureView(
+    udf, source = _function(spec, "by the stream, from its events")
+    return StreamView(
         name=spec.name,
         # Feast knows one stream source a view; the tag names all of them.
         source=sources[events[0]],
@@ -111,6 +126,10 @@ def _stream_view(
             *(_field(feature) for feature in features_of(spec)),
         ],
         timestamp_field="occurred_at",
+        # As the registry reads it back; without a function Feast can't print a stream view.
+        mode="python",
+        udf=udf,
+        udf_string=source,
         description=spec.doc,
         owner=spec.owner,
         tags={**spec.tags, "topics": ", ".join(plan.event(name).topic for name in events)},
@@ -118,38 +137,64 @@ def _stream_view(
 
 
 class CrossFeatureView(OnDemandFeatureView):
-    """A cross view in the catalogue. Headrace's stores compute it from the plan and never call its function."""
+    """A cross view in the catalogue. Headrace's stores compute it from the plan and never call its function.
+
+    Its fields have no texts here: Feast writes them, and does not read them back, so that it would be another view. In
+    the registry they have those of `docs`.
+    """
+
+    docs: Mapping[str, str] = MappingProxyType({})
+
+    def to_proto(self) -> Any:
+        """As the registry holds it."""
+        proto = super().to_proto()
+        for field in proto.spec.features:
+            field.description = self.docs.get(field.name, "")
+        return proto
 
     def infer_features(self) -> None:
         """Nothing: Feast would run the function on random rows, and compare descriptions that inference can't know."""
 
 
-_CROSS_SOURCE: Final = '''
+_SOURCE: Final = '''
 def {name}(inputs):
-    """Computed by Headrace for every pair of a request at once: {features}."""
+    """Computed by Headrace {how}: {features}."""
     raise RuntimeError("{name} is computed by Headrace: read it through its online store or its server")
 '''
 
 
-def _cross_view(spec: ViewSpec, views: dict[str, Any]) -> CrossFeatureView:
-    made = list(features_of(spec))
-    source = _CROSS_SOURCE.format(name=spec.name, features=", ".join(feature.name for feature in made)).lstrip()
+def _function(spec: ViewSpec, how: str) -> tuple[Any, str]:
+    """What stands in Feast's registry for the computation of a view, and its source."""
+    features = ", ".join(feature.name for feature in features_of(spec))
+    source = _SOURCE.format(name=spec.name, how=how, features=features).lstrip()
     # Made from its source, in a module of no name, so that clients without Headrace can read the registry: Feast packs
     # a function of a real module by reference.
     namespace: dict[str, Any] = {"__name__": "__main__"}
     exec(source, namespace)  # noqa: S102  # our own text, from names that are identifiers
+    return namespace[spec.name], source
+
+
+def _cross_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], views: dict[str, Any]) -> CrossFeatureView:
+    made = list(features_of(spec))
+    udf, source = _function(spec, "for every pair of a request at once")
     needed = dict.fromkeys(name.split("__")[0] for feature in made for name in arguments(feature.spec))
-    return CrossFeatureView(
+    view = CrossFeatureView(
         name=spec.name,
         # None of their features: Feast would add those to every training set.
         sources=[views[name][[]] for name in needed if name != spec.name],
-        schema=[_field(feature) for feature in made],
-        feature_transformation=PandasTransformation(udf=namespace[spec.name], udf_string=source),
+        entities=[entities[name] for name in spec.entities],
+        schema=[
+            *(feast.Field(name=plan.entity(name).key, dtype=feast_types.String) for name in spec.entities),
+            *(feast.Field(name=feature.name, dtype=FEAST_TYPES[feature.value_type]) for feature in made),
+        ],
+        feature_transformation=PandasTransformation(udf=udf, udf_string=source),
         mode="pandas",
         description=spec.doc,
         owner=spec.owner,
         tags=dict(spec.tags),
     )
+    view.docs = {feature.name: feature.doc for feature in made}
+    return view
 
 
 def _service(plan: Plan, name: str, views: dict[str, Any]) -> feast.FeatureService:
@@ -161,20 +206,8 @@ def _service(plan: Plan, name: str, views: dict[str, Any]) -> feast.FeatureServi
     version = re.search(r"_v(\d+)$", name)
     return feast.FeatureService(
         name=name,
-        features=[_member(views[view], names) for view, names in members.items()],
+        features=[views[view][names] for view, names in members.items()],
         description=spec.doc,
         owner=spec.owner,
         tags={**spec.tags, **({"version": version[1]} if version else {})},
     )
-
-
-def _member(view: Any, names: list[str]) -> Any:
-    """Some features of a view.
-
-    Feast reads fields of cross views back without their texts; a service's that have some are then not found in it.
-    """
-    member = view[names]
-    if isinstance(view, CrossFeatureView):
-        fields = member.projection.features
-        member.projection.features = [feast.Field(name=field.name, dtype=field.dtype) for field in fields]
-    return member

@@ -1,11 +1,11 @@
-"""What `feast apply` imports: the same objects that `headrace apply` registers."""
-
-from pathlib import Path
+"""The objects that `headrace apply` registers, for Feast to find: see headrace/feast_repo.py."""
 
 from config.settings import Settings
 from registry.compile import compile_to_feast
 from store.plans import plan_changes
 
-_settings = Settings(repo=Path(__file__).resolve().parent.parent)
+_settings = Settings()
+_objects = compile_to_feast(plan_changes(_settings).plan, _settings)
 # Feast looks at a module's attributes.
-globals().update(compile_to_feast(plan_changes(_settings).plan, _settings))
+globals().update(_objects)
+__all__ = list(_objects)  # what there is, the plan says

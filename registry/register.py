@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
-from feast import FeatureStore, OnDemandFeatureView
+from feast import FeatureStore, KafkaSource, OnDemandFeatureView, StreamFeatureView
 from feast.errors import FeastObjectNotFoundException
+from feast.project import Project
 
 from config.settings import Settings
 from features.plan import Plan
@@ -23,23 +25,45 @@ def registered_plan(store: FeatureStore) -> Plan | None:
     return Plan.decode(text) if text else None
 
 
-def register(store: FeatureStore, plan: Plan, settings: Settings) -> None:
-    """Makes Feast's registry hold the plan and its objects, and nothing else of this project."""
-    made = list(compile_to_feast(plan, settings).values())
-    names = {(_kind(each), each.name) for each in made}
+def register(store: FeatureStore, plan: Plan, settings: Settings) -> bool:
+    """Makes Feast's registry hold the plan and its objects; returns False if it did.
+
+    Of what is there besides, only what the plan before had made goes: the rest is other people's.
+    """
+    made, before = _named(compile_to_feast(plan, settings)), registered_plan(store)
+    there = _registered(store)
+    gone = _named(compile_to_feast(before, settings)) if before else {}
+    deleted = [there[name] for name in gone if name in there and name not in made]
+    # What the registry has of a project is its times, too.
+    same = (there.get(name) == each for name, each in made.items() if not isinstance(each, Project))
+    if before == plan and not deleted and all(same):
+        return False
+    store.apply(list(made.values()), objects_to_delete=deleted, partial=not deleted)
+    return True
+
+
+def _named(objects: dict[str, Any]) -> dict[tuple[type, str], Any]:
+    """Feast's objects by what the registry reads them back as, and name; with the archives that sources name."""
+    found = [*objects.values(), *(each.batch_source for each in objects.values() if isinstance(each, KafkaSource))]
+    return {(_kind(each), each.name): each for each in found}
+
+
+def _registered(store: FeatureStore) -> dict[tuple[type, str], Any]:
+    """What of the kinds of objects that a plan makes is in the registry."""
     registry, project = store.registry, store.project
-    there: list[Any] = [
-        *registry.list_feature_services(project),
-        *registry.list_on_demand_feature_views(project),
-        *registry.list_stream_feature_views(project),
-        *registry.list_data_sources(project),
-        *registry.list_entities(project),
-    ]
-    gone = [each for each in there if each.name != "__dummy" and (_kind(each), each.name) not in names]
-    archives = {f"{spec.topic}_archive" for spec in plan.events}
-    store.apply(made, objects_to_delete=[each for each in gone if each.name not in archives], partial=not gone)
+    with suppress(FeastObjectNotFoundException):
+        found: list[Any] = [
+            registry.get_project(project, allow_cache=False),
+            *registry.list_feature_services(project),
+            *registry.list_on_demand_feature_views(project),
+            *registry.list_stream_feature_views(project),
+            *registry.list_data_sources(project),
+            *registry.list_entities(project),
+        ]
+        return {(_kind(each), each.name): each for each in found}
+    return {}
 
 
-def _kind(made: Any) -> str:
-    """What Feast's registry reads an object back as."""
-    return "OnDemandFeatureView" if isinstance(made, OnDemandFeatureView) else type(made).__name__
+def _kind(made: Any) -> type:
+    kinds = (OnDemandFeatureView, StreamFeatureView)
+    return next((kind for kind in kinds if isinstance(made, kind)), type(made))

@@ -283,7 +283,10 @@ def test_ids_may_be_numbers(project: Project) -> None:
 
 
 def test_values_are_never_written_through_feast(project: Project) -> None:
-    columns = {feature.name: [None] for feature in project.plan.features.values() if feature.view == "user_activity"}
+    columns: dict[str, list[Any]] = {
+        feature.name: [None] for feature in project.plan.features.values() if feature.view == "user_activity"
+    }
+    columns["clicks_1h"] = [1]
     frame = pd.DataFrame({"user_id": ["u1"], "occurred_at": [pd.Timestamp("2033-05-18", tz="UTC")], **columns})
     before = project.rows.client.dbsize()
     with pytest.raises(NotImplementedError, match=r"written by its stream only.*headrace replay"):

@@ -222,7 +222,7 @@ def test_feast_apply_registers_what_headrace_apply_does(settings: Settings, tmp_
     ours = catalogue_of(store_of(settings))
     copy = tmp_path / "copy"
     copy.mkdir()
-    for folder in ("config", "features", "store", "registry", "streams", "serving", "headrace"):
+    for folder in ("config", "features", "store", "registry", "streams", "training", "serving", "headrace"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("feature_store.yaml", ".feastignore"):
         shutil.copy(ROOT / file, copy)
@@ -230,18 +230,24 @@ def test_feast_apply_registers_what_headrace_apply_does(settings: Settings, tmp_
     for stray in ("stray.py", "rstray.py", "stray/module.py", "tests/t.py", "registry/stray.py", "registry/f_stray.py"):
         (copy / stray).parent.mkdir(exist_ok=True)
         (copy / stray).write_text(broken)
+    feast_command(settings, copy, "apply")
+    theirs = catalogue_of(feast.FeatureStore(str(copy)))
+    assert theirs == ours
+
+
+def feast_command(settings: Settings, folder: Path, *arguments: str) -> str:
+    """What a command of Feast's in a project's folder prints."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")},
         **settings.environment(),
-        "HEADRACE_REPO": str(copy),
-        "PYTHONPATH": str(copy),
+        "HEADRACE_REPO": str(folder),
+        "PYTHONPATH": str(folder),
         "PYTHONWARNINGS": "ignore",
         "FEAST_USAGE": "False",
     }
-    program = "from feast.cli.cli import cli; cli()"
     done = subprocess.run(
-        [sys.executable, "-c", program, "-c", str(copy), "apply"],
-        cwd=copy,
+        [sys.executable, "-c", "from feast.cli.cli import cli; cli()", "-c", str(folder), *arguments],
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
@@ -249,8 +255,87 @@ def test_feast_apply_registers_what_headrace_apply_does(settings: Settings, tmp_
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    theirs = catalogue_of(feast.FeatureStore(str(copy)))
-    assert theirs == ours
+    return done.stdout
+
+
+OWN = """
+from datetime import timedelta
+
+from feast import Entity, FeatureView, Field, FileSource, ValueType
+from feast.on_demand_feature_view import on_demand_feature_view
+from feast.types import Float64, Int64
+from headrace.feast_repo import *
+
+shop = Entity(name="shop", join_keys=["shop_id"], value_type=ValueType.INT64)
+sizes = FeatureView(
+    name="sizes", entities=[shop], ttl=timedelta(days=1), schema=[Field(name="size", dtype=Int64)],
+    source=FileSource(name="sizes_file", path="sizes.parquet", timestamp_field="at"),
+)
+
+
+@on_demand_feature_view(sources=[sizes], schema=[Field(name="double", dtype=Float64)])
+def doubled(inputs):
+    return inputs[["size"]].rename(columns={"size": "double"}) * 2.0
+"""
+
+
+def test_a_repository_of_ones_own_takes_one_line_and_keeps_what_else_it_has(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By either command, however often, and also when what we made changes or goes.
+
+    A repository without our objects lost them all to `feast apply`; `headrace apply` deleted all that was not ours.
+    """
+    folder = project_folder(tmp_path / "own")
+    (folder / "ours.py").write_text(OWN)
+    own = settings.model_copy(update={"repo": folder})
+    plan = apply(own).plan
+    ours = catalogue_of(store_of(own))
+    feast_command(settings, folder, "apply")
+    both = catalogue_of(store_of(own))
+    assert ours.items() <= both.items()
+    theirs = {"entity shop", "view doubled", "source sizes_file"}
+    assert both.keys() - ours.keys() == theirs
+    for number in range(2):
+        changed = replace(plan, services=tuple(replace(each, doc=f"Anew {number}") for each in plan.services))
+        assert register(store_of(own), changed, own)
+        assert theirs <= catalogue_of(store_of(own)).keys()
+        assert "sizes" in {view.name for view in store_of(own).list_batch_feature_views()}
+    less = replace(plan, views=tuple(each for each in plan.views if each.name == "seller_activity"), services=())
+    assert register(store_of(own), less, own)
+    left = catalogue_of(store_of(own)).keys()
+    assert (theirs <= left, "view seller_activity" in left, "view user_item" in left) == (True, True, False)
+    feast_command(settings, folder, "apply")
+    assert catalogue_of(store_of(own)) == both
+
+
+def test_what_was_taken_out_of_the_registry_comes_back(settings: Settings) -> None:
+    """The plan's text in the registry says nothing of it: by that alone there would be nothing to do."""
+    assert apply(settings).registered
+    before = catalogue_of(store_of(settings))
+    assert not apply(settings).registered
+    feast_command(settings, settings.repo, "delete", "user_activity")
+    store_of(settings).delete_feature_service("feed_v1")
+    assert catalogue_of(store_of(settings)) != before
+    assert apply(settings).registered
+    assert catalogue_of(store_of(settings)) == before
+
+
+def test_what_is_unchanged_has_one_version_and_can_be_printed(settings: Settings) -> None:
+    """Feast makes a new version of a view that it takes for another one than it reads back."""
+    for _ in range(3):
+        apply(settings)
+        plan = plan_changes(settings).plan
+        store_of(settings).apply(list(compile_to_feast(plan, settings).values()))
+    store = store_of(settings)
+    for view in plan.views:
+        assert len(store.registry.list_feature_view_versions(view.name, "headrace")) == 1, view.name
+    said = feast_command(settings, settings.repo, "registry-dump")
+    assert '"user_activity"' in said
+    made = store.get_stream_feature_view("user_activity")
+    assert [field.name for field in made.features] == [
+        feature.name for feature in plan.features.values() if feature.view == "user_activity"
+    ]
 
 
 def test_feast_imports_one_file_whatever_the_others_are_called(tmp_path: Path) -> None:
