@@ -257,7 +257,6 @@ class _Demo:
                 "server_processes": 1,
                 "sample": {"ranking_v1": 0.2},
                 "sample_folder": self._folder / "served",
-                "dedupe_s": 20,  # What starts reads so much again, and this broker gives a record at a time.
                 "archive": str(self._folder / "archive"),  # The broker forgets what is a few minutes old.
                 "archive_options": {},
                 "redis_url": SecretStr(redis.url),
@@ -292,7 +291,6 @@ class _Demo:
             "TOPICS": self._settings.topics,
             "SAMPLE_FOLDER": self._settings.sample_folder,
             "ARCHIVE": self._settings.archive,
-            "DEDUPE_S": self._settings.dedupe_s,
         }
         command = os.path.relpath(Path(sys.prefix, "bin", "headrace"))
         where = " ".join(f"HEADRACE_{name}={value}" for name, value in there.items())
@@ -429,7 +427,7 @@ class _Demo:
     def _produce(self, marketplace: Marketplace, rate: int, recent_users: deque[str]) -> None:
         """The shoppers, at an even pace."""
         dice = random.Random(self._figures.seed)
-        producer = self._producer(linger_ms=5)
+        producer = self._producer(linger_ms=50)  # The broker gives out what came together.
         acknowledged = 0
 
         def delivered(error: Any, message: Any) -> None:

@@ -132,6 +132,8 @@ def create_app(settings: Settings, plan: Plan, clock: Callable[[], float] = time
         DirectRoute("POST", "/get-online-features", routes.get_online_features, [wire.JSON], answers=contract.FEAST),
         DirectRoute("GET", "/v1/services/{name}", routes.service, [wire.JSON], answers=contract.SERVICE),
         DirectRoute("GET", "/healthz", routes.healthz, [wire.JSON], answers=contract.HEALTH, scope=None, is_vital=True),
+        # As Feast's clients ask for it.
+        DirectRoute("GET", "/health", routes.healthz, [wire.JSON], answers=contract.HEALTH, scope=None, is_vital=True),
         DirectRoute("GET", "/readyz", routes.readyz, [wire.JSON], answers=contract.READY, scope=None, is_vital=True),
     ]
     if settings.metrics != "off":

@@ -88,7 +88,7 @@ FEAST: Final = _object(
     {
         "metadata": _object({"feature_names": _list(_TEXT)}),
         "results": _list(
-            _object({"values": _list({}), "statuses": _list(_TEXT)}, {"event_timestamps": _list(_TEXT)}),
+            _object({"values": _list({}), "statuses": _list(_TEXT), "event_timestamps": _list(_TEXT)}),
         ),
     }
 )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from serving.lookup import Answer
 from store.reader import Response
@@ -115,10 +116,27 @@ def entity_json(answer: Answer, entity: str, entity_id: str, service: str | None
 
 def feast_json(response: Response) -> bytes:
     """The answer as Feast's own server writes it; empty lists and maps as null, which its remote client can't take."""
-    columns = [(values, ["PRESENT"] * len(values)) for values in response.columns.values()]
-    columns += [(response.values(at), response.statuses(at)) for at in range(len(response.names))]
+    columns: list[tuple[Any, list[str], list[str]]] = [
+        (given, ["PRESENT"] * len(given), _times(np.zeros(len(given), np.int64))) for given in response.columns.values()
+    ]
+    # Features of the same entities have the same times.
+    times: dict[tuple[str, ...], list[str]] = {}
+    for at in range(len(response.names)):
+        entities = response.entities(at)
+        times[entities] = times.get(entities) or _times(response.event_ms(at))
+        columns.append((response.values(at), response.statuses(at), times[entities]))
     results = [
-        {"values": [None if value in ([], {}) else value for value in values], "statuses": statuses}
-        for values, statuses in columns
+        {
+            "values": [None if value in ([], {}) else value for value in values],
+            "statuses": statuses,
+            "event_timestamps": at,
+        }
+        for values, statuses, at in columns
     ]
     return orjson.dumps({"metadata": {"feature_names": [*response.columns, *response.names]}, "results": results})
+
+
+def _times(ms: NDArray[np.int64]) -> list[str]:
+    """Times as protobuf's JSON has them; the epoch for none, as in Feast."""
+    times: list[str] = np.datetime_as_string(np.maximum(ms, 0).astype("datetime64[ms]"), timezone="UTC").tolist()
+    return times

@@ -137,6 +137,10 @@ class Response:
         column = to_arrow(self._frame.values[feature.full_name], feature.value_type)
         return column if len(feature.entities) > 1 else column.take(pa.array(self._rows_of[feature.entities[0]]))
 
+    def entities(self, at: int) -> tuple[str, ...]:
+        """What the feature at a place is about."""
+        return self._features[at].entities
+
     def event_ms(self, at: int) -> Any:
         """int64[n]: the time of the last event of the feature's entities, the earlier one of two; -1 for none."""
         entities = self._features[at].entities

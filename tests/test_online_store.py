@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -325,10 +326,16 @@ async def test_feasts_server_protocol_answers_as_the_sdk_does(project: Project, 
     assert set(document) == {"metadata", "results"}
     assert document["metadata"]["feature_names"] == list(columns)
     for name, result in zip(columns, document["results"], strict=True):
-        assert set(result) == {"values", "statuses"}
+        assert set(result) == {"values", "statuses", "event_timestamps"}
         assert result["values"] == [None if value in ([], {}) else value for value in columns[name]], name
     assert [result["statuses"] for result in document["results"][2:]] == statuses(answer, 2)
     assert document["results"][0]["statuses"] == ["PRESENT"] * len(asked)
+    times = answer.to_dict(include_event_timestamps=True)
+    for name, result in list(zip(columns, document["results"], strict=True))[2:]:
+        at_s = [int(datetime.fromisoformat(each).timestamp()) for each in result["event_timestamps"]]
+        assert at_s == times[f"{name}__ts"], name
+    assert set(document["results"][0]["event_timestamps"]) == {"1970-01-01T00:00:00.000Z"}
+    assert (await http.get("/health")).status_code == 200
 
 
 async def test_empty_lists_are_null_for_feast_and_empty_for_v1(project: Project, http: httpx.AsyncClient) -> None:

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from config.settings import Settings
 from features.plan import Feature, Plan, contracts_of, stateful
-from store.archive import forgotten_of, tables_of
+from store.archive import forgotten_of
 from store.forgotten import Forgotten
 from store.served import PLAN_COLUMN, about, read
 from training.point_in_time import LAG, UNSETTLED
-from training.run import TIME_COLUMN, Progress, TableLabels, events_of_tail, tail_of, training_set
+from training.run import TIME_COLUMN, Known, Progress, TableLabels, training_set
 
 SETTLE_MS: Final = 2_000
 TOLERANCE: Final = 1e-6
@@ -133,13 +133,14 @@ def compare(
             found.rows += len(mine)
             if not len(mine):
                 continue
-            given: Any = {"settle_ms": settle_ms, "on_progress": on_progress}
+            known = Known.of(settings, plan)
+            given: Any = {"settle_ms": settle_ms, "known": known, "on_progress": on_progress}
             worst: list[tuple[Feature, Example]] = []
             for name, closest in _closest(settings, plan, mine, **given).items():
                 into = features.setdefault(name, Compared(service, name))
                 examples = _add(into, closest, mine, [each.key for each in plan.entities])
                 worst += [(plan.features[name], example) for example in examples]
-            _add_events(settings, plan, worst)
+            _add_events(known, plan, worst)
         found.features += features.values()
     return found
 
@@ -172,7 +173,7 @@ class _Closest:
 
 
 def _closest(
-    settings: Settings, plan: Plan, served: pa.Table, *, settle_ms: int, on_progress: Progress
+    settings: Settings, plan: Plan, served: pa.Table, *, settle_ms: int, **options: Any
 ) -> dict[str, _Closest]:
     """By feature. What was on its way to rows may have been merged or not: first all or nothing of it is tried.
 
@@ -186,7 +187,7 @@ def _closest(
     for lags_ms in ([-settle_ms, settle_ms], finer[1:]):
         each_lag = labels.take(pa.array(np.repeat(open_, len(lags_ms))))
         each_lag = TableLabels(each_lag.append_column(LAG, pa.array(np.tile(lags_ms, len(open_)))))
-        given: Any = {"settle_ms": settle_ms, "on_progress": on_progress}
+        given: Any = {"settle_ms": settle_ms, **options}
         table = pa.Table.from_batches(training_set(settings, plan, names, each_lag, **given)).combine_chunks()
         is_open = np.zeros(len(open_), bool)
         for name in names:
@@ -265,25 +266,20 @@ def _same(served: Any, computed: Any) -> bool:
     )
 
 
-def _add_events(settings: Settings, plan: Plan, worst: Sequence[tuple[Feature, Example]]) -> None:
+def _add_events(known: Known, plan: Plan, worst: Sequence[tuple[Feature, Example]]) -> None:
     """Adds to each example the last events before it that its feature of its entities follows from."""
     contracts = [contracts_of(plan, stateful(plan, [feature.full_name])) for feature, _ in worst]
-    tables = tables_of(settings, plan)
-    archived = [(spec, tables[spec.topic]) for spec in plan.events if any(spec.name in each for each in contracts)]
-    if not archived:
-        return
 
     def add(contract: str, events: pa.RecordBatch) -> None:
         for (feature, example), wanted in zip(worst, contracts, strict=True):
             if contract in wanted:
                 example.events += _events_about(plan, feature, example, contract, events)
 
-    for spec, table in archived:
-        for events in table.scan(spec.fields):
+    for spec in plan.events if worst else ():
+        for events in known.tables[spec.topic].scan(spec.fields):
             add(spec.name, events)
-    with tail_of(settings, plan, [table for _, table in archived]) as tail:
-        for contract, events in events_of_tail(tail, lambda spec: spec.fields, 0):
-            add(contract, events)
+    for contract, events in known.tail if worst else ():
+        add(contract, events)
     for _, example in worst:
         example.events = sorted(example.events, key=lambda each: each["t"])[-_EVENTS_MAX:]
 

@@ -116,6 +116,26 @@ class Limits:
         return labels.filter(pa.array((times_ms >= (self.start_ms or 0)) & (times_ms < (self.end_ms or NEWEST_MS))))
 
 
+@dataclass(frozen=True)
+class Known:
+    """All events, for who goes through them more than once.
+
+    Attributes:
+        tables: of the archive, as they were when Kafka's tail was read.
+        tail: contract and events with all fields, as `events_of_tail` gives them.
+    """
+
+    tables: Mapping[str, ArchiveTable]
+    tail: Sequence[tuple[str, pa.RecordBatch]]
+
+    @classmethod
+    def of(cls, settings: Settings, plan: Plan) -> Known:
+        """What there is now."""
+        tables = tables_of(settings, plan)
+        with tail_of(settings, plan, list(tables.values())) as tail:
+            return cls(tables, list(events_of_tail(tail, lambda spec: spec.fields, 0, recorded=True)))
+
+
 def training_set(  # noqa: PLR0913  # each is an option of its users
     settings: Settings,
     plan: Plan,
@@ -126,6 +146,7 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
     limits: Limits = Limits(),
     with_tail: bool = True,
     settle_ms: int | None = None,
+    known: Known | None = None,
     run: Run | None = None,
     folder: Path | None = None,
     on_progress: Progress = lambda _step, _done, _of: None,
@@ -142,6 +163,7 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
         limits: of times.
         with_tail: whether to read what the archive has not yet from Kafka.
         settle_ms: as what had arrived by then made it: see `training.point_in_time.Job`.
+        known: the events, if they were read before.
         run: runs the steps; by default in threads.
         folder: for files of the steps, seen by all who run them; by default one that is gone afterwards.
         on_progress: is told how far it is.
@@ -168,9 +190,10 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
         if not n_chunks:
             return
         entities = {entity: Entities(asked.pop(entity)) for entity in tuple(asked)}
-        tables = tables_of(settings, plan)
+        tables = tables_of(settings, plan) if known is None else known.tables
         read = [(spec, tables[spec.topic]) for spec in plan.events if job.spill.fields_of(spec)]
-        with tail_of(settings, plan, [table for _, table in read]) if with_tail else nullcontext() as tail:
+        to_read = with_tail and known is None
+        with tail_of(settings, plan, [table for _, table in read]) if to_read else nullcontext() as tail:
             n_events = sum(table.n_rows for _, table in read) + (tail.n_records if tail else 0)
             n_asked = max(len(each.numbers) for each in entities.values())
             partitions = 1 + max(n_events, n_asked) // PARTITION_EVENTS
@@ -178,12 +201,15 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
             pieces = [(job, entities, spec, table, share) for spec, table in read for share in shares_of(table)]
             for done, _ in enumerate(run(_split, pieces), 1):
                 on_progress("archive", done, len(pieces))
+            found: Iterable[tuple[str, pa.RecordBatch]] = () if known is None else known.tail
             if tail:
                 on_progress("Kafka", 0, 1)
-                with _splitter(job, entities, "tail") as splitter:
-                    recorded = settle_ms is not None
-                    for contract, events in events_of_tail(tail, job.spill.fields_of, job.since_ms, recorded=recorded):
-                        splitter.add(contract, events)
+                recorded = settle_ms is not None
+                found = events_of_tail(tail, job.spill.fields_of, job.since_ms, recorded=recorded)
+            with _splitter(job, entities, "tail") as splitter:
+                for contract, events in found:
+                    splitter.add(contract, events)
+            if tail:
                 on_progress("Kafka", 1, 1)
         todo = [(job, entity, entities[entity], number) for entity in job.bundles for number in range(partitions)]
         for done, _ in enumerate(run(make_rows, todo), 1):
