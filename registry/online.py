@@ -71,12 +71,26 @@ class HeadraceOnlineStore(OnlineStore):
         include_feature_view_version_metadata: bool = False,
     ) -> OnlineResponse:
         """All features of all entities in one round trip; see `feast.FeatureStore.get_online_features`."""
-        plan = plan_of(registry, project)
-        full_names = _full_names(plan, features)
-        reader = self._reader(config, plan, full_names)
-        return LazyResponse(
-            reader.read(self._redis(config).mget, _columns(entity_rows), self._now_ms(), full=full_feature_names)
-        )
+        plan, now_ms = plan_of(registry, project), self._now_ms()
+        columns = _by_key(plan, _columns(entity_rows))
+        if not isinstance(features, FeatureService) or not any(map(_is_renamed, features.feature_view_projections)):
+            reader = self._reader(config, plan, _full_names(plan, features))
+            return LazyResponse(reader.read(self._redis(config).mget, columns, now_ms, full=full_feature_names))
+        keys: list[bytes] = []
+        responds: list[tuple[Any, slice, Callable[[Sequence[bytes | None]], Response]]] = []
+        for each in features.feature_view_projections:
+            names = full_names_of(plan, [f"{each.name}:{field.name}" for field in each.features])
+            if lacking := set(each.join_key_map.values()) - columns.keys():
+                name, there = each.name_alias or each.name, ", ".join(columns)
+                msg = f"entity rows lack {lacking.pop()!r}, by which {name} is read; they have: {there}"
+                raise ValueError(msg)
+            own = {**columns, **{key: columns[of] for key, of in each.join_key_map.items()}}
+            more, respond = self._reader(config, plan, names).begin(own, now_ms, full=False)
+            responds.append((each, slice(len(keys), len(keys) + len(more)), respond))
+            keys += more
+        blobs: Any = self._redis(config).mget(keys) if keys else []
+        found = [(each, respond(blobs[mine])) for each, mine, respond in responds]
+        return LazyResponse(_Renamed(columns, found, full=full_feature_names))
 
     async def get_online_features_async(self, *args: Any, **kwargs: Any) -> OnlineResponse:
         """As `get_online_features`, in a thread."""
@@ -141,7 +155,7 @@ class HeadraceOnlineStore(OnlineStore):
 class LazyResponse(OnlineResponse):
     """Feast's answer, built only in the form that is asked for: its protobuf alone takes longer than the read."""
 
-    def __init__(self, read: Response) -> None:
+    def __init__(self, read: Response | _Renamed) -> None:
         self._read = read
         self._feature_types = {}
 
@@ -150,6 +164,8 @@ class LazyResponse(OnlineResponse):
         answer = self._read.to_dict()
         if not include_event_timestamps:
             return answer
+        for name, values in self._read.columns.items():  # As in Feast, that they have none.
+            answer[name + TIMESTAMP_POSTFIX] = [0] * len(values)
         for at, name in enumerate(self._read.names):
             answer[name + TIMESTAMP_POSTFIX] = self._event_s(at).tolist()
         return answer
@@ -160,7 +176,7 @@ class LazyResponse(OnlineResponse):
 
     def to_arrow(self, include_event_timestamps: bool = False) -> pa.Table:
         """As `to_dict`, a column each, of the feature's own type."""
-        columns: dict[str, Any] = {name: pa.array(values) for name, values in self._read.columns.items()}
+        columns: dict[str, Any] = {name: _ids(values) for name, values in self._read.columns.items()}
         for at, name in enumerate(self._read.names):
             columns[name] = self._read.arrow(at)
             if include_event_timestamps:
@@ -198,6 +214,46 @@ class LazyResponse(OnlineResponse):
         return np.maximum(self._read.event_ms(at), 0) // 1000
 
 
+class _Renamed:
+    """What was read of views under other names, or by other keys, as one answer: see `store.reader.Response`."""
+
+    def __init__(
+        self, columns: Mapping[str, Sequence[Any]], found: Sequence[tuple[Any, Response]], *, full: bool
+    ) -> None:
+        self.columns = columns
+        self._places = [(response, at) for _, response in found for at in range(len(response.names))]
+        self.names = [
+            f"{each.name_to_use()}__{name}" if full else name for each, response in found for name in response.names
+        ]
+        if len({*self.names, *columns}) < len(self.names) + len(columns):
+            msg = "two of the features and keys share a name: pass full_feature_names=True"
+            raise ValueError(msg)
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        ids = {name: list(values) for name, values in self.columns.items()}
+        return ids | {name: self.values(at) for at, name in enumerate(self.names)}
+
+    def values(self, at: int) -> list[Any]:
+        response, place = self._places[at]
+        return response.values(place)
+
+    def arrow(self, at: int) -> pa.Array:
+        response, place = self._places[at]
+        return response.arrow(place)
+
+    def event_ms(self, at: int) -> Any:
+        response, place = self._places[at]
+        return response.event_ms(place)
+
+    def statuses(self, at: int) -> list[str]:
+        response, place = self._places[at]
+        return response.statuses(place)
+
+
+def _is_renamed(projection: Any) -> bool:
+    return bool(projection.name_alias or projection.join_key_map)
+
+
 def _to_proto(value: Any) -> Value:  # noqa: PLR0911  # a list of cases, one a type
     match value:
         case None:
@@ -232,6 +288,18 @@ def _columns(entity_rows: list[dict[str, Any]] | Mapping[str, Any]) -> dict[str,
         key: [value.string_val if isinstance(value, Value) else value for value in values]
         for key, values in plain.items()
     }
+
+
+def _by_key(plan: Plan, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Columns by entities' keys; Feast takes an entity's name, too."""
+    keys = {entity.name: entity.key for entity in plan.entities if entity.key not in columns}
+    return {keys.get(name, name): values for name, values in columns.items()}
+
+
+def _ids(values: Sequence[Any]) -> pa.Array:
+    """Ids as they are; as texts, if they are of several types."""
+    kinds = {type(value) for value in values if value is not None}
+    return pa.array(values if len(kinds) < 2 else [None if value is None else str(value) for value in values])
 
 
 def _full_names(plan: Plan, features: list[str] | FeatureService) -> list[str]:

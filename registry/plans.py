@@ -34,7 +34,8 @@ def full_names_of(plan: Plan, references: Iterable[str]) -> list[str]:
     """
     # Only the view's own key: a feature may have the name of another entity's.
     keys = {f"{view.name}__{plan.entity(entity).key}" for view in plan.views for entity in view.entities}
-    names = [name for name in (each.replace(":", "__", 1) for each in references) if name not in keys]
+    plain = (each.replace("@latest:", ":", 1) for each in references)  # Of versions a plan has one.
+    names = [name for name in (each.replace(":", "__", 1) for each in plain) if name not in keys]
     for name in names:
         if name not in plan.features:
             msg = f"no feature {name!r} is applied; run `headrace plan` to compare the definitions with what is"

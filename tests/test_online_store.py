@@ -234,6 +234,45 @@ def test_a_service_of_whole_views_made_by_a_user_of_feast_is_read(project: Proje
     }
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_a_view_is_read_twice_under_other_names_and_by_other_keys(project: Project, full: bool) -> None:
+    """As Feast has aliases: two users and their item in one request, each with features of its own.
+
+    Read by the view's name alone, both would be one, and the friend nowhere.
+    """
+    store = project.store
+    view = store.get_stream_feature_view("user_activity")
+    features = [
+        view[["clicks_7d", "idle_s"]].with_name("buyer"),
+        view[["impressions_7d"]].with_name("friend").with_join_key_map({"user_id": "friend_id"}),
+        store.get_on_demand_feature_view("user_item")[["clicked"]],
+    ]
+    service = feast.FeatureService(name="two", features=features)
+    asked = [
+        {"user_id": "u1", "friend_id": "u2", "item_id": "i1"},
+        {"user_id": "u3", "friend_id": "u1", "item_id": "i4"},
+    ]
+    with as_of(NOW_MS):
+        got = store.get_online_features(service, asked, full_feature_names=full)
+    users, friends = (
+        project.read("ranking_v1", [{"user_id": row[key], "item_id": row["item_id"]} for row in asked]).to_dict()
+        for key in ("user_id", "friend_id")
+    )
+    wanted = {
+        "buyer__clicks_7d": users["user_activity__clicks_7d"],
+        "buyer__idle_s": users["user_activity__idle_s"],
+        "friend__impressions_7d": friends["user_activity__impressions_7d"],
+        "user_item__clicked": users["user_item__clicked"],
+    }
+    keys = {key: [row[key] for row in asked] for key in ("user_id", "friend_id", "item_id")}
+    wanted = {name if full else name.partition("__")[2]: values for name, values in wanted.items()}
+    assert got.to_dict() == keys | wanted
+    assert got.to_arrow().to_pydict() == keys | wanted
+    assert wanted["friend__impressions_7d" if full else "impressions_7d"] != users["user_activity__impressions_7d"]
+    with pytest.raises(ValueError, match="lack 'friend_id'"):
+        store.get_online_features(service, [{"user_id": "u1", "item_id": "i1"}])
+
+
 @pytest.mark.parametrize("view", ["user_activity", "user_history"])
 def test_a_view_is_read_by_feasts_own_paths(project: Project, view: str) -> None:
     """`online_read` is what Feast calls for one view; without names it is for all that the view has."""
@@ -278,9 +317,23 @@ def test_mistakes_say_what_is_wrong(project: Project) -> None:
 
 
 def test_ids_may_be_numbers(project: Project) -> None:
+    """Of several types in one request, too."""
     project.rows.write("clicks", [{"t": NOW_MS - 1, "user_id": "77", "item_id": "i1"}])
-    got = project.read(["user_activity:clicks_7d"], [{"user_id": 77}, {"user_id": "77"}]).to_dict()
-    assert got["user_activity__clicks_7d"] == [1, 1]
+    got = project.read(["user_activity:clicks_7d"], [{"user_id": 77}, {"user_id": "77"}])
+    assert got.to_dict()["user_activity__clicks_7d"] == [1, 1]
+    assert got.to_arrow()["user_id"].to_pylist() == ["77", "77"]
+    numbers = project.read(["user_activity:clicks_7d"], [{"user_id": 77}, {"user_id": None}]).to_arrow()
+    assert numbers["user_id"].to_pylist() == [77, None]
+
+
+def test_features_and_keys_are_named_as_feast_takes_them(project: Project) -> None:
+    """A view's latest version, and an entity by its name."""
+    asked = [{"user_id": "u1"}, {"user_id": "u2"}]
+    want = project.read(["user_activity:clicks_7d"], asked).to_dict(include_event_timestamps=True)
+    by_name = [{"user": row["user_id"]} for row in asked]
+    got = project.read(["user_activity@latest:clicks_7d"], by_name).to_dict(include_event_timestamps=True)
+    assert got == want
+    assert want["user_id__ts"] == [0, 0]
 
 
 def test_values_are_never_written_through_feast(project: Project) -> None:
