@@ -41,7 +41,8 @@ _SECRET = ("HEADRACE_REDIS_URL", "HEADRACE_KAFKA_OPTIONS", "HEADRACE_ARCHIVE_OPT
 """Variables that hold passwords."""
 keys = typer.Typer(no_args_is_help=True, help="API keys of the server: the file HEADRACE_API_KEYS_FILE.")
 app.add_typer(keys, name="keys")
-out = Console(soft_wrap=True)
+# A table is cut to a terminal's width; who reads a file or a pipe wants all of it.
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True, soft_wrap=True)
 
 
