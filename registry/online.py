@@ -71,6 +71,7 @@ class HeadraceOnlineStore(OnlineStore):
         include_feature_view_version_metadata: bool = False,
     ) -> OnlineResponse:
         """All features of all entities in one round trip; see `feast.FeatureStore.get_online_features`."""
+        _must_be_enabled(registry, features)
         plan, now_ms = plan_of(registry, project), self._now_ms()
         columns = _by_key(plan, _columns(entity_rows))
         if not isinstance(features, FeatureService) or not any(map(_is_renamed, features.feature_view_projections)):
@@ -288,6 +289,23 @@ def _columns(entity_rows: list[dict[str, Any]] | Mapping[str, Any]) -> dict[str,
         key: [value.string_val if isinstance(value, Value) else value for value in values]
         for key, values in plain.items()
     }
+
+
+def _must_be_enabled(registry: BaseRegistry, features: list[str] | FeatureService) -> None:
+    """Raises ValueError, as Feast does, if a view was disabled (`feast feature-views disable`)."""
+    proto = getattr(registry, "cached_registry_proto", None)
+    if proto is None:
+        return
+    views = (*proto.stream_feature_views, *proto.on_demand_feature_views)
+    if not (disabled := {view.spec.name for view in views if view.spec.disabled}):
+        return
+    if isinstance(features, FeatureService):
+        asked = {each.name for each in features.feature_view_projections}
+    else:
+        asked = {each.partition(":")[0].partition("@")[0] for each in features}
+    for name in sorted(asked & disabled):
+        msg = f"Feature view '{name}' is disabled and cannot serve features: `feast feature-views enable {name}`"
+        raise ValueError(msg)
 
 
 def _by_key(plan: Plan, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:

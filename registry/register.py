@@ -38,6 +38,9 @@ def register(store: FeatureStore, plan: Plan, settings: Settings) -> bool:
     same = (there.get(name) == each for name, each in made.items() if not isinstance(each, Project))
     if before == plan and not deleted and all(same):
         return False
+    for name, view in made.items():
+        if name in there and hasattr(view, "enabled"):
+            view.enabled = there[name].enabled  # What was disabled stays so.
     store.apply(list(made.values()), objects_to_delete=deleted, partial=not deleted)
     return True
 

@@ -326,6 +326,21 @@ def test_ids_may_be_numbers(project: Project) -> None:
     assert numbers["user_id"].to_pylist() == [77, None]
 
 
+def test_a_disabled_view_is_not_served(project: Project) -> None:
+    """As in Feast, by the SDK; and served again once it is enabled."""
+    store, asked = project.store, [{"user_id": "u1", "item_id": "i1"}]
+    store.disable_feature_view("user_taste")
+    try:
+        with pytest.raises(ValueError, match="'user_taste' is disabled"):
+            project.read(["user_taste:top_categories_7d"], asked)
+        with pytest.raises(ValueError, match="'user_taste' is disabled"):
+            project.read("ranking_v1", asked)
+        assert project.read(["user_activity:clicks_7d"], asked).to_dict()
+    finally:
+        store.enable_feature_view("user_taste")
+    assert project.read(["user_taste:top_categories_7d"], asked).to_dict()
+
+
 def test_features_and_keys_are_named_as_feast_takes_them(project: Project) -> None:
     """A view's latest version, and an entity by its name."""
     asked = [{"user_id": "u1"}, {"user_id": "u2"}]

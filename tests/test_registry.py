@@ -321,6 +321,15 @@ def test_what_was_taken_out_of_the_registry_comes_back(settings: Settings) -> No
     assert catalogue_of(store_of(settings)) == before
 
 
+def test_what_was_disabled_stays_so(settings: Settings) -> None:
+    plan = apply(settings).plan
+    store_of(settings).disable_feature_view("user_activity")
+    assert not apply(settings).registered
+    assert register(store_of(settings), replace(plan, services=plan.services[:1]), settings)
+    views = {view.name: view.enabled for view in store_of(settings).list_stream_feature_views()}
+    assert (views["user_activity"], views["item_activity"]) == (False, True)
+
+
 def test_what_is_unchanged_has_one_version_and_can_be_printed(settings: Settings) -> None:
     """Feast makes a new version of a view that it takes for another one than it reads back."""
     for _ in range(3):

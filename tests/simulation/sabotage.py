@@ -169,12 +169,6 @@ BREAKS: Final = (
         "pass",
     ),
     Break(
-        "a row is forgotten by the clock alone",
-        lane._Ordered.forgotten,
-        "self._at_ms = np.maximum(self._at_ms, rows.latest_ms.max(axis=0))",
-        "pass",
-    ),
-    Break(
         "duplicates count",
         decode.Decoder._checked,
         "repeated = dedupe.duplicates(offsets[mine], hashes[mine], record_ms[mine])",
