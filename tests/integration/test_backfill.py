@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from store.archive import tables_of
 from store.commit import read_records
 from store.completeness import Completeness, look
 from store.forgotten import Forgotten, read_forgotten
@@ -208,6 +209,29 @@ class Shop:
         said = self.stack.headrace("forget", "user", "--older-than", "19d")
         assert "user idle is forgotten; 0 dead letters" in said, said
 
+    def erased(self) -> None:
+        """Compaction takes ids out of the archive's events of before they were forgotten, and nothing else."""
+        before = self.archived()
+        said = self.stack.headrace("archive", "--compact")
+        print(said)
+        since_ms = self.forgotten["user"]
+
+        def left(user_id: str | None, at_ms: int) -> str | None:
+            return None if user_id and at_ms <= since_ms.get(user_id.encode(), -1) else user_id
+
+        want = [(left(user_id, at_ms), item_id, at_ms) for user_id, item_id, at_ms in before]
+        assert sorted(map(str, self.archived())) == sorted(map(str, want))
+        assert want != before
+        assert "events of who was forgotten are out of it" in said
+
+    def archived(self) -> list[tuple[str | None, str, int]]:
+        """User, item and time of all that is archived."""
+        plan = applied_plan(self.stack.client, "headrace")
+        assert plan is not None
+        tables = tables_of(self.stack.settings, plan).values()
+        batches = [batch for table in tables for batch in table.scan({"user_id": "str", "item_id": "str"})]
+        return [tuple(row.values())[:3] for batch in batches for row in batch.to_pylist()]
+
     def rebuild(self, shards: int) -> None:
         """Has all rows made anew."""
         self.stack.settings.shards = shards
@@ -326,6 +350,7 @@ def test_what_is_new_has_its_history(tmp_path: Path, monkeypatch: pytest.MonkeyP
             stack.client.flushall()
             shop.rebuild(shards=8)
             print("after a loss, and with other shards again:", shop.check(), "values, 0 differ")
+            shop.erased()
         finally:
             shop.end()
             for thread in threads:
