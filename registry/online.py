@@ -76,6 +76,8 @@ class HeadraceOnlineStore(OnlineStore):
         columns = _by_key(plan, _columns(entity_rows))
         if not isinstance(features, FeatureService) or not any(map(_is_renamed, features.feature_view_projections)):
             reader = self._reader(config, plan, _full_names(plan, features))
+            # No rows have no keys: they get an empty answer.
+            columns = columns or {plan.entity(entity).key: [] for entity in reader.program.entities}
             return LazyResponse(reader.read(self._redis(config).mget, columns, now_ms, full=full_feature_names))
         keys: list[bytes] = []
         responds: list[tuple[Any, slice, Callable[[Sequence[bytes | None]], Response]]] = []

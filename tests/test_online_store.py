@@ -326,6 +326,13 @@ def test_ids_may_be_numbers(project: Project) -> None:
     assert numbers["user_id"].to_pylist() == [77, None]
 
 
+def test_no_rows_get_an_empty_answer(project: Project) -> None:
+    got = project.read(["user_item:clicked", "user_activity:clicks_7d"], [])
+    names = {"user_id", "item_id", "user_item__clicked", "user_activity__clicks_7d"}
+    assert got.to_dict() == {name: [] for name in names}
+    assert (got.to_df().shape, got.to_arrow().num_rows) == ((0, 4), 0)
+
+
 def test_a_disabled_view_is_not_served(project: Project) -> None:
     """As in Feast, by the SDK; and served again once it is enabled."""
     store, asked = project.store, [{"user_id": "u1", "item_id": "i1"}]
