@@ -531,8 +531,10 @@ def forget(
     if entity not in applied.stored_entities:
         message = f"there is no entity {entity!r}; applied are: {', '.join(applied.stored_entities)}"
         raise typer.BadParameter(message)
+    # Not by splitlines: an id may hold what Unicode calls the end of a line.
+    listed = file.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n") if file else ()
     with _shown(settings) as on_progress:
-        found = dict.fromkeys([*(ids or ()), *(file.read_text().split("\n") if file else ())])
+        found = dict.fromkeys([*(ids or ()), *listed])
         if older_than is not None:
             found |= dict.fromkeys(idle(settings, applied, entity, now_ms - duration_ms(older_than)))
         wanted = [each for each in found if each]

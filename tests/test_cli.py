@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from config.settings import Settings
 from headrace import cli
 from headrace.embedded import EmbeddedBroker, EmbeddedRedis, free_port
 from registry.apply import apply
+from store.archive import forgotten_of
 from store.connect import connect
 from store.keys import Keyspace, plans_key
-from store.plans import ApplyError, append_plan
+from store.plans import ApplyError, append_plan, load_plan
+from streams.lane import Lane
 from tests.support.archived import archive
 from tests.support.served import NOW_MS, SHARDS, Clock, Rows, catalogue, project_folder
 from tests.support.stack import wait_for
@@ -498,6 +501,34 @@ def test_pairs_need_both_halves(applied: Settings, run: Run, tmp_path: Path) -> 
 
 
 # train, archive
+
+
+def test_forget_takes_ids_of_a_file_and_waits_until_a_stream_has_done_it(applied: Settings, run: Run) -> None:
+    """A line each, as either system ends them. Who is not there is forgotten as well; without a stream it says so."""
+    file = applied.repo / "ids.txt"
+    file.write_bytes("u1\r\nü 2\r\n\nu3".encode())
+    assert run("forget", "nobody", "u1").status == 2
+    assert run("forget", "user").status == 2
+    with mock.patch("training.forget._PATIENCE_S", 0.2):
+        refused(run("forget", "user", "u0"), "1 of 1 are not forgotten", "headrace stream", "The order stands")
+    client, ends = connect(applied.redis_url.get_secret_value(), 10), threading.Event()
+    lane = Lane(load_plan(applied), 0, 1, client)
+
+    def stream() -> None:
+        while not ends.wait(0.1):
+            lane.write([])
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    try:
+        ran = run("forget", "user", "--ids", str(file))
+    finally:
+        ends.set()
+        thread.join()
+    assert ran.status == 0, ran.err
+    assert "3 users are forgotten; 0 dead letters name them" in ran.flat
+    known = forgotten_of(applied)["user"]
+    assert known.keys() == {b"u0", b"u1", "ü 2".encode(), b"u3"}
 
 
 @pytest.mark.usefixtures("wide")
