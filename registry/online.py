@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -78,7 +78,8 @@ class HeadraceOnlineStore(OnlineStore):
             reader = self._reader(config, plan, _full_names(plan, features))
             # No rows have no keys: they get an empty answer.
             columns = columns or {plan.entity(entity).key: [] for entity in reader.program.entities}
-            return LazyResponse(reader.read(self._redis(config).mget, columns, now_ms, full=full_feature_names))
+            read = reader.read(self._redis(config).mget, columns, now_ms, full=full_feature_names)
+            return LazyResponse(columns, _features(read, read.names))
         keys: list[bytes] = []
         responds: list[tuple[Any, slice, Callable[[Sequence[bytes | None]], Response]]] = []
         for each in features.feature_view_projections:
@@ -92,8 +93,15 @@ class HeadraceOnlineStore(OnlineStore):
             responds.append((each, slice(len(keys), len(keys) + len(more)), respond))
             keys += more
         blobs: Any = self._redis(config).mget(keys) if keys else []
-        found = [(each, respond(blobs[mine])) for each, mine, respond in responds]
-        return LazyResponse(_Renamed(columns, found, full=full_feature_names))
+        found: list[_Feature] = []
+        for each, mine, respond in responds:
+            read, before = respond(blobs[mine]), f"{each.name_to_use()}__" if full_feature_names else ""
+            found += _features(read, [before + name for name in read.names])
+        names = [*columns, *(feature.name for feature in found)]
+        if len(set(names)) < len(names):
+            msg = "two of the features and keys share a name: pass full_feature_names=True"
+            raise ValueError(msg)
+        return LazyResponse(columns, found)
 
     async def get_online_features_async(self, *args: Any, **kwargs: Any) -> OnlineResponse:
         """As `get_online_features`, in a thread."""
@@ -119,7 +127,8 @@ class HeadraceOnlineStore(OnlineStore):
             return []
         plan = plan_of(_registry_at(str(config.repo_path)), config.project)
         reader = self._reader(config, plan, [f"{table.name}__{name}" for name in names])
-        return LazyResponse(reader.read(self._redis(config).mget, rows, self._now_ms(), full=False)).by_row()
+        read = reader.read(self._redis(config).mget, rows, self._now_ms(), full=False)
+        return LazyResponse(rows, _features(read, read.names)).by_row()
 
     def online_write_batch(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a finished value can't age, so rows are written by the stream only."""
@@ -155,22 +164,40 @@ class HeadraceOnlineStore(OnlineStore):
         return self._readers[key]
 
 
+class _Feature(NamedTuple):
+    """A feature of an answer: what it is called, and where it was read."""
+
+    name: str
+    read: Response
+    at: int
+
+    @property
+    def event_s(self) -> Any:
+        """int64[n]: the time of each row's last event, seconds; 0 for none."""
+        return np.maximum(self.read.event_ms(self.at), 0) // 1000
+
+
+def _features(read: Response, names: Sequence[str]) -> list[_Feature]:
+    return [_Feature(name, read, at) for at, name in enumerate(names)]
+
+
 class LazyResponse(OnlineResponse):
     """Feast's answer, built only in the form that is asked for: its protobuf alone takes longer than the read."""
 
-    def __init__(self, read: Response | _Renamed) -> None:
-        self._read = read
+    def __init__(self, columns: Mapping[str, Sequence[Any]], features: Sequence[_Feature]) -> None:
+        self._columns, self._features = columns, features
         self._feature_types = {}
 
     def to_dict(self, include_event_timestamps: bool = False) -> dict[str, list[Any]]:
         """Entity keys and features by name, a list each."""
-        answer = self._read.to_dict()
+        answer = {name: list(values) for name, values in self._columns.items()}
+        answer |= {each.name: each.read.values(each.at) for each in self._features}
         if not include_event_timestamps:
             return answer
-        for name, values in self._read.columns.items():  # As in Feast, that they have none.
+        for name, values in self._columns.items():  # As in Feast, that they have none.
             answer[name + TIMESTAMP_POSTFIX] = [0] * len(values)
-        for at, name in enumerate(self._read.names):
-            answer[name + TIMESTAMP_POSTFIX] = self._event_s(at).tolist()
+        for each in self._features:
+            answer[each.name + TIMESTAMP_POSTFIX] = each.event_s.tolist()
         return answer
 
     def to_df(self, include_event_timestamps: bool = False) -> pd.DataFrame:
@@ -179,78 +206,38 @@ class LazyResponse(OnlineResponse):
 
     def to_arrow(self, include_event_timestamps: bool = False) -> pa.Table:
         """As `to_dict`, a column each, of the feature's own type."""
-        columns: dict[str, Any] = {name: _ids(values) for name, values in self._read.columns.items()}
-        for at, name in enumerate(self._read.names):
-            columns[name] = self._read.arrow(at)
+        columns: dict[str, Any] = {name: _ids(values) for name, values in self._columns.items()}
+        for each in self._features:
+            columns[each.name] = each.read.arrow(each.at)
             if include_event_timestamps:
-                columns[name + TIMESTAMP_POSTFIX] = pa.array(self._event_s(at))
+                columns[each.name + TIMESTAMP_POSTFIX] = pa.array(each.event_s)
         return pa.table(columns)
 
     @property
     def proto(self) -> GetOnlineFeaturesResponse:  # type: ignore[override]  # an attribute in Feast, built eagerly
         """Feast's protobuf."""
         answer = GetOnlineFeaturesResponse()
-        for name, values in self._read.columns.items():
+        for name, values in self._columns.items():
             answer.metadata.feature_names.val.append(name)
             protos = [Value(string_val=str(value)) if value is not None else Value() for value in values]
             answer.results.add(values=protos, statuses=[FieldStatus.PRESENT] * len(protos))
-        for at, name in enumerate(self._read.names):
+        for name, read, at in self._features:
             answer.metadata.feature_names.val.append(name)
-            vector = answer.results.add(statuses=map(FieldStatus.Value, self._read.statuses(at)))
-            vector.values.extend(_to_proto(value) for value in self._read.values(at))
-            for ms in self._read.event_ms(at).tolist():
+            vector = answer.results.add(statuses=map(FieldStatus.Value, read.statuses(at)))
+            vector.values.extend(_to_proto(value) for value in read.values(at))
+            for ms in read.event_ms(at).tolist():
                 vector.event_timestamps.add().FromMilliseconds(max(ms, 0))
         return answer
 
     def by_row(self) -> list[tuple[datetime | None, dict[str, Value] | None]]:
         """One (time of the last event, values by feature name) a row; (None, None) for an entity never seen."""
-        columns = [[_to_proto(value) for value in self._read.values(at)] for at in range(len(self._read.names))]
-        event_ms = self._read.event_ms(0).tolist()
+        columns = [[_to_proto(value) for value in each.read.values(each.at)] for each in self._features]
+        names, first = [each.name for each in self._features], self._features[0]
+        event_ms = first.read.event_ms(first.at).tolist()
         return [
-            (datetime.fromtimestamp(ms / 1000, UTC), dict(zip(self._read.names, row, strict=True)))
-            if ms >= 0
-            else (None, None)
+            (datetime.fromtimestamp(ms / 1000, UTC), dict(zip(names, row, strict=True))) if ms >= 0 else (None, None)
             for ms, row in zip(event_ms, zip(*columns, strict=True), strict=True)
         ]
-
-    def _event_s(self, at: int) -> Any:
-        return np.maximum(self._read.event_ms(at), 0) // 1000
-
-
-class _Renamed:
-    """What was read of views under other names, or by other keys, as one answer: see `store.reader.Response`."""
-
-    def __init__(
-        self, columns: Mapping[str, Sequence[Any]], found: Sequence[tuple[Any, Response]], *, full: bool
-    ) -> None:
-        self.columns = columns
-        self._places = [(response, at) for _, response in found for at in range(len(response.names))]
-        self.names = [
-            f"{each.name_to_use()}__{name}" if full else name for each, response in found for name in response.names
-        ]
-        if len({*self.names, *columns}) < len(self.names) + len(columns):
-            msg = "two of the features and keys share a name: pass full_feature_names=True"
-            raise ValueError(msg)
-
-    def to_dict(self) -> dict[str, list[Any]]:
-        ids = {name: list(values) for name, values in self.columns.items()}
-        return ids | {name: self.values(at) for at, name in enumerate(self.names)}
-
-    def values(self, at: int) -> list[Any]:
-        response, place = self._places[at]
-        return response.values(place)
-
-    def arrow(self, at: int) -> pa.Array:
-        response, place = self._places[at]
-        return response.arrow(place)
-
-    def event_ms(self, at: int) -> Any:
-        response, place = self._places[at]
-        return response.event_ms(place)
-
-    def statuses(self, at: int) -> list[str]:
-        response, place = self._places[at]
-        return response.statuses(place)
 
 
 def _is_renamed(projection: Any) -> bool:

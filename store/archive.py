@@ -14,7 +14,7 @@ One more table, `_forgotten`, says who is, and since when: `entity`, `id`, `at`.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -195,17 +195,9 @@ class ArchiveTable:
 
     def forget_before(self, ms: int) -> int:
         """Deletes the events of all days before the one that this is in; returns how many."""
-        with self._done("deleted from"):
-            for attempts_left in reversed(range(_ATTEMPTS)):
-                self._table = self._open()
-                kept = CommitProperties(app_transactions=[Transaction(_KEPT, ms - ms % DAY_MS)])
-                try:
-                    found = self._there.delete(f"_day < '{_day(ms).isoformat()}'", commit_properties=kept)
-                except CommitFailedError:
-                    if attempts_left:
-                        continue  # Events came meanwhile: what it is to delete is to be looked for again.
-                    raise
-                break
+        kept = CommitProperties(app_transactions=[Transaction(_KEPT, ms - ms % DAY_MS)])
+        before = f"_day < '{_day(ms).isoformat()}'"
+        found = self._changed("deleted from", lambda table: table.delete(before, commit_properties=kept))
         return int(found["num_deleted_rows"] or 0)
 
     def erase(self, keys: Mapping[str, str], forgotten: Forgotten) -> int:
@@ -227,19 +219,31 @@ class ArchiveTable:
 
     def _erase(self, key: str, is_of_others: str, rows: pa.Table) -> int:
         matched = f"t.{key} = s.id AND (t.occurred_at <= s.at OR t._recorded_at <= s.at)"
-        with self._done("changed"):
+
+        def merge(table: DeltaTable) -> dict[str, Any]:
+            merged = table.merge(rows, matched, "s", "t")
+            return (
+                merged.when_matched_update({key: "NULL", "event_id": "NULL"}, is_of_others)
+                .when_matched_delete()
+                .execute()
+            )
+
+        found = self._changed("changed", merge)
+        return int(found["num_target_rows_updated"] + found["num_target_rows_deleted"])
+
+    def _changed(self, what: str, change: Callable[[DeltaTable], dict[str, Any]]) -> dict[str, Any]:
+        """Does it to the newest version; if events came meanwhile, what it is about is looked for again."""
+        with self._done(what):
             for attempts_left in reversed(range(_ATTEMPTS)):
                 self._table = self._open()
-                merge = self._there.merge(rows, matched, "s", "t")
-                merge.when_matched_update({key: "NULL", "event_id": "NULL"}, is_of_others).when_matched_delete()
                 try:
-                    found = merge.execute()
+                    found = change(self._there)
                 except CommitFailedError:
                     if attempts_left:
-                        continue  # As in `forget_before`.
+                        continue
                     raise
                 break
-        return int(found["num_target_rows_updated"] + found["num_target_rows_deleted"])
+        return found
 
     # Reading
 
@@ -360,9 +364,9 @@ def tables_of(settings: Settings, plan: Plan) -> dict[str, ArchiveTable]:
 
 def forgotten_of(settings: Settings) -> Forgotten:
     """Who is forgotten, as the archive has it."""
-    found, where = Forgotten(), f"{settings.archive_url().rstrip('/')}/{_FORGOTTEN}"
+    found = Forgotten()
     with suppress(TableNotFoundError):
-        rows = DeltaTable(where, storage_options=settings.archive_options).to_pyarrow_table()
+        rows = DeltaTable(_forgotten_url(settings), storage_options=settings.archive_options).to_pyarrow_table()
         for entity in pc.unique(rows["entity"]).to_pylist():
             mine = rows.filter(pc.equal(rows["entity"], entity)).sort_by("at")
             ids = (each.encode() for each in mine["id"].to_pylist())
@@ -381,11 +385,14 @@ def archive_forgotten(settings: Settings, plan: Plan, client: Any) -> Forgotten:
     for entity, times in told.items():
         mine = known.get(entity, {})
         if new := {each: at_ms for each, at_ms in times.items() if mine.get(each, -1) < at_ms}:
-            where = f"{settings.archive_url().rstrip('/')}/{_FORGOTTEN}"
             options: Any = {"mode": "append", "storage_options": settings.archive_options}
-            write_deltalake(where, _forgotten_rows(entity, new), **options)
+            write_deltalake(_forgotten_url(settings), _forgotten_rows(entity, new), **options)
             known.add(entity, new)
     return known
+
+
+def _forgotten_url(settings: Settings) -> str:
+    return f"{settings.archive_url().rstrip('/')}/{_FORGOTTEN}"
 
 
 def _forgotten_rows(entity: str, times: Times) -> pa.Table:

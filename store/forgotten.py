@@ -108,9 +108,11 @@ def read_forgotten(client: Any, keyspace: Keyspace, entities: Iterable[str]) -> 
 
 def write_forgotten(client: Any, keyspace: Keyspace, found: Forgotten) -> None:
     """Has shards that nobody writes to know who is forgotten."""
+    pipeline = client.pipeline(transaction=False)
     for entity, times in found.items():
         shards: dict[int, Times] = {}
         for each, at_ms in times.items():
             shards.setdefault(shard_of(each, keyspace.shards), {})[each] = at_ms
         for shard, own in shards.items():
-            client.execute_command("SET", keyspace.forgotten(entity, shard), encode_forgotten(own))
+            pipeline.execute_command("SET", keyspace.forgotten(entity, shard), encode_forgotten(own))
+    pipeline.execute()

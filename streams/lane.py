@@ -219,12 +219,11 @@ class Lane:
         found: dict[tuple[str, int], bytes] = {
             name: data for name, data in zip(keys, self._redis.mget(list(keys.values())), strict=True) if data
         }
-        work = [
-            _Filled(self._keyspace, bundle, mine, clock_ms - self._kept_ms[bundle.entity], self._layouts, known)
-            for bundle in self._filling
-            if (mine := {shard: data for (entity, shard), data in found.items() if entity == bundle.entity})
-            for known in [self._forgotten.get(bundle.entity, {})]
-        ]
+        work = []
+        for bundle in self._filling:
+            if mine := {shard: data for (entity, shard), data in found.items() if entity == bundle.entity}:
+                forgotten_ms, known = clock_ms - self._kept_ms[bundle.entity], self._forgotten.get(bundle.entity, {})
+                work.append(_Filled(self._keyspace, bundle, mine, forgotten_ms, self._layouts, known))
         self._filled_at_s = 0.0 if found else self._clock()
         if found:
             self._do(work, filled={name: keys[name] for name in found})

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from config.settings import Settings
 from features.plan import Feature, Plan, contracts_of, stateful
-from store.archive import forgotten_of
 from store.forgotten import Forgotten
 from store.served import PLAN_COLUMN, about, read
 from training.point_in_time import LAG, UNSETTLED
@@ -119,7 +118,7 @@ def compare(
             'HEADRACE_SAMPLE, such as {"ranking_v1": 0.01}'
         )
         raise LookupError(msg)
-    forgotten = forgotten_of(settings)
+    known_of: dict[int, Known] = {}  # Kafka's tail is read once a plan, whatever the number of services.
     for service, table in kept:
         features: dict[str, Compared] = {}
         for number in pc.unique(table[PLAN_COLUMN]).to_pylist():
@@ -128,12 +127,12 @@ def compare(
             if plan is None:
                 found.unknown += len(mine)
                 continue
-            n_kept, mine = len(mine), _not_forgotten(forgotten, plan, mine, settle_ms)
+            known = known_of[number] = known_of.get(number) or Known.of(settings, plan)
+            n_kept, mine = len(mine), _not_forgotten(known.forgotten, plan, mine, settle_ms)
             found.forgotten += n_kept - len(mine)
             found.rows += len(mine)
             if not len(mine):
                 continue
-            known = Known.of(settings, plan)
             given: Any = {"settle_ms": settle_ms, "known": known, "on_progress": on_progress}
             worst: list[tuple[Feature, Example]] = []
             for name, closest in _closest(settings, plan, mine, **given).items():
@@ -269,16 +268,17 @@ def _same(served: Any, computed: Any) -> bool:
 def _add_events(known: Known, plan: Plan, worst: Sequence[tuple[Feature, Example]]) -> None:
     """Adds to each example the last events before it that its feature of its entities follows from."""
     contracts = [contracts_of(plan, stateful(plan, [feature.full_name])) for feature, _ in worst]
+    every = set[str]().union(*contracts)
 
     def add(contract: str, events: pa.RecordBatch) -> None:
         for (feature, example), wanted in zip(worst, contracts, strict=True):
             if contract in wanted:
                 example.events += _events_about(plan, feature, example, contract, events)
 
-    for spec in plan.events if worst else ():
-        for events in known.tables[spec.topic].scan(spec.fields):
+    for spec in plan.events:
+        for events in known.tables[spec.topic].scan(spec.fields) if spec.name in every else ():
             add(spec.name, events)
-    for contract, events in known.tail if worst else ():
+    for contract, events in known.tail:
         add(contract, events)
     for _, example in worst:
         example.events = sorted(example.events, key=lambda each: each["t"])[-_EVENTS_MAX:]

@@ -332,24 +332,26 @@ class _Collected:
         self._found = found
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        for name, (doc, of_feature) in _OF_FEATURES.items():
-            family = GaugeMetricFamily(f"headrace_quality_{name}", doc, labels=["service", "feature"])
-            for feature in self._found.features:
-                if (value := of_feature(feature)) is not None:
-                    family.add_metric([feature.service, feature.feature], value)
-            yield family
+        yield from _gauges(_OF_FEATURES, self._found.features, ["service", "feature"])
         doc = "Quantiles of numbers, and of the lengths of lists and maps"
         family = GaugeMetricFamily("headrace_quality_value", doc, labels=["service", "feature", "quantile"])
         for feature in self._found.features:
             for quantile, value in feature.quantiles.items():
                 family.add_metric([feature.service, feature.feature, quantile], value)
         yield family
-        for name, (doc, of_check) in _OF_CHECKS.items():
-            family = GaugeMetricFamily(f"headrace_quality_{name}", doc, labels=["contract", "check"])
-            for check in self._found.checks:
-                if (value := of_check(check)) is not None:
-                    family.add_metric([check.contract, check.check], value)
-            yield family
+        yield from _gauges(_OF_CHECKS, self._found.checks, ["contract", "check"])
+
+
+def _gauges(
+    of: Mapping[str, tuple[str, Callable[[Any], Any]]], found: Sequence[Any], labels: Sequence[str]
+) -> Iterator[GaugeMetricFamily]:
+    """What is known of each that was found, under its attributes for labels."""
+    for name, (doc, value_of) in of.items():
+        family = GaugeMetricFamily(f"headrace_quality_{name}", doc, labels=labels)
+        for each in found:
+            if (value := value_of(each)) is not None:
+                family.add_metric([getattr(each, label) for label in labels], value)
+        yield family
 
 
 def write_metrics(found: Quality, path: Path) -> None:

@@ -25,6 +25,7 @@ from features.program import Program
 from features.values import arrow_type
 from store.archive import ArchiveTable, events_of, forgotten_of, tables_of
 from store.commit import united
+from store.forgotten import Forgotten
 from streams.tail import Tail
 from training.point_in_time import (
     CHUNK_ROWS,
@@ -123,17 +124,20 @@ class Known:
     Attributes:
         tables: of the archive, as they were when Kafka's tail was read.
         tail: contract and events with all fields, as `events_of_tail` gives them.
+        forgotten: whose events, until when, do not count.
     """
 
     tables: Mapping[str, ArchiveTable]
     tail: Sequence[tuple[str, pa.RecordBatch]]
+    forgotten: Forgotten
 
     @classmethod
     def of(cls, settings: Settings, plan: Plan) -> Known:
         """What there is now."""
         tables = tables_of(settings, plan)
         with tail_of(settings, plan, list(tables.values())) as tail:
-            return cls(tables, list(events_of_tail(tail, lambda spec: spec.fields, 0, recorded=True)))
+            events = list(events_of_tail(tail, lambda spec: spec.fields, 0, recorded=True))
+        return cls(tables, events, forgotten_of(settings))
 
 
 def training_set(  # noqa: PLR0913  # each is an option of its users
@@ -178,7 +182,7 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
 
     with tempfile.TemporaryDirectory(prefix="headrace-train-", dir=folder) as spill:
         given = (plan, tuple(full_names), time_column, 1, Path(spill), limits.since_ms or 0, 0, settle_ms)
-        job = Job(*given, forgotten_of(settings))
+        job = Job(*given, forgotten_of(settings) if known is None else known.forgotten)
         check(job, labels.schema)
         asked: dict[str, list[Questions]] = {entity: [] for entity in job.program.entities}
         n_chunks = until_ms = 0
