@@ -127,10 +127,11 @@ class Shop:
     def flow(self) -> None:
         """Events, now and then late ones, while they are to flow."""
         while not self._ends.is_set():
-            if self._flows.wait(0.1):
-                with self._pouring:
+            self._flows.wait(0.1)
+            with self._pouring:  # Who stops the flow has this lock after that: nothing is sent any more.
+                if self._flows.is_set():
                     self.send(10, self.rng.choice([0, 0, 12]))
-                time.sleep(0.05)
+            time.sleep(0.05)
 
     def ask(self, address: str) -> None:
         """Asks, without end."""
