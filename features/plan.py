@@ -10,7 +10,7 @@ import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -18,6 +18,7 @@ from features.aggregations import AnyAggregation
 from features.aggregations.base import Aggregation
 from features.events import Event, Kind
 from features.expectations import Expectation
+from features.given import kind_of
 from features.times import Window
 from features.values import Type
 
@@ -31,6 +32,10 @@ class EntitySpec(msgspec.Struct, frozen=True):
     key: str
     forget_after: str | None = None
     doc: str = ""
+
+
+NOBODY: Final = EntitySpec("__dummy", "__dummy_id")
+"""What ordinary views without an entity are about, as Feast calls it; its only id is empty."""
 
 
 class EventSpec(msgspec.Struct, frozen=True):
@@ -77,16 +82,32 @@ class Derived(msgspec.Struct, frozen=True, tag_field="is", tag="derived"):
     doc: str = ""
 
 
+class Given(msgspec.Struct, frozen=True, tag_field="is", tag="given"):
+    """A value that somebody else computed and has written: of an ordinary view of Feast's.
+
+    `dtype` is its type as Feast calls it, such as `Int32`.
+    """
+
+    name: str
+    dtype: str
+    doc: str = ""
+
+    @property
+    def value_type(self) -> Type:
+        """What it is to us."""
+        return kind_of(self.dtype)
+
+
 _Named = TypeVar("_Named", EntitySpec, EventSpec, "ViewSpec", "ServiceSpec")
 
-FeatureSpec = AnyAggregation | Derived | At | Contains
+FeatureSpec = AnyAggregation | Derived | At | Contains | Given
 
 
 class ViewSpec(msgspec.Struct, frozen=True):
     """Named features of one entity, or of a pair (a cross view).
 
     `filling` are aggregations of its features as they begin anew, to be served once their history is added: see
-    `features.evolve.backfilling`.
+    `features.evolve.backfilling`. `ttl_ms` says for how long a row of given features counts, unset for ever.
     """
 
     name: str
@@ -96,11 +117,17 @@ class ViewSpec(msgspec.Struct, frozen=True):
     tags: dict[str, str] = {}
     doc: str = ""
     filling: tuple[AnyAggregation, ...] = ()
+    ttl_ms: int | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def aggregations(self) -> tuple[Aggregation, ...]:
         """Those that keep state."""
         return (*(spec for spec in self.features if isinstance(spec, Aggregation)), *self.filling)
+
+    @property
+    def given(self) -> tuple[Given, ...]:
+        """All of its features, if they are given ones; else none."""
+        return tuple(spec for spec in self.features if isinstance(spec, Given))
 
 
 class ServiceSpec(msgspec.Struct, frozen=True):
@@ -184,7 +211,7 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def stored_entities(self) -> tuple[str, ...]:
         """Names of the entities that have rows, and so shards with commit records; sorted."""
-        return tuple(sorted({view.entities[0] for view in self.views if len(view.entities) == 1}))
+        return tuple(sorted({view.entities[0] for view in self.views if len(view.entities) == 1 and not view.given}))
 
     def service(self, name: str) -> ServiceSpec:
         """The service called `name`.
@@ -246,6 +273,8 @@ def features_of(view: ViewSpec) -> Iterator[Feature]:
                 yield Feature(view.name, spec.name, view.entities, "float", spec, None, None, spec.doc)
             case Contains():
                 yield Feature(view.name, spec.name, view.entities, "bool", spec, None, None, spec.doc)
+            case Given():
+                yield Feature(view.name, spec.name, view.entities, spec.value_type, spec, None, None, spec.doc)
             case _:
                 for window in spec.windows:
                     name = f"{spec.name}_{window.name}" if spec.over else spec.name
@@ -278,6 +307,11 @@ def contracts_of(plan: Plan, full_names: Iterable[str]) -> set[str]:
     """Names of the contracts whose events features that keep state are made of."""
     specs = (plan.features[name].spec for name in full_names)
     return {measure.event for spec in specs if isinstance(spec, Aggregation) for measure in spec.measures}
+
+
+def id_of(parts: list[bytes]) -> bytes:
+    """An entity's id by the values of its keys, sorted by the keys' names: the only one, or each with its length."""
+    return parts[0] if len(parts) == 1 else b"".join(b"%d:%b" % (len(part), part) for part in parts)
 
 
 class CodeChangedError(RuntimeError):

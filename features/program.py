@@ -6,18 +6,21 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, Final
 
+import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from features.aggregations import Last, LastK
 from features.aggregations.base import Aggregation, Table
 from features.formulas import Formula, Numeric, fill, formulas, tidy
+from features.given import Fields, GivenRows
 from features.kernel import Evaluator, Wanted, numeric
 from features.layout import Bundle, Family, slots_of
-from features.plan import At, Contains, Derived, Feature, Plan, arguments, find_function
+from features.plan import At, Contains, Derived, Feature, Given, Plan, arguments, find_function
 from features.rows import Entries, Rows
 from features.texts import buffers, look_up
 from features.times import TICK_MS
@@ -28,6 +31,9 @@ Ints = NDArray[np.int64]
 Index = NDArray[np.intp]
 Target = tuple[str, ...]
 """What values are about: the rows of one entity, or pairs of two."""
+States = Mapping[str, Rows | Totals | GivenRows]
+"""What is read, by the name of the bundle or the ordinary view."""
+_NUMBERS: Final = ("int", "float", "bool")
 
 
 class DerivedFeatureError(RuntimeError):
@@ -52,12 +58,41 @@ class Asked:
         return {entity: pa.array(ids, pa.string()) for entity, ids in self.ids.items()}
 
 
+@dataclass(frozen=True, eq=False)
+class GivenView:
+    """An ordinary view of a program: what its rows are about and have, and the features that are wanted of it.
+
+    `by_key` are the entities sorted by the names of their keys: so their ids stand in the view's own.
+    """
+
+    view: str
+    target: Target
+    fields: Fields
+    ttl_us: int
+    features: Mapping[str, Feature]
+    by_key: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What its rows are called among those of bundles."""
+        return f"@{self.view}"
+
+    def ids(self, asked: Asked) -> pa.StringArray:
+        """Of whom the rows are, one for each row of the entity, or for each pair: see `features.plan.id_of`."""
+        if len(self.by_key) == 1:
+            return asked.texts[self.by_key[0]]
+        parts = [asked.texts[entity].take(pa.array(asked.pairs[entity])) for entity in self.by_key]
+        words = (word for part in parts for word in (pc.binary_length(part).cast(pa.string()), ":", part))
+        return pc.binary_join_element_wise(*words, "")
+
+
 class Program:
     """Some features of a plan, ready to be evaluated. Families named in `alone` are read apart from the others.
 
     Attributes:
         features: what was asked for, in order.
         bundles: the rows that are read.
+        given: the ordinary views that are read.
         entities: what they are about.
 
     Raises:
@@ -80,8 +115,13 @@ class Program:
             stage.first_row = self._n_rows.setdefault((stage.bundle.entity,), 0)
             for name in stage.evaluator.names:
                 self._place(name, (stage.bundle.entity,))
+        self.given = _given(plan, needed)
+        self._given_of = {name: view for view in self.given for name in view.features}
+        for name, view in self._given_of.items():
+            if needed[name].value_type in _NUMBERS:
+                self._place(name, view.target)
         computed = [feature for name, feature in needed.items() if name not in self._stage_of]
-        self._look_ups = self._gather_look_ups(computed)
+        self._look_ups = self._gather_look_ups(plan, computed)
         self._derived: list[tuple[Feature, Derived, Callable[..., Any], list[tuple[Target, int]]]] = []
         for feature in computed:
             if isinstance(feature.spec, Derived):
@@ -106,7 +146,8 @@ class Program:
         """The features that are numbers, by what they are about and their type: names, and rows in the block."""
         found: dict[Target, dict[Type, list[str]]] = {}
         for each in self.features:
-            if each.full_name in self.matrix_names:
+            # A given whole number may be one that no float64 is.
+            if each.full_name in self.matrix_names and (each.value_type != "int" or not isinstance(each.spec, Given)):
                 found.setdefault(each.entities, {}).setdefault(each.value_type, []).append(each.full_name)
         return {
             target: {kind: (names, np.array([self._row_of[name] for name in names])) for kind, names in kinds.items()}
@@ -124,7 +165,7 @@ class Program:
         """What is read: families of one entity together."""
         return tuple(stage.bundle for stage in self._stages)
 
-    def evaluate(self, states: Mapping[str, Rows | Totals], asked: Asked, now_ms: int | Mapping[str, Ints]) -> Frame:
+    def evaluate(self, states: States, asked: Asked, now_ms: int | Mapping[str, Ints]) -> Frame:
         """All features at `now_ms`, from the rows of every bundle by name, or their totals as of then.
 
         `now_ms` is one time for all, or a time for each row of each entity (int64[n]); the entities of a pair have the
@@ -132,9 +173,7 @@ class Program:
         """
         return Frame(self, states, asked, now_ms)
 
-    def explain(
-        self, states: Mapping[str, Rows | Totals], entity: str, row: int, now_ms: int
-    ) -> dict[str, dict[str, Any]]:
+    def explain(self, states: States, entity: str, row: int, now_ms: int) -> dict[str, dict[str, Any]]:
         """How each stored feature of one row comes about: window bounds, entries, buckets kept and at most, last event,
         version of the row.
 
@@ -180,22 +219,25 @@ class Program:
     @cached_property
     def matrix_names(self) -> tuple[str, ...]:
         """The features that a matrix holds: numbers and truth values, in order."""
-        return tuple(each.full_name for each in self.features if each.value_type in ("int", "float", "bool"))
+        return tuple(each.full_name for each in self.features if each.value_type in _NUMBERS)
 
-    def _gather_look_ups(self, computed: list[Feature]) -> list[_LookUps]:
+    def _gather_look_ups(self, plan: Plan, computed: list[Feature]) -> list[_LookUps]:
         """Lookups, those together that look in the same bundle for texts of the same kind."""
         found: dict[Any, _LookUps] = {}
         for feature in computed:
             inner = feature.spec.args if isinstance(feature.spec, Derived) else (feature.spec,)
             for spec in inner:
                 if isinstance(spec, At | Contains):
-                    stage, key = self._stage_of[spec.of], spec.key if isinstance(spec, At) else None
+                    stage, key = self._stage_of.get(spec.of), spec.key if isinstance(spec, At) else None
+                    of = plan.features[spec.of].entities
                     holder = spec.entity if isinstance(spec, Contains) else self._targets[spec.key][0]
                     name = feature.full_name if spec is feature.spec else _anonymous(spec, feature.entities)
-                    compiled = stage.look_up(spec)
-                    # What has to be ranked first is looked up by itself.
-                    kind = (stage.bundle.name, feature.entities, holder, key is None, compiled is None and name)
-                    found.setdefault(kind, _LookUps(stage, feature.entities, holder)).add(name, spec, key, compiled)
+                    compiled = stage.look_up(spec) if stage else None
+                    # What has to be ranked first, or is given, is looked up by itself.
+                    alone = name if compiled is None else None
+                    kind = (stage and stage.bundle.name, feature.entities, holder, key is None, alone)
+                    group = found.setdefault(kind, _LookUps(stage, of, feature.entities, holder))
+                    group.add(name, spec, key, compiled)
         for group in found.values():
             group.first_row = self._n_rows.get(group.target, 0)
             for name in group.names:
@@ -207,14 +249,13 @@ class Frame:
     """The answer: an entity's features have a value for each of its rows, cross features one for each pair.
 
     Attributes:
-        found: by entity, bool[n]: which rows have ever had an event.
-        last_event_ms: by entity, int64[n]: the last one's time; -1 for none.
+        found: by entity, bool[n]: which rows have ever had an event, or are in an ordinary view.
+        last_event_ms: by entity, int64[n]: the last event's time; -1 for none.
+        given: by ordinary view, its rows.
         beyond: how many numbers are null as they are beyond float64's range, or NaN in the matrix as beyond float32's.
     """
 
-    def __init__(
-        self, program: Program, states: Mapping[str, Rows | Totals], asked: Asked, now_ms: int | Mapping[str, Ints]
-    ) -> None:
+    def __init__(self, program: Program, states: States, asked: Asked, now_ms: int | Mapping[str, Ints]) -> None:
         self.found: dict[str, NDArray[np.bool_]] = {}
         self.last_event_ms: dict[str, Ints] = {}
         self._program, self._asked = program, asked
@@ -231,12 +272,16 @@ class Frame:
         }
         for stage in program._stages:
             state, entity = states[stage.bundle.name], stage.bundle.entity
+            assert not isinstance(state, GivenRows)  # noqa: S101  # for the type checker: a bundle has rows of ours
             latest = state.last_event_ms
             if entity in self.last_event_ms:
                 latest = np.maximum(latest, self.last_event_ms[entity])
             self.last_event_ms[entity], self.found[entity] = latest, latest >= 0
             totals = self._totals[stage.bundle.name] = stage.evaluator.fold(state, now_ms[entity])
             self.beyond += stage.evaluator.write(totals, now_ms[entity], self._block_of(stage))
+        self.given: dict[str, GivenRows] = {}
+        for view in program.given:
+            self._take(view, states[view.name])
         for entity, fields in asked.overrides.items():
             for field, column in fields.items():
                 if (name := program._last.get((entity, field))) is not None:
@@ -276,6 +321,20 @@ class Frame:
             self.beyond += fill(blocks, places, rows, matrix)
         return matrix
 
+    def _take(self, view: GivenView, rows: Any) -> None:
+        """Takes the numbers out of an ordinary view's rows."""
+        now_ms = self._now_ms[view.target[0]]
+        if len(view.target) > 1 and len(now_ms) > 1:
+            now_ms = now_ms[self._asked.pairs[view.target[0]]]
+        self.given[view.view] = rows = rows.limited(now_ms * 1000, view.ttl_us)
+        for name, feature in view.features.items():
+            if name in self._program._row_of:
+                self._number(name)[:] = rows.number(feature.name)
+        if len(view.target) == 1:
+            (entity,) = view.target
+            self.last_event_ms.setdefault(entity, np.full(len(rows.found), -1))
+            self.found[entity] = rows.found | self.found.get(entity, False)
+
     def _number(self, name: str) -> Floats:
         program = self._program
         row: Floats = self._blocks[program._targets[name]][program._row_of[name]]
@@ -289,6 +348,13 @@ class Frame:
         program = self._program
         if name in self._others:
             return self._others[name]
+        if name in program._given_of:
+            view = program._given_of[name]
+            given = self.given[view.view].value(view.features[name].name)
+            if isinstance(given, np.ndarray):
+                return self._number(name)
+            self._others[name] = given
+            return given
         stage = program._stage_of.get(name)
         if stage is None or (name in program._row_of and not stage.is_text(name)):
             return self._number(name)
@@ -315,9 +381,9 @@ class Frame:
             row[:] = np.where(np.isnan(numbers), row, numbers)
 
     def _look_up(self, group: _LookUps) -> None:
-        asked, target, owner = self._asked, group.target, group.stage.bundle.entity
+        asked, target = self._asked, group.target
         n = self._blocks[target].shape[1]
-        owners = np.arange(n) if target == (owner,) else asked.pairs[owner]
+        owners = np.arange(n) if target == group.of or len(group.of) > 1 else asked.pairs[group.of[0]]
         texts, codes = zip(*(self._texts(key, group.holder) for key in group.keys), strict=True)
         if any(each is not texts[0] for each in texts):
             # Overridden ones have texts of their own.
@@ -329,10 +395,11 @@ class Frame:
         if target != (group.holder,):
             wanted = wanted.take(asked.pairs[group.holder], axis=1)
         block = self._blocks[target][group.first_row : group.first_row + len(group.names)]
-        if group.ranked is None:
-            totals = self._totals[group.stage.bundle.name]
-            totals.look_ups(group.arrays, owners, wanted, buffers(texts[0]), self._now_ms[owner], block)
+        if group.stage is not None and group.ranked is None:
+            totals, now_ms = self._totals[group.stage.bundle.name], self._now_ms[group.stage.bundle.entity]
+            totals.look_ups(group.arrays, owners, wanted, buffers(texts[0]), now_ms, block)
         else:
+            assert group.ranked is not None  # noqa: S101  # as below
             lists = self._value(group.ranked)
             assert isinstance(lists, Lists)  # noqa: S101  # as above
             ones = np.ones(len(lists.codes))
@@ -353,8 +420,8 @@ class Frame:
         if key is None:
             ids = self._asked.texts[holder]
             return ids, np.arange(len(ids), dtype=np.float64)
-        stage = self._program._stage_of[key]
-        if key not in self._others and not stage.has_default(key):
+        stage = self._program._stage_of.get(key)
+        if stage is not None and key not in self._others and not stage.has_default(key):
             return self._totals[stage.bundle.name].texts, self._number(key)
         values = self._value(key)
         assert isinstance(values, Texts)  # noqa: S101  # for the type checker: checked when the plan is compiled
@@ -392,7 +459,8 @@ class _FrameValues(Mapping[str, Values]):
 
     def __iter__(self) -> Iterator[str]:
         program = self._frame._program
-        return iter(dict.fromkeys([*program._stage_of, *(name for name in program._row_of if "(" not in name)]))
+        numbers = (name for name in program._row_of if "(" not in name)
+        return iter(dict.fromkeys([*program._stage_of, *program._given_of, *numbers]))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -438,12 +506,14 @@ class _LookUps:
     """Lookups in the maps and lists of one bundle, for one target; `first_row` is where they stand in its block.
 
     Attributes:
+        stage: of the bundle; None of a given list.
+        of: what the maps or lists are about.
         keys: features whose texts are looked for; None for the ids of the holder.
         ranked: the list feature that must be ranked first, if there is one.
     """
 
-    def __init__(self, stage: _Stage, target: Target, holder: str) -> None:
-        self.stage, self.target, self.holder = stage, target, holder
+    def __init__(self, stage: _Stage | None, of: Target, target: Target, holder: str) -> None:
+        self.stage, self.of, self.target, self.holder = stage, of, target, holder
         self.names: list[str] = []
         self.keys: list[str | None] = []
         self.ranked: str | None = None
@@ -494,6 +564,21 @@ def _stages(plan: Plan, needed: Mapping[str, Feature], alone: Container[str]) ->
         ]
         stages.append(_Stage(Bundle(tuple(families)), features))
     return stages
+
+
+def _given(plan: Plan, needed: Mapping[str, Feature]) -> tuple[GivenView, ...]:
+    found: dict[str, dict[str, Feature]] = {}
+    for name, feature in needed.items():
+        if isinstance(feature.spec, Given):
+            found.setdefault(feature.view, {})[name] = feature
+    views = []
+    for name, features in found.items():
+        view = plan.view(name)
+        fields = Fields.of((spec.name, spec.dtype) for spec in view.given)
+        ttl_us = 0 if view.ttl_ms is msgspec.UNSET else view.ttl_ms * 1000
+        by_key = tuple(sorted(view.entities, key=lambda entity: plan.entity(entity).key))
+        views.append(GivenView(name, view.entities, fields, ttl_us, features, by_key))
+    return tuple(views)
 
 
 def _collect(plan: Plan, feature: Feature, needed: dict[str, Feature]) -> None:

@@ -33,7 +33,7 @@ from features.history import rows_at
 from features.kernel import Events
 from features.language import VIEWS, Service
 from features.layout import families_of
-from features.plan import At, Contains, Derived, Feature, Plan, features_of
+from features.plan import At, Contains, Derived, Feature, Given, Plan, features_of
 from features.program import Asked, Frame, Program
 from features.times import DAY_MS, TICK_MS, duration_ms
 from features.values import to_python
@@ -271,12 +271,14 @@ def _columns(plan: Plan, happened: Iterable[Event], key: str, entity_id: Any) ->
     return found
 
 
-def _inputs(part: str | At | Contains) -> tuple[str, ...]:
+def _inputs(part: str | At | Contains | Given) -> tuple[str, ...]:
     match part:
         case At():
             return part.of, part.key
         case Contains():
             return (part.of,)
+        case Given():
+            return ()
         case _:
             return (part,)
 

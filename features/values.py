@@ -1,11 +1,12 @@
 """Values of features for many rows at once: what `evaluate` answers with.
 
-Numbers (also counts and bools) are float64[n] with NaN for null; the three other shapes are here.
+Numbers (also counts and bools) are float64[n] with NaN for null; the other shapes are here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from base64 import b64encode
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final, Literal
 
@@ -17,8 +18,8 @@ from features.texts import buffers
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Type = Literal["int", "float", "bool", "str", "list[str]", "map[str, float]"]
-"""The type of one feature's value."""
+Type = Literal["int", "float", "bool", "str", "list[str]", "map[str, float]", "any"]
+"""The type of one feature's value; `any` is only read and handed on."""
 _SMALL_BYTES: Final = 1 << 16
 """Texts that are no longer altogether are taken apart here, others by Arrow."""
 
@@ -44,17 +45,20 @@ class Lists:
         n_rows: how many rows there are.
         codes: int64[entries], each one's place in `texts`.
         texts: what codes stand for.
+        null: bool[rows], which rows have no list, not even an empty one; None if all have one.
     """
 
     rows: Ints
     n_rows: int
     codes: Ints
     texts: pa.StringArray
+    null: NDArray[np.bool_] | None = field(default=None, kw_only=True)
 
     def array(self) -> pa.ListArray:
         """The lists as Arrow has them."""
         offsets = pa.array(offsets_of(self.rows, self.n_rows), pa.int32())
-        return pa.ListArray.from_arrays(offsets, self.texts.take(pa.array(self.codes)))
+        mask = None if self.null is None else pa.array(self.null)
+        return pa.ListArray.from_arrays(offsets, self.texts.take(pa.array(self.codes)), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,18 @@ class Maps(Lists):
         return pa.MapArray.from_arrays(offsets, self.texts.take(pa.array(self.codes)), pa.array(self.values))
 
 
-Values = Floats | Texts | Lists | Maps
+@dataclass(frozen=True)
+class Objects:
+    """A value of any kind a row, as Python has it; None for null."""
+
+    values: list[Any]
+
+    def array(self) -> pa.Array:
+        """The values as Arrow has them."""
+        return pa.array(self.values)
+
+
+Values = Floats | Texts | Lists | Maps | Objects
 
 
 _ARROW: Final[dict[Type, pa.DataType]] = {
@@ -79,6 +94,7 @@ _ARROW: Final[dict[Type, pa.DataType]] = {
     "str": pa.string(),
     "list[str]": pa.list_(pa.string()),
     "map[str, float]": pa.map_(pa.string(), pa.float64()),
+    "any": pa.null(),
 }
 
 
@@ -114,14 +130,31 @@ def to_json(values: Values, value_type: Type) -> list[Any]:
         for at in np.flatnonzero(values.codes < 0).tolist():
             found[at] = None
         return found
+    if isinstance(values, Objects):
+        return [_as_json(each) for each in values.values]
     if isinstance(values, Lists):
         strings = _strings(values.texts, values.codes)
         each = [slice(*ends) for ends in pairwise(offsets_of(values.rows, values.n_rows).tolist())]
         if isinstance(values, Maps):
             numbers = values.values.tolist()
             return [dict(zip(strings[own], numbers[own], strict=True)) for own in each]
+        if values.null is not None:
+            return [None if none else strings[own] for none, own in zip(values.null.tolist(), each, strict=True)]
         return [strings[own] for own in each]
     return numbers_to_json(values[np.newaxis], value_type)[0]
+
+
+def _as_json(value: Any) -> Any:
+    """A value of any kind with bytes as text."""
+    match value:
+        case bytes():
+            return b64encode(value).decode()
+        case list():
+            return [_as_json(each) for each in value]
+        case dict():
+            return {name: _as_json(each) for name, each in value.items()}
+        case _:
+            return value
 
 
 def numbers_to_json(values: Floats, value_type: Type) -> list[list[Any]]:

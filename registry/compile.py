@@ -98,6 +98,14 @@ def _field(feature: Feature) -> feast.Field:
     return feast.Field(name=feature.name, dtype=FEAST_TYPES[feature.value_type], description=feature.doc, tags=tags)
 
 
+_TOPICS_TAG: Final = "topics"
+
+
+def is_streamed(view: Any) -> bool:
+    """Whether a view of Feast's is one of ours, whose rows a stream writes."""
+    return isinstance(view, feast.StreamFeatureView) and _TOPICS_TAG in view.tags
+
+
 class StreamView(feast.StreamFeatureView):
     """A view in the catalogue. The stream computes it, and never calls its function."""
 
@@ -132,7 +140,7 @@ def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: 
         udf_string=source,
         description=spec.doc,
         owner=spec.owner,
-        tags={**spec.tags, "topics": ", ".join(plan.event(name).topic for name in events)},
+        tags={**spec.tags, _TOPICS_TAG: ", ".join(plan.event(name).topic for name in events)},
     )
 
 

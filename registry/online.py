@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import UTC, datetime
+from copy import copy
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal
 
-import numpy as np
-import pandas as pd
-import pyarrow as pa
 import redis
 from feast import FeatureService, FeatureView, RepoConfig
 from feast.infra.online_stores.online_store import OnlineStore
 from feast.infra.registry.base_registry import BaseRegistry
-from feast.online_response import TIMESTAMP_POSTFIX, OnlineResponse
-from feast.protos.feast.serving.ServingService_pb2 import FieldStatus, GetOnlineFeaturesResponse
+from feast.infra.supported_async_methods import SupportedAsyncMethods
+from feast.online_response import OnlineResponse
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
-from feast.protos.feast.types.Value_pb2 import RepeatedValue, StringList, Value
+from feast.protos.feast.types.Value_pb2 import RepeatedValue, Value
 from feast.repo_config import FeastConfigBaseModel
 
 from config.settings import Settings
 from features.plan import Plan
+from registry.compile import is_streamed
+from registry.given import Row, entity_id, fields_of, maker_of, packed, plan_with
+from registry.offline import NotOfferedError
 from registry.plans import full_names_of, ordered_as_a_service, plan_of
+from registry.response import Feature, LazyResponse, features_of
 from store.completeness import Completeness, look
 from store.connect import connect
+from store.given import GivenStore
 from store.plans import layouts_of
 from store.reader import Reader, Response
 
+_EPOCH: Final = datetime.fromtimestamp(0, UTC)
 _AS_OF_MS: ContextVar[int | None] = ContextVar("headrace_as_of_ms", default=None)
 
 
@@ -52,7 +57,7 @@ class HeadraceOnlineStoreConfig(FeastConfigBaseModel):
 
 
 class HeadraceOnlineStore(OnlineStore):
-    """Reads what the stream commits. It takes no writes: rows are the stream's alone."""
+    """Reads what the stream commits, and ordinary views, whose rows Feast has it write."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -70,43 +75,63 @@ class HeadraceOnlineStore(OnlineStore):
         full_feature_names: bool = False,
         include_feature_view_version_metadata: bool = False,
     ) -> OnlineResponse:
-        """All features of all entities in one round trip; see `feast.FeatureStore.get_online_features`."""
+        """All features of all entities in one round trip; see `feast.FeatureStore.get_online_features`.
+
+        On-demand views of users are computed by Feast, after another round trip for each view that they take from.
+        """
         _must_be_enabled(registry, features)
-        plan, now_ms = plan_of(registry, project), self._now_ms()
+        plan = plan_with(registry, project)
+        mine, others = _parted(plan, features)
+        if not mine:
+            return super().get_online_features(config, others, entity_rows, registry, project, full_feature_names)
         columns = _by_key(plan, _columns(entity_rows))
-        if not isinstance(features, FeatureService) or not any(map(_is_renamed, features.feature_view_projections)):
-            reader = self._reader(config, plan, _full_names(plan, features))
+        if isinstance(mine, FeatureService) and any(map(_is_renamed, mine.feature_view_projections)):
+            found = self._renamed(config, plan, mine.feature_view_projections, columns, full=full_feature_names)
+        else:
+            reader = self._reader(config, plan, _full_names(plan, mine))
             # No rows have no keys: they get an empty answer.
             columns = columns or {plan.entity(entity).key: [] for entity in reader.program.entities}
-            read = reader.read(self._redis(config).mget, columns, now_ms, full=full_feature_names)
-            return LazyResponse(columns, _features(read, read.names))
+            read = reader.read(self._redis(config).mget, columns, self._now_ms(), full=full_feature_names)
+            found = features_of(read, read.names)
+        answer = LazyResponse(columns, found)
+        if others:
+            computed = super().get_online_features(config, others, entity_rows, registry, project, full_feature_names)
+            answer = answer.joined(computed)
+        return answer
+
+    def _renamed(
+        self, config: RepoConfig, plan: Plan, projections: Sequence[Any], columns: dict[str, list[Any]], *, full: bool
+    ) -> list[Feature]:
+        """Features of a service with aliases: each view is read by keys of its own, and all in one round trip.
+
+        Raises:
+            ValueError: if a key is missing, or names are the same.
+        """
         keys: list[bytes] = []
         responds: list[tuple[Any, slice, Callable[[Sequence[bytes | None]], Response]]] = []
-        for each in features.feature_view_projections:
+        for each in projections:
             names = full_names_of(plan, [f"{each.name}:{field.name}" for field in each.features])
             if lacking := set(each.join_key_map.values()) - columns.keys():
                 name, there = each.name_alias or each.name, ", ".join(columns)
                 msg = f"entity rows lack {lacking.pop()!r}, by which {name} is read; they have: {there}"
                 raise ValueError(msg)
             own = {**columns, **{key: columns[of] for key, of in each.join_key_map.items()}}
-            more, respond = self._reader(config, plan, names).begin(own, now_ms, full=False)
+            more, respond = self._reader(config, plan, names).begin(own, self._now_ms(), full=False)
             responds.append((each, slice(len(keys), len(keys) + len(more)), respond))
             keys += more
         blobs: Any = self._redis(config).mget(keys) if keys else []
-        found: list[_Feature] = []
+        found: list[Feature] = []
         for each, mine, respond in responds:
-            read, before = respond(blobs[mine]), f"{each.name_to_use()}__" if full_feature_names else ""
-            found += _features(read, [before + name for name in read.names])
-        names = [*columns, *(feature.name for feature in found)]
-        if len(set(names)) < len(names):
+            read, before = respond(blobs[mine]), f"{each.name_to_use()}__" if full else ""
+            found += features_of(read, [before + name for name in read.names])
+        every = [*columns, *(feature.name for feature in found)]
+        if len(set(every)) < len(every):
             msg = "two of the features and keys share a name: pass full_feature_names=True"
             raise ValueError(msg)
-        return LazyResponse(columns, found)
+        return found
 
     async def get_online_features_async(self, *args: Any, **kwargs: Any) -> OnlineResponse:
         """As `get_online_features`, in a thread."""
-        import asyncio
-
         return await asyncio.to_thread(self.get_online_features, *args, **kwargs)
 
     def online_read(
@@ -117,6 +142,8 @@ class HeadraceOnlineStore(OnlineStore):
         requested_features: list[str] | None = None,
     ) -> list[tuple[datetime | None, dict[str, Value] | None]]:
         """One view's features, as Feast's own paths ask for them."""
+        if not is_streamed(table):
+            return self._read_given(config, table, entity_keys, requested_features)
         keys = set(table.join_keys)
         names = requested_features or [field.name for field in table.features if field.name not in keys]
         rows: dict[str, list[Any]] = {key: [] for key in entity_keys[0].join_keys} if entity_keys else {}
@@ -128,21 +155,81 @@ class HeadraceOnlineStore(OnlineStore):
         plan = plan_of(_registry_at(str(config.repo_path)), config.project)
         reader = self._reader(config, plan, [f"{table.name}__{name}" for name in names])
         read = reader.read(self._redis(config).mget, rows, self._now_ms(), full=False)
-        return LazyResponse(rows, _features(read, read.names)).by_row()
+        return LazyResponse(rows, features_of(read, read.names)).by_row()
 
-    def online_write_batch(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: a finished value can't age, so rows are written by the stream only."""
-        msg = (
-            "Headrace's rows are written by its stream only: "
-            "send events to Kafka (`headrace replay FILE`), not values to Feast"
-        )
-        raise NotImplementedError(msg)
+    def online_write_batch(
+        self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Callable[[int], Any] | None
+    ) -> None:
+        """Writes rows of an ordinary view, each unless there is a newer one.
 
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up: `headrace apply` does that."""
+        Raises:
+            ValueError: if a value is not of its field's type.
+            NotOfferedError: if the view is a streaming one: a finished value can't age.
+        """
+        if is_streamed(table):
+            msg = (
+                f"{table.name} is written by its stream only: "
+                "send events to Kafka (`headrace replay FILE`), not values to Feast"
+            )
+            raise NotOfferedError(msg)
+        store = self._given(config)
+        store.declare(fields_of(table))
+        for n_rows, _ in store.write(table.name, packed(table, data, self._clock())):
+            if progress:
+                progress(n_rows)
 
-    def teardown(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is deleted: rows expire by themselves."""
+    async def online_write_batch_async(self, *args: Any, **kwargs: Any) -> None:
+        """As `online_write_batch`, in a thread."""
+        await asyncio.to_thread(self.online_write_batch, *args, **kwargs)
+
+    async def online_read_async(
+        self, *args: Any, **kwargs: Any
+    ) -> list[tuple[datetime | None, dict[str, Value] | None]]:
+        """As `online_read`, in a thread."""
+        return await asyncio.to_thread(self.online_read, *args, **kwargs)
+
+    @property
+    def async_supported(self) -> SupportedAsyncMethods:
+        """Both: Feast's server then waits for no thread of its own."""
+        return SupportedAsyncMethods(read=True, write=True)
+
+    def update(
+        self,
+        config: RepoConfig,
+        tables_to_delete: Sequence[FeatureView],
+        tables_to_keep: Sequence[FeatureView],
+        entities_to_delete: Sequence[Any],  # Feast's signature, as the next two
+        entities_to_keep: Sequence[Any],
+        partial: bool,
+    ) -> None:
+        """Deletes the rows of ordinary views that are there no longer."""
+        kept = {table.name for table in tables_to_keep}
+        self.teardown(config, [table for table in tables_to_delete if table.name not in kept], ())
+
+    def teardown(
+        self, config: RepoConfig, tables: Sequence[FeatureView], entities: Sequence[Any]
+    ) -> None:  # Feast's signature
+        """Deletes the rows of ordinary views; those that a stream has written expire by themselves."""
+        for table in tables:
+            if not is_streamed(table):
+                self._given(config).delete(table.name)
+
+    def _read_given(
+        self, config: RepoConfig, table: FeatureView, entity_keys: list[EntityKey], requested: list[str] | None
+    ) -> list[tuple[datetime | None, dict[str, Value] | None]]:
+        given, ttl_us = fields_of(table), int(table.ttl.total_seconds() * 1e6) if table.ttl else 0
+        ids = [entity_id(key) for key in entity_keys]
+        rows = self._given(config).read(table.name, given, ids).limited(self._now_ms() * 1000, ttl_us)
+        fields = [field for field in given.fields if requested is None or field.name in requested]
+        columns = {field.name: list(map(maker_of(field.dtype), rows.raw(field.name))) for field in fields}
+        found: list[tuple[datetime | None, dict[str, Value] | None]] = []
+        for at, (there, outside) in enumerate(zip(rows.found.tolist(), rows.outside.tolist(), strict=True)):
+            values = {} if outside else {name: column[at] for name, column in columns.items()}
+            found.append((_EPOCH + timedelta(microseconds=int(rows.event_us[at])), values) if there else (None, None))
+        return found
+
+    def _given(self, config: RepoConfig) -> GivenStore:
+        return GivenStore(self._redis(config), config.project)
 
     def _now_ms(self) -> int:
         return _AS_OF_MS.get() or int(self._clock() * 1000)
@@ -164,106 +251,24 @@ class HeadraceOnlineStore(OnlineStore):
         return self._readers[key]
 
 
-class _Feature(NamedTuple):
-    """A feature of an answer: what it is called, and where it was read."""
-
-    name: str
-    read: Response
-    at: int
-
-    @property
-    def event_s(self) -> Any:
-        """int64[n]: the time of each row's last event, seconds; 0 for none."""
-        return np.maximum(self.read.event_ms(self.at), 0) // 1000
-
-
-def _features(read: Response, names: Sequence[str]) -> list[_Feature]:
-    return [_Feature(name, read, at) for at, name in enumerate(names)]
-
-
-class LazyResponse(OnlineResponse):
-    """Feast's answer, built only in the form that is asked for: its protobuf alone takes longer than the read."""
-
-    def __init__(self, columns: Mapping[str, Sequence[Any]], features: Sequence[_Feature]) -> None:
-        self._columns, self._features = columns, features
-        self._feature_types = {}
-
-    def to_dict(self, include_event_timestamps: bool = False) -> dict[str, list[Any]]:
-        """Entity keys and features by name, a list each."""
-        answer = {name: list(values) for name, values in self._columns.items()}
-        answer |= {each.name: each.read.values(each.at) for each in self._features}
-        if not include_event_timestamps:
-            return answer
-        for name, values in self._columns.items():  # As in Feast, that they have none.
-            answer[name + TIMESTAMP_POSTFIX] = [0] * len(values)
-        for each in self._features:
-            answer[each.name + TIMESTAMP_POSTFIX] = each.event_s.tolist()
-        return answer
-
-    def to_df(self, include_event_timestamps: bool = False) -> pd.DataFrame:
-        """As `to_dict`, a column each."""
-        return pd.DataFrame(self.to_dict(include_event_timestamps))
-
-    def to_arrow(self, include_event_timestamps: bool = False) -> pa.Table:
-        """As `to_dict`, a column each, of the feature's own type."""
-        columns: dict[str, Any] = {name: _ids(values) for name, values in self._columns.items()}
-        for each in self._features:
-            columns[each.name] = each.read.arrow(each.at)
-            if include_event_timestamps:
-                columns[each.name + TIMESTAMP_POSTFIX] = pa.array(each.event_s)
-        return pa.table(columns)
-
-    @property
-    def proto(self) -> GetOnlineFeaturesResponse:  # type: ignore[override]  # an attribute in Feast, built eagerly
-        """Feast's protobuf."""
-        answer = GetOnlineFeaturesResponse()
-        for name, values in self._columns.items():
-            answer.metadata.feature_names.val.append(name)
-            protos = [Value(string_val=str(value)) if value is not None else Value() for value in values]
-            answer.results.add(values=protos, statuses=[FieldStatus.PRESENT] * len(protos))
-        for name, read, at in self._features:
-            answer.metadata.feature_names.val.append(name)
-            vector = answer.results.add(statuses=map(FieldStatus.Value, read.statuses(at)))
-            vector.values.extend(_to_proto(value) for value in read.values(at))
-            for ms in read.event_ms(at).tolist():
-                vector.event_timestamps.add().FromMilliseconds(max(ms, 0))
-        return answer
-
-    def by_row(self) -> list[tuple[datetime | None, dict[str, Value] | None]]:
-        """One (time of the last event, values by feature name) a row; (None, None) for an entity never seen."""
-        columns = [[_to_proto(value) for value in each.read.values(each.at)] for each in self._features]
-        names, first = [each.name for each in self._features], self._features[0]
-        event_ms = first.read.event_ms(first.at).tolist()
-        return [
-            (datetime.fromtimestamp(ms / 1000, UTC), dict(zip(names, row, strict=True))) if ms >= 0 else (None, None)
-            for ms, row in zip(event_ms, zip(*columns, strict=True), strict=True)
-        ]
+def _parted(plan: Plan, features: list[str] | FeatureService) -> tuple[Any, list[str]]:
+    """What of the features the plan has, as a list or a service, or None; and references of all others."""
+    views = {view.name for view in plan.views}
+    if isinstance(features, FeatureService):
+        projections = features.feature_view_projections
+        unknown = [each for each in projections if each.name not in views]
+        others = [f"{each.name_alias or each.name}:{field.name}" for each in unknown for field in each.features]
+        if not others:
+            return features, []
+        mine = copy(features)
+        mine.feature_view_projections = [each for each in projections if each.name in views]
+        return mine if mine.feature_view_projections else None, others
+    known = [each for each in features if each.partition(":")[0].removesuffix("@latest") in views]
+    return known or None, [each for each in features if each not in known]
 
 
 def _is_renamed(projection: Any) -> bool:
     return bool(projection.name_alias or projection.join_key_map)
-
-
-def _to_proto(value: Any) -> Value:  # noqa: PLR0911  # a list of cases, one a type
-    match value:
-        case None:
-            return Value()
-        case bool():
-            return Value(bool_val=value)
-        case int():
-            return Value(int64_val=value)
-        case float():
-            return Value(double_val=value)
-        case str():
-            return Value(string_val=value)
-        case list():
-            return Value(string_list_val=StringList(val=value))
-        case _:
-            proto = Value()
-            proto.map_val.SetInParent()
-            for key, number in value.items():
-                proto.map_val.val[key].double_val = number
-            return proto
 
 
 def _columns(entity_rows: list[dict[str, Any]] | Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -301,12 +306,6 @@ def _by_key(plan: Plan, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Columns by entities' keys; Feast takes an entity's name, too."""
     keys = {entity.name: entity.key for entity in plan.entities if entity.key not in columns}
     return {keys.get(name, name): values for name, values in columns.items()}
-
-
-def _ids(values: Sequence[Any]) -> pa.Array:
-    """Ids as they are; as texts, if they are of several types."""
-    kinds = {type(value) for value in values if value is not None}
-    return pa.array(values if len(kinds) < 2 else [None if value is None else str(value) for value in values])
 
 
 def _full_names(plan: Plan, features: list[str] | FeatureService) -> list[str]:

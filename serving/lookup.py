@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from redis.exceptions import RedisError
 
 from config.address import Address
+from features.given import GivenRows
 from features.layout import Family, families_of
 from features.plan import Feature, Plan
-from features.program import Asked, Frame, Program
+from features.program import Asked, Frame, Program, States
 from features.rows import Rows
-from features.totals import Totals
 from features.values import to_arrow
 from serving.problems import Problem, invalid, unavailable
 from store.cluster import Cluster
@@ -56,7 +56,7 @@ class Answer:
     """
 
     program: Program
-    states: Mapping[str, Rows | Totals]
+    states: States
     frame: Frame
     as_of_ms: int
     rows: Mapping[str, slice]
@@ -218,8 +218,8 @@ class Lookup:
             program = self.program(spec.features)
             ids = {entity: ["?"] for entity in program.entities}
             one = {entity: np.zeros(1, np.intp) for entity in program.entities}
-            rows = {bundle.name: Rows.empty(bundle, 1) for bundle in program.bundles}
-            program.evaluate(rows, Asked(ids, one, {}), 0)
+            asked = Asked(ids, one, {})
+            program.evaluate(_nothing(program, asked), asked, 0)
 
     def program(self, full_names: tuple[str, ...], *, explain: bool = False) -> Program:
         """The features, ready to be evaluated; to be explained too, if asked."""
@@ -347,12 +347,11 @@ class Lookup:
         if not defaults_on_error:
             detail = str(error) if isinstance(error, ForeignValueError) else f"Redis: {type(error).__name__}: {error}"
             raise unavailable(detail.rstrip(": ")) from error
-        states = {bundle.name: Rows.empty(bundle, len(asked.ids[bundle.entity])) for bundle in program.bundles}
-        return self._evaluate(program, states, asked, now_ms, degraded=sum(map(len, asked.ids.values())))
+        return self._evaluate(
+            program, _nothing(program, asked), asked, now_ms, degraded=sum(map(len, asked.ids.values()))
+        )
 
-    def _evaluate(
-        self, program: Program, states: Mapping[str, Rows | Totals], asked: Asked, now_ms: int, *, degraded: int = 0
-    ) -> Answer:
+    def _evaluate(self, program: Program, states: States, asked: Asked, now_ms: int, *, degraded: int = 0) -> Answer:
         frame = program.evaluate(states, asked, now_ms)
         rows = {entity: slice(0, len(own)) for entity, own in asked.ids.items()}
         pairs = slice(0, len(next(iter(asked.pairs.values()), ())))
@@ -366,8 +365,8 @@ class Lookup:
         now_ms: int,
         *,
         mirrored: bool,
-    ) -> dict[str, Rows | Totals]:
-        """The state of every bundle."""
+    ) -> States:
+        """The state of every bundle, and the rows of ordinary views."""
         with ExitStack() as stack:
             readings: dict[str, Reading] = {}
             plain, tracked = [], []
@@ -382,10 +381,20 @@ class Lookup:
                     self._mirrored(reading.hits, len(ids) - reading.hits)
                     tracked.append((bundle, reading.missing))
             where = (self._keyspace, self._layouts)
-            known, remembered = Request(*where, tuple(plain)), Request(*where, tuple(tracked))
+            given = tuple((view, view.ids(asked)) for view in program.given)
+            known, remembered = Request(*where, tuple(plain), given), Request(*where, tuple(tracked))
             blobs = await self.connection.mget(known.keys, tracked=remembered.keys)
-            rows = known.rows(blobs) | remembered.rows(blobs[len(known.keys) :])
-            return {name: readings[name].totals(state) if name in readings else state for name, state in rows.items()}
+            states: dict[str, Any] = known.rows(blobs)
+            missed: dict[str, Any] = remembered.rows(blobs[len(known.keys) :])
+            return states | {name: readings[name].totals(state) for name, state in missed.items()}
+
+
+def _nothing(program: Program, asked: Asked) -> States:
+    """The states of entities never seen."""
+    states: dict[str, Rows | GivenRows] = {
+        bundle.name: Rows.empty(bundle, len(asked.ids[bundle.entity])) for bundle in program.bundles
+    }
+    return states | {view.name: GivenRows(view.fields, [None] * len(view.ids(asked))) for view in program.given}
 
 
 def _joined(questions: Sequence[Asked]) -> tuple[Asked, list[tuple[dict[str, slice], slice]]]:

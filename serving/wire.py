@@ -119,12 +119,11 @@ def feast_json(response: Response) -> bytes:
     columns: list[tuple[Any, list[str], list[str]]] = [
         (given, ["PRESENT"] * len(given), _times(np.zeros(len(given), np.int64))) for given in response.columns.values()
     ]
-    # Features of the same entities have the same times.
     times: dict[tuple[str, ...], list[str]] = {}
     for at in range(len(response.names)):
-        entities = response.entities(at)
-        times[entities] = times.get(entities) or _times(response.event_ms(at))
-        columns.append((response.values(at), response.statuses(at), times[entities]))
+        clock = response.clock(at)
+        times[clock] = times.get(clock) or _times(response.event_us(at))
+        columns.append((response.values(at), response.statuses(at), times[clock]))
     results = [
         {
             "values": [None if value in ([], {}) else value for value in values],
@@ -136,7 +135,7 @@ def feast_json(response: Response) -> bytes:
     return orjson.dumps({"metadata": {"feature_names": [*response.columns, *response.names]}, "results": results})
 
 
-def _times(ms: NDArray[np.int64]) -> list[str]:
+def _times(us: NDArray[np.int64]) -> list[str]:
     """Times as protobuf's JSON has them; the epoch for none, as in Feast."""
-    times: list[str] = np.datetime_as_string(np.maximum(ms, 0).astype("datetime64[ms]"), timezone="UTC").tolist()
+    times: list[str] = np.datetime_as_string(np.maximum(us, 0).astype("datetime64[us]"), timezone="UTC").tolist()
     return times

@@ -8,6 +8,8 @@
     {headrace:user:7}:seam:3              where the history ends that plan 3 is filled with, and
     {headrace:user:7}:filling:3:0         a batch of it
     {headrace~2:user:7}:commit            the commit record of shard 7 of the users, after a second rebuild
+    {headrace@item_profile:7}:i3          what the ordinary view item_profile has of item i3, and
+    {headrace}:given                      by tag, the fields that such rows have: see `store.given`
 
 All keys of a shard share the hash tag in braces, so that one commit stays on one node of a Redis Cluster. The tag is
 the key's first pair of braces and an id stands last: so no id, whatever it holds, can reach into another
@@ -83,6 +85,47 @@ def orders_key(project: str) -> bytes:
     return f"{{{project}}}:forget".encode()
 
 
+def given_fields_key(project: str) -> bytes:
+    """The key of the fields that rows of given features have, by tag."""
+    return f"{{{project}}}:given".encode()
+
+
+_GIVEN_TAGS: Final = 1024
+"""Over so many hash tags the rows of an ordinary view are spread. Stored keys depend on it: never change it."""
+
+
+def given_key(project: str, view: str, entity_id: bytes) -> bytes:
+    """The key of what an ordinary view has of an entity."""
+    return _given_prefixes(project, view)[shard_of(entity_id, _GIVEN_TAGS)] + entity_id
+
+
+def given_keys(project: str, view: str, ids: pa.StringArray) -> Arguments:
+    """As `given_key`, of many, packed to be sent."""
+    texts = buffers(ids)
+    if len(ids) == 0:
+        return Arguments.of(())
+    return joined(_packed_given_prefixes(project, view), 1, _shards(*texts, _GIVEN_TAGS, _CRC_TABLE), texts)
+
+
+def given_pattern(project: str, view: str) -> bytes:
+    """What the keys of an ordinary view match, and no others."""
+    return f"{{{project}@{view}:*".encode()
+
+
+@lru_cache(maxsize=1024)
+def _given_prefixes(project: str, view: str) -> tuple[bytes, ...]:
+    return tuple(f"{{{project}@{view}:{number}}}:".encode() for number in range(_GIVEN_TAGS))
+
+
+@lru_cache(maxsize=1024)
+def _packed_given_prefixes(project: str, view: str) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    return _packed(_given_prefixes(project, view))
+
+
+def _packed(prefixes: Sequence[bytes]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    return np.cumsum([0, *map(len, prefixes)], dtype=np.int32), np.frombuffer(b"".join(prefixes), np.uint8)
+
+
 @dataclass(frozen=True)
 class Keyspace:
     """The keys of one project, and one generation of its rows: see `features.plan.Plan`."""
@@ -156,9 +199,7 @@ def _prefixes(keyspace: Keyspace, entity: str, family: str) -> tuple[bytes, ...]
 
 @lru_cache(maxsize=1024)
 def _packed_prefixes(keyspace: Keyspace, families: tuple[Family, ...]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-    every = [prefix for family in families for prefix in _prefixes(keyspace, family.entity, family.name)]
-    offsets = np.cumsum([0, *map(len, every)], dtype=np.int32)
-    return offsets, np.frombuffer(b"".join(every), np.uint8)
+    return _packed([prefix for family in families for prefix in _prefixes(keyspace, family.entity, family.name)])
 
 
 def expire_at_ms(family: Family, last_event_ms: NDArray[np.int64]) -> NDArray[np.int64]:

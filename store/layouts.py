@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from features.evolve import Column, columns_from, move
+from features.given import Find
 from features.layout import Bundle, Family, families_of, family_of
 from features.plan import Plan
 from store.codec import CorruptRowError, decode, encode, tag_of
@@ -31,11 +32,15 @@ class Layouts:
 
     Other plans are read when a row is met that is not of this one: by `fetch`, at first the newer ones, whose streams
     may run already, then ever older ones.
+
+    Attributes:
+        fields: finds those of rows of given features, by tag.
     """
 
-    def __init__(self, plan: Plan, fetch: Fetch = lambda _first, _last: ()) -> None:
+    def __init__(self, plan: Plan, fetch: Fetch = lambda _first, _last: (), fields: Find = lambda _tag: None) -> None:
         self._plan = plan
         self._fetch = fetch
+        self.fields = fields
         self._older: list[Plan | None] = []
         self._found: dict[tuple[str, bytes], _Past | None] = {}
 

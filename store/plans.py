@@ -25,6 +25,7 @@ from features.evolve import succeed
 from features.plan import Plan
 from store.commit import read_records, taken_by_all
 from store.connect import connect
+from store.given import GivenStore
 from store.keys import Keyspace, generation_key, plans_key
 from store.layouts import Layouts
 
@@ -95,7 +96,7 @@ def layouts_of(client: redis.Redis, plan: Plan) -> Layouts:
         entries = _execute(client, "LRANGE", plans_key(plan.project), first, last)
         return [_readable(_decoded(entry)) for entry in entries]
 
-    return Layouts(plan, fetch)
+    return Layouts(plan, fetch, GivenStore(client, plan.project).find)
 
 
 def _readable(entry: Applied) -> Plan | None:

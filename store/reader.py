@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from features.plan import Plan
+from features.plan import NOBODY, Given, Plan
 from features.program import Asked, Frame, Program
 from features.values import to_arrow, to_python
 from store.completeness import Completeness
@@ -58,7 +58,8 @@ class Reader:
         """
         asked, rows_of = self._ask(columns)
         wanted = tuple((bundle, asked.texts[bundle.entity]) for bundle in self.program.bundles)
-        request = Request(self._keyspace, self._layouts, wanted)
+        given = tuple((view, view.ids(asked)) for view in self.program.given)
+        request = Request(self._keyspace, self._layouts, wanted, given)
 
         def respond(blobs: Sequence[bytes | None]) -> Response:
             frame = self.program.evaluate(request.rows(blobs), asked, now_ms)
@@ -73,6 +74,8 @@ class Reader:
             msg = "every entity key needs as many values as the others"
             raise ValueError(msg)
         ids, pairs = {}, {}
+        if NOBODY.name in self._keys:
+            columns = {**columns, NOBODY.key: [""] * max(map(len, columns.values()), default=1)}
         for entity, key in self._keys.items():
             if key not in columns:
                 msg = f"entity rows lack {key!r}, the key of {entity}; they have: {', '.join(columns) or 'none'}"
@@ -137,21 +140,45 @@ class Response:
         column = to_arrow(self._frame.values[feature.full_name], feature.value_type)
         return column if len(feature.entities) > 1 else column.take(pa.array(self._rows_of[feature.entities[0]]))
 
-    def entities(self, at: int) -> tuple[str, ...]:
-        """What the feature at a place is about."""
-        return self._features[at].entities
+    def clock(self, at: int) -> tuple[str, ...]:
+        """Features with the same have the same times: of entities, or of an ordinary view."""
+        feature = self._features[at]
+        return (f"@{feature.view}",) if isinstance(feature.spec, Given) else feature.entities
 
-    def event_ms(self, at: int) -> Any:
-        """int64[n]: the time of the last event of the feature's entities, the earlier one of two; -1 for none."""
-        entities = self._features[at].entities
-        latest = self._frame.last_event_ms
-        return np.minimum.reduce([latest[each][self._rows_of[each]] for each in entities if each in latest])
+    def raw(self, at: int) -> tuple[str, list[Any]] | None:
+        """Of a given feature its type, and a value a row as it was given: see `features.given.GivenRows.raw`."""
+        feature = self._features[at]
+        if not isinstance(feature.spec, Given):
+            return None
+        values = self._frame.given[feature.view].raw(feature.name)
+        if len(feature.entities) == 1:
+            values = [values[row] for row in self._rows_of[feature.entities[0]].tolist()]
+        return feature.spec.dtype, values
+
+    def event_us(self, at: int) -> Any:
+        """int64[n]: the time of the last event of the feature's entities, the earlier one of two; of a given feature
+        that of its row; -1 for none.
+        """
+        feature, latest = self._features[at], self._frame.last_event_ms
+        entities = feature.entities
+        if (given := self._frame.given.get(feature.view)) is not None:
+            rows = self._rows_of[entities[0]] if len(entities) == 1 else slice(None)
+            return np.where(given.found, given.event_us, -1)[rows]
+        event_ms = np.minimum.reduce([latest[each][self._rows_of[each]] for each in entities if each in latest])
+        return np.where(event_ms < 0, -1, event_ms * 1000)
 
     def statuses(self, at: int) -> list[str]:
         """PRESENT, NULL_VALUE or NOT_FOUND of every row, as Feast names them; OUTSIDE_MAX_AGE of what is incomplete."""
-        found = self.event_ms(at) >= 0
+        feature = self._features[at]
+        if (given := self._frame.given.get(feature.view)) is not None:
+            rows = self._rows_of[feature.entities[0]] if len(feature.entities) == 1 else slice(None)
+            # As Feast has it, what is null is there.
+            names = np.array(["NOT_FOUND", "PRESENT", "OUTSIDE_MAX_AGE"])
+            found: list[str] = names[given.found.astype(int) + given.outside][rows].tolist()
+            return found
+        seen = (self.event_us(at) >= 0).tolist()
         there = "OUTSIDE_MAX_AGE" if self._features[at].full_name in self.incomplete else "PRESENT"
         return [
-            "NOT_FOUND" if not seen else "NULL_VALUE" if value is None else there
-            for seen, value in zip(found.tolist(), self.values(at), strict=True)
+            "NOT_FOUND" if not one else "NULL_VALUE" if value is None else there
+            for one, value in zip(seen, self.values(at), strict=True)
         ]

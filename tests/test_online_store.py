@@ -409,7 +409,7 @@ async def test_feasts_server_protocol_answers_as_the_sdk_does(project: Project, 
     for name, result in list(zip(columns, document["results"], strict=True))[2:]:
         at_s = [int(datetime.fromisoformat(each).timestamp()) for each in result["event_timestamps"]]
         assert at_s == times[f"{name}__ts"], name
-    assert set(document["results"][0]["event_timestamps"]) == {"1970-01-01T00:00:00.000Z"}
+    assert set(document["results"][0]["event_timestamps"]) == {"1970-01-01T00:00:00.000000Z"}
     assert (await http.get("/health")).status_code == 200
 
 
