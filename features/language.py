@@ -28,11 +28,22 @@ from features.checks import (
     mistake,
 )
 from features.events import Event
-from features.plan import At, Contains, Derived, EntitySpec, FeatureSpec, ServiceSpec, ViewSpec, digest, features_of
+from features.plan import (
+    EVERY,
+    At,
+    Contains,
+    Derived,
+    EntitySpec,
+    FeatureSpec,
+    ServiceSpec,
+    ViewSpec,
+    digest,
+    features_of,
+)
 from features.times import duration_ms, hop_ms
 from features.types import Array, BoolArray
 
-__all__ = ["DeclarationError", "Entity", "View", "cross", "derived", "service", "view"]
+__all__ = ["DeclarationError", "Entity", "View", "cross", "derived", "given", "service", "view"]
 
 T = TypeVar("T")
 
@@ -195,6 +206,38 @@ class Lookup(Handle):
         if isinstance(self.key, Entity):
             return Contains(str(_resolved(self.place, self.of)), self.key.name, self.name, self.doc)
         return At(str(_resolved(self.place, self.of)), str(_resolved(self.place, self.key)), self.name, self.doc)
+
+
+class GivenFeature(Operand):
+    """A feature of an ordinary view of Feast's, or all of them: known by name alone, as nobody here imports Feast."""
+
+    def __init__(self, reference: str) -> None:
+        view, _, name = reference.partition(":")
+        check_name("given: view", view)
+        if ":" in reference:
+            check_name("given: feature", name)
+        self.reference = reference
+        self.full_name = f"{view}__{name or EVERY}"
+
+    def resolve(self) -> str | At | Contains:
+        """See `Operand.resolve`."""
+        if self.full_name.endswith(EVERY):
+            right = 'name one of its features: given("item_profile:price")'
+            raise mistake(f"given({self.reference!r})", "is a whole view, where one feature is wanted", right)
+        return self.full_name
+
+    def views(self) -> Iterator[View]:
+        """None of ours."""
+        return iter(())
+
+
+def given(reference: str) -> GivenFeature:
+    """A feature of an ordinary view of Feast's (`"item_profile:price"`), for services and for derived features.
+
+    A service takes a whole view, too (`"item_profile"`). The view is declared in Feast's own words in a module of the
+    definitions: see docs/feast.md.
+    """
+    return GivenFeature(reference)
 
 
 class DerivedFeature(Handle):
@@ -413,6 +456,8 @@ def service(
 
 
 def _members(place: str, member: object) -> list[str]:
+    if isinstance(member, GivenFeature):
+        return [member.full_name]
     if isinstance(member, Operand):
         if next(iter(member.views()), None) is None:
             right = "declare it as an attribute of a class with @view or @cross"

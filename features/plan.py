@@ -38,6 +38,10 @@ NOBODY: Final = EntitySpec("__dummy", "__dummy_id")
 """What ordinary views without an entity are about, as Feast calls it; its only id is empty."""
 
 
+EVERY: Final = "*"
+"""In a service that is not compiled yet, all features of an ordinary view."""
+
+
 class EventSpec(msgspec.Struct, frozen=True):
     """A contract: its topic, its fields, where its code is (`module:qualified.name`), and its JSON schema."""
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from features.language import Entity as Entity
     from features.language import cross as cross
     from features.language import derived as derived
+    from features.language import given as given
     from features.language import service as service
     from features.language import view as view
 
@@ -26,7 +27,8 @@ _HOMES = {
     "Event": "features.events",
     "col": "features.expressions",
     **dict.fromkeys(("rate", "share", "share_null"), "features.expectations"),
-    **dict.fromkeys(("DeclarationError", "Entity", "cross", "derived", "service", "view"), "features.language"),
+    **dict.fromkeys(("DeclarationError", "Entity", "cross", "derived"), "features.language"),
+    **dict.fromkeys(("given", "service", "view"), "features.language"),
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "col",
     "cross",
     "derived",
+    "given",
     "rate",
     "service",
     "share",

@@ -75,12 +75,13 @@ def plan(
     import msgspec
 
     from features.changes import in_the_way, when
+    from headrace.ordinary import ordinary_of
     from store.completeness import Completeness, look
     from store.plans import plan_changes
 
     settings = _settings()
     client, now_ms = _redis(settings), time.time_ns() // 1_000_000
-    declared, changed, applied = plan_changes(settings, client)
+    declared, changed, applied = plan_changes(settings, client, ordinary=ordinary_of(settings))
     refused = in_the_way(declared, changed, replace or ())
     incomplete: dict[str, int | None] = {}
     if applied is not None:

@@ -18,6 +18,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # where they 
 from config.brokers import is_embedded, topics_there
 from config.settings import DEAD_LETTER_SUFFIX, Settings
 from features.plan import CodeChangedError, Plan
+from headrace.ordinary import ordinary_of
 from store.commit import CommitRecord, NotAppliedError, RecordError, read_record
 from store.connect import connect, servers
 from store.keys import Keyspace
@@ -46,7 +47,7 @@ def examine(settings: Settings) -> Iterator[Check]:
     plan: Plan | None = None
     try:
         plan = load_plan(settings)
-        changed = plan_changes(settings).changes
+        changed = plan_changes(settings, ordinary=ordinary_of(settings)).changes
         yield Check("plan", good=True, found=f"plan {plan.fingerprint} is applied")
         yield Check(
             "definitions",

@@ -15,6 +15,7 @@ from config.brokers import topics_there, unreachable
 from config.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from features.changes import Change, in_the_way
 from features.plan import Plan
+from registry.ordinary import declared
 from registry.register import register
 from store.archive import archive_forgotten
 from store.commit import initialise, join
@@ -65,7 +66,7 @@ def apply(
         ApplyError: if a change is refused or needs consent, another `apply` was quicker, or the broker is not there.
         ValueError: if nothing has a name that is to be replaced.
     """
-    plan, changed, applied = plan_changes(settings, client, clock)
+    plan, changed, applied = plan_changes(settings, client, clock, ordinary=declared(settings).plan)
     if refused := in_the_way(plan, changed, replace):
         raise ApplyError("nothing is applied:\n" + "\n".join(f"  {each}" for each in refused))
     topics = create_topics(settings, plan)
@@ -91,7 +92,7 @@ def put(settings: Settings, client: redis.Redis, plan: Plan, now_ms: int) -> Non
 
 def _register(settings: Settings, plan: Plan) -> bool:
     """Has Feast's registry hold the plan; returns False if it did."""
-    return register(FeatureStore(repo_path=str(settings.repo)), plan, settings)
+    return register(FeatureStore(repo_path=str(settings.repo)), plan, settings, declared(settings).objects)
 
 
 def _initialise(client: redis.Redis, applied: Plan | None, plan: Plan, now_ms: int) -> int:

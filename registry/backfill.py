@@ -130,10 +130,8 @@ def rebuild(
         ApplyError: if what is declared is not what is applied, or something else was applied meanwhile.
     """
     project = project_of(settings.repo)
-    declared, before = (
-        compile_definitions(settings.definitions, project, settings.shards),
-        applied_plan(client, project),
-    )
+    before = applied_plan(client, project)
+    declared = compile_definitions(settings.definitions, project, settings.shards, before)
     number = before.number + 1 if before else 0
     if before and msgspec.structs.replace(as_declared(before), shards=declared.shards) != declared:
         msg = "what is declared is not what is applied: run `headrace apply` first, or with the definitions that are"

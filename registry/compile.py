@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import MappingProxyType
 from typing import Any, Final
@@ -49,23 +49,31 @@ FEAST_TYPES: Final[dict[Type, Any]] = {
 }
 
 
-def compile_to_feast(plan: Plan, settings: Settings) -> dict[str, Any]:
-    """Feast's objects, each by a name: what `feast apply` finds in registry/feast_repo.py, `headrace apply` applies."""
+def compile_to_feast(plan: Plan, settings: Settings, objects: Sequence[Any] = ()) -> dict[str, Any]:
+    """Feast's objects, each by a name: what `feast apply` finds in registry/feast_repo.py, `headrace apply` applies.
+
+    `objects` are those that are declared in Feast's words, the plan's ordinary views among them.
+    """
     project = Project(name=plan.project, description="A Headrace feature store", tags={PLAN_TAG: plan.encode()})
-    entities = {spec.name: _entity(spec) for spec in plan.entities}
+    ours = {name for view in plan.views if not view.given for name in view.entities}
+    entities = {spec.name: _entity(spec) for spec in plan.entities if spec.name in ours}
     sources = {spec.name: _source(spec, settings) for spec in plan.events}
-    views: dict[str, Any] = {}
+    ordinary = {each.name: each for each in objects if isinstance(each, feast.FeatureView)}
+    views: dict[str, Any] = dict(ordinary)
     for spec in plan.views:
-        if len(spec.entities) == 1:
+        if len(spec.entities) == 1 and not spec.given:
             views[spec.name] = _stream_view(plan, spec, entities, sources)
     for spec in plan.views:
-        if len(spec.entities) > 1:
+        if len(spec.entities) > 1 and not spec.given:
             views[spec.name] = _cross_view(plan, spec, entities, views)
     services = {spec.name: _service(plan, spec.name, views) for spec in plan.services}
     groups: dict[str, dict[str, Any]] = {"entity": entities, "source": sources, "view": views, "service": services}
+    # Of an entity that both declare, this is the one with a text.
+    theirs = [each for each in objects if each.name not in ordinary and each.name not in entities]
     return {
         "project": project,
         **{f"{kind}_{name}": made for kind, group in groups.items() for name, made in group.items()},
+        **{f"their_{type(each).__name__}_{each.name}": each for each in theirs},
     }
 
 

@@ -2,10 +2,12 @@
 
 from config.settings import Settings
 from registry.compile import compile_to_feast
+from registry.ordinary import declared
 from store.plans import plan_changes
 
 _settings = Settings()
-_objects = compile_to_feast(plan_changes(_settings).plan, _settings)
+_declared = declared(_settings)
+_objects = compile_to_feast(plan_changes(_settings, ordinary=_declared.plan).plan, _settings, _declared.objects)
 # Feast looks at a module's attributes.
 globals().update(_objects)
 __all__ = list(_objects)  # what there is, the plan says

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from feast import FeatureStore, KafkaSource, OnDemandFeatureView, StreamFeatureView
+from feast import (
+    Entity,
+    FeatureService,
+    FeatureStore,
+    FeatureView,
+    FileSource,
+    KafkaSource,
+    OnDemandFeatureView,
+    StreamFeatureView,
+)
 from feast.errors import FeastObjectNotFoundException
 from feast.project import Project
 
@@ -25,15 +35,20 @@ def registered_plan(store: FeatureStore) -> Plan | None:
     return Plan.decode(text) if text else None
 
 
-def register(store: FeatureStore, plan: Plan, settings: Settings) -> bool:
+def register(store: FeatureStore, plan: Plan, settings: Settings, objects: Sequence[Any] = ()) -> bool:
     """Makes Feast's registry hold the plan and its objects; returns False if it did.
 
     Of what is there besides, only what the plan before had made goes: the rest is other people's.
+
+    Args:
+        store: Feast's store.
+        plan: the plan.
+        settings: the settings.
+        objects: what is declared in Feast's words: see `registry.ordinary`.
     """
-    made, before = _named(compile_to_feast(plan, settings)), registered_plan(store)
+    made, before = _named(compile_to_feast(plan, settings, objects)), registered_plan(store)
     there = _registered(store)
-    gone = _named(compile_to_feast(before, settings)) if before else {}
-    deleted = [there[name] for name in gone if name in there and name not in made]
+    deleted = [there[name] for name in _made_by(before) if name in there and name not in made] if before else []
     # What the registry has of a project is its times, too.
     same = (there.get(name) == each for name, each in made.items() if not isinstance(each, Project))
     if before == plan and not deleted and all(same):
@@ -45,9 +60,23 @@ def register(store: FeatureStore, plan: Plan, settings: Settings) -> bool:
     return True
 
 
+def _made_by(plan: Plan) -> Iterator[tuple[type, str]]:
+    """What a plan made, by what the registry reads it back as, and name."""
+    yield from ((Entity, spec.name) for spec in plan.entities)
+    for spec in plan.events:
+        yield KafkaSource, spec.topic
+        yield FileSource, f"{spec.topic}_archive"
+    for view in plan.views:
+        computed = OnDemandFeatureView if len(view.entities) > 1 else StreamFeatureView
+        yield FeatureView if view.given else computed, view.name
+    yield from ((FeatureService, spec.name) for spec in plan.services)
+
+
 def _named(objects: dict[str, Any]) -> dict[tuple[type, str], Any]:
     """Feast's objects by what the registry reads them back as, and name; with the archives that sources name."""
-    found = [*objects.values(), *(each.batch_source for each in objects.values() if isinstance(each, KafkaSource))]
+    found = list(objects.values())
+    for each in objects.values():
+        found += [source for name in ("batch_source", "stream_source") if (source := getattr(each, name, None))]
     return {(_kind(each), each.name): each for each in found}
 
 
@@ -58,6 +87,8 @@ def _registered(store: FeatureStore) -> dict[tuple[type, str], Any]:
         found: list[Any] = [
             registry.get_project(project, allow_cache=False),
             *registry.list_feature_services(project),
+            *registry.list_feature_views(project),
+            *registry.list_permissions(project),
             *registry.list_on_demand_feature_views(project),
             *registry.list_stream_feature_views(project),
             *registry.list_data_sources(project),
@@ -68,5 +99,5 @@ def _registered(store: FeatureStore) -> dict[tuple[type, str], Any]:
 
 
 def _kind(made: Any) -> type:
-    kinds = (OnDemandFeatureView, StreamFeatureView)
+    kinds = (OnDemandFeatureView, StreamFeatureView, FeatureView)
     return next((kind for kind in kinds if isinstance(made, kind)), type(made))

@@ -142,14 +142,24 @@ class Proposal(NamedTuple):
 
 
 def plan_changes(
-    settings: Settings, client: redis.Redis | None = None, clock: Callable[[], float] = time.time
+    settings: Settings,
+    client: redis.Redis | None = None,
+    clock: Callable[[], float] = time.time,
+    *,
+    ordinary: Plan | None,
 ) -> Proposal:
     """What is declared as the plan that would come next, and what applying it would change.
+
+    Args:
+        settings: the settings.
+        client: Redis.
+        clock: seconds since the epoch.
+        ordinary: a plan of the ordinary views that are declared: see `registry.ordinary`.
 
     Raises:
         ApplyError: if it would change the number of shards, which decides where every row is.
     """
-    declared = compile_definitions(settings.definitions, project_of(settings.repo), settings.shards)
+    declared = compile_definitions(settings.definitions, project_of(settings.repo), settings.shards, ordinary)
     client = client or _connected(settings)
     before = applied_plan(client, declared.project)
     if before is not None and before.shards != declared.shards:
@@ -181,7 +191,7 @@ def load_plan(settings: Settings, client: redis.Redis | None = None, number: int
             "(if it ran before, Redis has lost its data)"
         )
         raise NotAppliedPlanError(msg)
-    declared = succeed(plan, compile_definitions(settings.definitions, plan.project, plan.shards))
+    declared = succeed(plan, compile_definitions(settings.definitions, plan.project, plan.shards, ordinary=plan))
     if different := changes(plan, declared, 0):
         remedy = "the applied plan runs; see `headrace plan`, then `headrace apply`"
         names = [f"{each.kind} {each.what} {each.name}" for each in different[:10]]

@@ -92,7 +92,7 @@ def catalogue_of(store: feast.FeatureStore) -> dict[str, Any]:
 
 
 def test_the_first_apply_registers_everything_and_the_second_has_nothing_to_do(settings: Settings) -> None:
-    plan, announced, _ = plan_changes(settings)
+    plan, announced, _ = plan_changes(settings, ordinary=None)
     first = apply(settings)
     assert first.changes == announced
     assert {each.kind for each in first.changes} == {"adds"}
@@ -103,7 +103,7 @@ def test_the_first_apply_registers_everything_and_the_second_has_nothing_to_do(s
     registered = catalogue_of(store_of(settings))
     second = apply(settings)
     assert (second.changes, second.topics, second.records) == ([], [], 0)
-    assert plan_changes(settings).changes == []
+    assert plan_changes(settings, ordinary=None).changes == []
     assert catalogue_of(store_of(settings)) == registered
     assert registered_plan(store_of(settings)) == plan
 
@@ -189,7 +189,7 @@ def test_what_is_no_longer_declared_disappears_from_feast(settings: Settings) ->
 def test_the_number_of_shards_is_fixed_by_the_first_apply(settings: Settings) -> None:
     apply(settings)
     other = settings.model_copy(update={"shards": SHARDS * 2})
-    for refused in (lambda: plan_changes(other), lambda: apply(other)):
+    for refused in (lambda: plan_changes(other, ordinary=None), lambda: apply(other)):
         with pytest.raises(ApplyError, match=f"HEADRACE_SHARDS={SHARDS * 2}.*set it to {SHARDS}"):
             refused()
     assert registered_plan(store_of(settings)) == catalogue()
@@ -334,7 +334,7 @@ def test_what_is_unchanged_has_one_version_and_can_be_printed(settings: Settings
     """Feast makes a new version of a view that it takes for another one than it reads back."""
     for _ in range(3):
         apply(settings)
-        plan = plan_changes(settings).plan
+        plan = plan_changes(settings, ordinary=None).plan
         store_of(settings).apply(list(compile_to_feast(plan, settings).values()))
     store = store_of(settings)
     for view in plan.views:
@@ -420,7 +420,7 @@ def test_nothing_runs_before_apply(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(NotAppliedPlanError, match=r"nothing is applied in .*run `headrace apply` first"):
         load_plan(settings)
     with pytest.raises(FileNotFoundError, match=r"feature_store\.yaml.*HEADRACE_REPO"):
-        plan_changes(settings.model_copy(update={"repo": tmp_path}))
+        plan_changes(settings.model_copy(update={"repo": tmp_path}), ordinary=None)
 
 
 def test_a_folder_that_is_no_project_is_said_to_be_none(settings: Settings, tmp_path: Path) -> None:
@@ -519,7 +519,7 @@ async def test_changed_code_of_a_derived_feature_is_refused_by_name(
     plan = load_plan(mine)
     assert Program(plan, plan.service("own_v1").features).entities == ("user",)
     own("own_changing", 3)
-    assert "feature user_thing.doubled: other code" in "\n".join(map(str, plan_changes(mine).changes))
+    assert "feature user_thing.doubled: other code" in "\n".join(map(str, plan_changes(mine, ordinary=None).changes))
     with pytest.raises(CodeChangedError, match=r"doubled .*own_changing:UserThing\.doubled.*headrace apply"):
         Program(plan, plan.service("own_v1").features)
     app = create_app(mine, plan)
