@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import MappingProxyType
 from typing import Any, Final
 
 import feast
 from feast import types as feast_types
+from feast.aggregation import Aggregation as FeastAggregation
 from feast.data_format import DeltaFormat, JsonFormat
 from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.project import Project
@@ -19,8 +20,10 @@ from feast.transformation.pandas_transformation import PandasTransformation
 from feast.value_type import ValueType
 
 from config.settings import Settings
+from features import aggregations as kinds
+from features.aggregations.base import Aggregation
 from features.plan import EntitySpec, EventSpec, Feature, Plan, ViewSpec, arguments, features_of
-from features.times import duration_ms
+from features.times import duration_ms, hop_ms
 from features.values import Type
 from registry.plans import PLAN_TAG
 
@@ -142,6 +145,9 @@ def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: 
             *(_field(feature) for feature in features_of(spec)),
         ],
         timestamp_field="occurred_at",
+        aggregations=list(_aggregations(spec)),
+        # Feast is to materialize nothing of it: its stream writes its rows.
+        online=False,
         # As the registry reads it back; without a function Feast can't print a stream view.
         mode="python",
         udf=udf,
@@ -150,6 +156,34 @@ def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: 
         owner=spec.owner,
         tags={**spec.tags, _TOPICS_TAG: ", ".join(plan.event(name).topic for name in events)},
     )
+
+
+_FUNCTIONS: Final[dict[type[Aggregation], str]] = {
+    kinds.Count: "count",
+    kinds.Sum: "sum",
+    kinds.Mean: "mean",
+    kinds.Min: "min",
+    kinds.Max: "max",
+    kinds.Std: "std",
+    kinds.Distinct: "count_distinct",
+}
+
+
+def _aggregations(view: ViewSpec) -> Iterator[FeastAggregation]:
+    """The windows of a view that Feast has words for: for who looks, as nobody there computes them."""
+    for spec in view.features:
+        if not isinstance(spec, Aggregation) or spec.by or spec.where is not None:
+            continue
+        if (function := _FUNCTIONS.get(type(spec))) is None:
+            continue
+        for window in (each for each in spec.windows if not each.unbounded):
+            yield FeastAggregation(
+                column=spec.field or "event_id",
+                function=function,
+                time_window=timedelta(milliseconds=window.width_ms),
+                slide_interval=timedelta(milliseconds=hop_ms(window.width_ms)),
+                name=f"{spec.name}_{window.name}",
+            )
 
 
 class CrossFeatureView(OnDemandFeatureView):
