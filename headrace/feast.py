@@ -1,5 +1,6 @@
-"""For users of the Feast SDK: `with as_of(now_ms): store.get_online_features(…)`."""
+"""For who uses Headrace by Feast's SDK, or declares views in Feast's words."""
 
-from registry.online import as_of
+from registry.compile import projection as projection
+from registry.online import as_of as as_of
 
-__all__ = ["as_of"]
+__all__ = ["as_of", "projection"]

@@ -14,6 +14,7 @@ import feast
 from feast import types as feast_types
 from feast.aggregation import Aggregation as FeastAggregation
 from feast.data_format import DeltaFormat, JsonFormat
+from feast.feature_view_projection import FeatureViewProjection
 from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.project import Project
 from feast.transformation.pandas_transformation import PandasTransformation
@@ -22,6 +23,7 @@ from feast.value_type import ValueType
 from config.settings import Settings
 from features import aggregations as kinds
 from features.aggregations.base import Aggregation
+from features.language import VIEWS
 from features.plan import EntitySpec, EventSpec, Feature, Plan, ViewSpec, arguments, features_of
 from features.times import duration_ms, hop_ms
 from features.values import Type
@@ -245,6 +247,29 @@ def _cross_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], views: dic
     )
     view.docs = {feature.name: feature.doc for feature in made}
     return view
+
+
+def projection(view: type, *names: str) -> FeatureViewProjection:
+    """Features of a view of ours (all of them unless named) as a source of an on-demand view in Feast's words.
+
+    Raises:
+        ValueError: if the class is no view, or has no feature of a name.
+    """
+    if view not in VIEWS:
+        msg = f"{view!r} is no view: give a class that @view made"
+        raise ValueError(msg)
+    spec = VIEWS[view].spec
+    known = {feature.name: feature for feature in features_of(spec)}
+    if unknown := [name for name in names if name not in known]:
+        msg = f"{spec.name} has no feature {unknown[0]!r}; it has: {', '.join(known)}"
+        raise ValueError(msg)
+    return FeatureViewProjection(
+        name=spec.name,
+        name_alias=None,
+        desired_features=[],
+        features=[_field(known[name]) for name in names or known],
+        join_key_map={},
+    )
 
 
 def _service(plan: Plan, name: str, views: dict[str, Any]) -> feast.FeatureService:

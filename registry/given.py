@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from feast import Entity, FeatureView
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Map, RepeatedValue, Value
+from feast.type_map import python_values_to_proto_values
 from google.protobuf.message import Message  # type: ignore[import-untyped]  # it brings no types
 
 from features.given import NESTED, Fields
@@ -71,6 +72,19 @@ def packed(view: FeatureView, rows: Sequence[Row], now_s: float) -> Iterator[tup
         # Whoever reads shall see for as long again that it is too old.
         expire_ms = (max(event_us + ttl_us, int(now_s * 1e6)) + ttl_us) // 1000 if ttl_us else 0
         yield one, given.pack(plain, event_us, created_us), expire_ms
+
+
+def pack_columns(view: FeatureView, columns: Mapping[str, list[Any]]) -> Iterator[bytes]:
+    """Rows of values as pandas has them: all features of a view, a column each."""
+    given = fields_of(view)
+    raw = []
+    for field in view.features:
+        exact = given.kinds[field.name] == "any"
+        values = python_values_to_proto_values(columns[field.name], field.dtype.to_value_type())
+        raw.append([to_raw(value, exact=exact) for value in values])
+    names = [field.name for field in view.features]
+    for row in zip(*raw, strict=True):
+        yield given.pack(dict(zip(names, row, strict=True)), 0, 0)
 
 
 def to_raw(value: Value, *, exact: bool) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from copy import copy
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Final, Literal
 
 import click
 import pandas as pd
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 from feast import FeatureView, FileSource, RepoConfig
 from feast.data_format import DeltaFormat
 from feast.data_source import DataSource
+from feast.infra.offline_stores.dask import DaskOfflineStore, DaskOfflineStoreConfig
 from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalJob, RetrievalMetadata
 from feast.infra.offline_stores.offline_utils import infer_event_timestamp_from_entity_df
@@ -21,14 +24,17 @@ from feast.infra.registry.base_registry import BaseRegistry
 from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import FeastConfigBaseModel
 from feast.saved_dataset import SavedDatasetStorage
-from pyarrow import dataset
 
 from config.settings import Settings
-from features.plan import Plan
-from registry.plans import full_names_of, ordered_as_a_service, plan_of
+from features.plan import Given, Plan
+from features.program import GivenView, Program
+from registry.compile import is_streamed
+from registry.given import pack_columns, plan_with
+from registry.plans import full_names_of, ordered_as_a_service
 from training.progress import shown
 from training.run import Limits, TableLabels, interactions, schema_of, training_set
 
+_TIME: Final = "event_timestamp"
 _NOTHING_TO_MATERIALIZE: Final = (
     "there is nothing to materialize: Headrace's rows are written by its stream (`headrace stream`), "
     "and old events are sent through it by `headrace replay FILE`"
@@ -55,7 +61,7 @@ class HeadraceOfflineStore(OfflineStore):
     @staticmethod
     def get_historical_features(  # noqa: PLR0913, PLR0917  # Feast's signature
         config: RepoConfig,
-        feature_views: list[FeatureView],  # noqa: ARG004  # Feast's signature; the plan knows the views
+        feature_views: list[FeatureView],
         feature_refs: list[str],
         entity_df: pd.DataFrame | str | None,
         registry: BaseRegistry,
@@ -64,14 +70,30 @@ class HeadraceOfflineStore(OfflineStore):
         start_date: datetime | None = None,
         end_date: datetime | None = None,
         **_: Any,
-    ) -> TrainingJob:
+    ) -> RetrievalJob:
         """See `feast.FeatureStore.get_historical_features`; columns such as `item__price` override: see README.
 
         Without `entity_df` there is a row for every event of the time from `start_date` to `end_date` that names all
         entities that the features are about.
         """
-        plan = plan_of(registry, project)
-        names = ordered_as_a_service(plan, full_names_of(plan, feature_refs))
+        plan = plan_with(registry, project)
+        computed = [
+            each
+            for each in OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
+            if each.name not in {view.name for view in plan.views}
+        ]
+        names = _with_sources(plan, feature_refs, computed)
+        if all(isinstance(plan.features[name].spec, Given) for name in names):
+            of_files = (
+                _of_files(config),
+                feature_views,
+                feature_refs,
+                entity_df,
+                registry,
+                project,
+                full_feature_names,
+            )
+            return DaskOfflineStore.get_historical_features(*of_files, start_date=start_date, end_date=end_date)
         if isinstance(entity_df, str):
             msg = (
                 "entity_df is SQL, which Headrace has nothing to ask: give a DataFrame with a row for each label, of "
@@ -83,53 +105,73 @@ class HeadraceOfflineStore(OfflineStore):
             limits = Limits(start_ms=_ms(start_date), end_ms=_ms(end_date))
             settings = Settings(repo=Path(str(config.repo_path)))
             labels = interactions(settings, plan, names, limits, with_tail=config.offline_store.tail).to_pandas()
-        return _historical(config, plan, names, labels, full=full_feature_names)
+        join = Join(config, registry, project, [each for each in feature_views if not is_streamed(each)])
+        return _historical(config, plan, names, labels, join, computed, full=full_feature_names)
 
     @staticmethod
-    def pull_latest_from_table_or_query(*_: Any, **__: Any) -> NoReturn:
-        """Refused: Feast materializes through this."""
-        raise NotOfferedError(_NOTHING_TO_MATERIALIZE)
+    def pull_latest_from_table_or_query(
+        config: RepoConfig, data_source: DataSource, *given: Any, **more: Any
+    ) -> RetrievalJob:
+        """The newest rows of a file, by which Feast materializes an ordinary view."""
+        _must_be_a_file(data_source)
+        return DaskOfflineStore.pull_latest_from_table_or_query(_of_files(config), data_source, *given, **more)
 
     @staticmethod
     def pull_all_from_table_or_query(
-        config: RepoConfig,
-        data_source: DataSource,
-        join_key_columns: list[str],
-        feature_name_columns: list[str],
-        timestamp_field: str,
-        created_timestamp_column: str | None = None,  # noqa: ARG004  # Feast's signature
-        start_date: datetime | None = None,
-        end_date: datetime | None = None,
-    ) -> TrainingJob:
-        """Reads a file, such as one that a training set was persisted to."""
-        if isinstance(data_source, FileSource) and isinstance(data_source.file_format, DeltaFormat):
-            raise NotOfferedError(_NOTHING_TO_MATERIALIZE)  # An archive of events.
-        if not isinstance(data_source, FileSource):
-            msg = f"{type(data_source).__name__}: Headrace's offline store reads files (feast.FileSource)"
-            raise NotOfferedError(msg)
-        path, time = _path(config, data_source.path), dataset.field(timestamp_field)
-        columns = [*dict.fromkeys([*join_key_columns, *feature_name_columns, timestamp_field])]
+        config: RepoConfig, data_source: DataSource, *given: Any, **more: Any
+    ) -> RetrievalJob:
+        """All rows of a file, such as one that a training set was persisted to."""
+        _must_be_a_file(data_source)
+        return DaskOfflineStore.pull_all_from_table_or_query(_of_files(config), data_source, *given, **more)
 
-        def read() -> pa.Table:
-            every = dataset.dataset(path)
-            kind = every.schema.field(timestamp_field).type
-            within = time.is_valid()
-            if start_date is not None:
-                within &= time >= pa.scalar(start_date).cast(kind)
-            if end_date is not None:
-                within &= time <= pa.scalar(end_date).cast(kind)
-            return every.to_table(columns, filter=within)
+    @staticmethod
+    def offline_write_batch(config: RepoConfig, *given: Any, **more: Any) -> None:
+        """Adds rows to the file of an ordinary view: `store.push(…, to=PushMode.ONLINE_AND_OFFLINE)`."""
+        DaskOfflineStore.offline_write_batch(_of_files(config), *given, **more)
 
-        return TrainingJob(read, RetrievalMetadata(feature_name_columns, join_key_columns), config, full=True)
+
+def _must_be_a_file(source: DataSource) -> None:
+    if isinstance(source, FileSource) and isinstance(source.file_format, DeltaFormat):
+        raise NotOfferedError(_NOTHING_TO_MATERIALIZE)  # An archive of events.
+    if not isinstance(source, FileSource):
+        msg = f"{type(source).__name__}: Headrace's offline store reads files (feast.FileSource)"
+        raise NotOfferedError(msg)
+
+
+def _of_files(config: RepoConfig) -> RepoConfig:
+    """The project as it would be with Feast's own store of files, which reads and joins ordinary views."""
+    other: Any = copy(config)
+    other._offline_store = DaskOfflineStoreConfig()
+    return other  # type: ignore[no-any-return]  # a copy of one
+
+
+def _with_sources(plan: Plan, references: list[str], computed: Sequence[OnDemandFeatureView]) -> list[str]:
+    """Full names of all that is asked for, and that on-demand views of users take from."""
+    theirs = {each.name for each in computed}
+    mine = [each for each in references if each.partition(":")[0] not in theirs]
+    taken = [
+        f"{projection.name}:{field.name}"
+        for view in computed
+        for projection in view.source_feature_view_projections.values()
+        for field in projection.features
+    ]
+    names = ordered_as_a_service(plan, full_names_of(plan, mine))
+    return list(dict.fromkeys([*names, *full_names_of(plan, taken)]))
 
 
 class TrainingJob(RetrievalJob):
     """A table that is made when it is asked for."""
 
     def __init__(
-        self, make: Callable[[], pa.Table], metadata: RetrievalMetadata, config: RepoConfig, *, full: bool
+        self,
+        make: Callable[[], pa.Table],
+        metadata: RetrievalMetadata,
+        config: RepoConfig,
+        computed: list[OnDemandFeatureView],
+        *,
+        full: bool,
     ) -> None:
-        self._make, self._metadata, self._config, self._full = make, metadata, config, full
+        self._make, self._metadata, self._config, self._computed, self._full = make, metadata, config, computed, full
 
     @property
     def full_feature_names(self) -> bool:
@@ -138,8 +180,8 @@ class TrainingJob(RetrievalJob):
 
     @property
     def on_demand_feature_views(self) -> list[OnDemandFeatureView]:
-        """None: cross features are computed with the others."""
-        return []
+        """Those of users, which Feast computes: cross features are computed with the others."""
+        return self._computed
 
     @property
     def metadata(self) -> RetrievalMetadata:
@@ -174,29 +216,85 @@ class TrainingJob(RetrievalJob):
 
 
 def _historical(
-    config: RepoConfig, plan: Plan, full_names: list[str], entity_df: pd.DataFrame, *, full: bool
+    config: RepoConfig,
+    plan: Plan,
+    full_names: list[str],
+    entity_df: pd.DataFrame,
+    join: Join,
+    computed: list[OnDemandFeatureView],
+    *,
+    full: bool,
 ) -> TrainingJob:
     time_column = infer_event_timestamp_from_entity_df(dict(entity_df.dtypes))
     labels = pa.Table.from_pandas(entity_df, preserve_index=False).replace_schema_metadata()
-
     names = full_names if full else [plan.features[name].name for name in full_names]
     if taken := sorted(set(names) & set(labels.column_names)):
         msg = f"{', '.join(taken)}: a feature and a column of entity_df share the name: pass full_feature_names=True"
         raise ValueError(msg)
+    ours = [name for name in full_names if not isinstance(plan.features[name].spec, Given)]
 
     def make() -> pa.Table:
         settings = Settings(repo=Path(str(config.repo_path)))
-        schema = schema_of(plan, full_names, labels.schema)
+        program = Program(plan, ours)
+        rows, columns = join.of(plan, entity_df, time_column, set(full_names) - set(ours), program.given)
+        given = labels
+        for name, column in rows.items():
+            given = given.append_column(name, column)
         options: Any = {"time_column": time_column, "with_tail": config.offline_store.tail}
         with shown() as on_progress:
-            given = (settings, plan, full_names, TableLabels(labels))
-            table = pa.Table.from_batches(training_set(*given, **options, on_progress=on_progress), schema)
-        return table.rename_columns([*labels.column_names, *names])
+            every = training_set(settings, plan, ours, TableLabels(given), **options, on_progress=on_progress)
+            table = pa.Table.from_batches(every, schema_of(plan, ours, labels.schema))
+        for name, column in columns.items():
+            table = table.append_column(name, column)
+        return table.select([*labels.column_names, *full_names]).rename_columns([*labels.column_names, *names])
 
     keys = [name for name in labels.column_names if name != time_column]
     features = [name.replace("__", ":", 1) for name in full_names]
     times = entity_df[time_column]
-    return TrainingJob(make, RetrievalMetadata(features, keys, times.min(), times.max()), config, full=full)
+    return TrainingJob(make, RetrievalMetadata(features, keys, times.min(), times.max()), config, computed, full=full)
+
+
+@dataclass(frozen=True)
+class Join:
+    """Feast's point-in-time join of ordinary views."""
+
+    config: RepoConfig
+    registry: BaseRegistry
+    project: str
+    views: list[FeatureView]
+
+    def of(
+        self,
+        plan: Plan,
+        labels: pd.DataFrame,
+        time_column: str,
+        full_names: Collection[str],
+        needed: Collection[GivenView],
+    ) -> tuple[dict[str, pa.Array], dict[str, pa.Array]]:
+        """By name, rows of views that others need, as `training.point_in_time` takes them, and columns of features."""
+        rows: dict[str, pa.Array] = {}
+        columns: dict[str, pa.Array] = {}
+        packed = {view.view: view for view in needed}
+        for name in dict.fromkeys([*packed, *(plan.features[each].view for each in full_names)]):
+            view = self.registry.get_feature_view(name, self.project)
+            joined = self._joined(view, labels, time_column)
+            if name in packed:
+                columns_of = {field.name: joined[field.name].tolist() for field in view.features}
+                rows[packed[name].name] = pa.array(list(pack_columns(view, columns_of)), pa.binary())
+            own = (plan.features[each] for each in full_names if plan.features[each].view == name)
+            columns |= {each.full_name: pa.Array.from_pandas(joined[each.name]) for each in own}
+        return rows, columns
+
+    def _joined(self, view: FeatureView, labels: pd.DataFrame, time_column: str) -> pd.DataFrame:
+        """All features of a view, a row for each label."""
+        keys = [*view.join_keys, time_column]
+        asked = labels[keys].rename(columns={time_column: _TIME})
+        asked[_TIME] = pd.to_datetime(asked[_TIME], utc=True)
+        # Feast gives an entity at a time once, and sorts by time.
+        references = [f"{view.name}:{field.name}" for field in view.features]
+        given = (_of_files(self.config), [view], references, asked.drop_duplicates(), self.registry, self.project)
+        found = DaskOfflineStore.get_historical_features(*given).to_df()
+        return asked.merge(found, how="left", on=[*view.join_keys, _TIME])
 
 
 def _ms(date: datetime | None) -> int | None:

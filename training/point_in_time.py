@@ -23,11 +23,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from features.events import NEWEST_MS
+from features.given import GivenRows
 from features.history import Arrived, rows_at
 from features.layout import Bundle
 from features.plan import Plan
 from features.program import Asked, Program
-from features.rows import Events
+from features.rows import Events, Rows
+from features.totals import Totals
 from features.values import to_arrow
 from store.codec import decode, encode
 from store.forgotten import Forgotten
@@ -243,9 +245,17 @@ def evaluate(job: Job, labels: pa.RecordBatch, chunk: int) -> pa.RecordBatch:
     """A chunk of labels with every feature added."""
     job.spill.must_be_seen()
     asked = questions(job, labels)
-    states = {
+    states: dict[str, Rows | Totals | GivenRows] = {
         bundle.name: decode(bundle, _blobs(job, bundle, asked[bundle.entity], chunk)) for bundle in job.bundles.values()
     }
+    for view in job.program.given:
+        rows = labels[view.name]
+        if len(view.target) == 1:  # A question's is that of any label that asks it.
+            of = np.zeros(len(asked[view.target[0]].times_ms), np.intp)
+            of[asked[view.target[0]].rows] = np.arange(len(labels))
+            rows = rows.take(pa.array(of))
+        states[view.name] = GivenRows(view.fields, rows.to_pylist())
+    labels = labels.drop_columns([view.name for view in job.program.given])
     overrides = {
         entity: {field: _override(job, entity, field, labels[column]) for field, column in found.items()}
         for entity in asked
@@ -274,6 +284,7 @@ def check(job: Job, schema: pa.Schema) -> None:
     for column, what in [
         (job.time_column, "the time of each label"),
         *((job.key(entity), f"the key of {entity}") for entity in job.program.entities),
+        *((view.name, f"rows of {view.view}: let Feast join them") for view in job.program.given),
     ]:
         if column not in schema.names:
             msg = f"labels have no column {column!r}, {what}; they have: {', '.join(schema.names) or 'none'}"
