@@ -279,7 +279,9 @@ class Join:
             view = self.registry.get_feature_view(name, self.project)
             joined = self._joined(view, labels, time_column)
             if name in packed:
-                columns_of = {field.name: joined[field.name].tolist() for field in view.features}
+                objects: Any = joined.astype(object)
+                objects = objects.where(joined.notna(), None)
+                columns_of = {field.name: objects[field.name].tolist() for field in view.features}
                 rows[packed[name].name] = pa.array(list(pack_columns(view, columns_of)), pa.binary())
             own = (plan.features[each] for each in full_names if plan.features[each].view == name)
             columns |= {each.full_name: pa.Array.from_pandas(joined[each.name]) for each in own}

@@ -14,6 +14,7 @@ from feast.online_response import TIMESTAMP_POSTFIX, OnlineResponse
 from feast.protos.feast.serving.ServingService_pb2 import FieldStatus, GetOnlineFeaturesResponse
 from feast.protos.feast.types.Value_pb2 import StringList, Value
 from feast.type_map import feast_value_type_to_python_type
+from google.protobuf.timestamp_pb2 import Timestamp  # type: ignore[import-untyped]  # it brings no types
 
 from registry.given import maker_of
 from store.reader import Response
@@ -134,7 +135,8 @@ class LazyResponse(OnlineResponse):
         for name, values in self._columns.items():
             answer.metadata.feature_names.val.append(name)
             protos = [Value(string_val=str(value)) if value is not None else Value() for value in values]
-            answer.results.add(values=protos, statuses=[FieldStatus.PRESENT] * len(protos))
+            times = [Timestamp()] * len(protos)
+            answer.results.add(values=protos, statuses=[FieldStatus.PRESENT] * len(protos), event_timestamps=times)
         for each in self._features:
             answer.metadata.feature_names.val.append(each.name)
             answer.results.append(each.vector())

@@ -10,6 +10,7 @@ from feast.types import (
     Bool,
     Bytes,
     Decimal,
+    FeastType,
     Float32,
     Float64,
     Int32,
@@ -27,8 +28,12 @@ from tests.support.market import UserActs
 
 def file(name: str, path: str) -> FileSource:
     """A Parquet file in the project's folder."""
-    times = {"timestamp_field": "event_timestamp", "created_timestamp_column": "created"}
-    return FileSource(name=name, path=f"data/{path}.parquet", **times)
+    return FileSource(
+        name=name,
+        path=f"data/{path}.parquet",
+        timestamp_field="event_timestamp",
+        created_timestamp_column="created",
+    )
 
 
 user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.STRING)
@@ -73,7 +78,7 @@ today = FeatureView(
     schema=[Field(name="rate", dtype=Float64)],
     source=PushSource(name="days", batch_source=file("all_days", "days")),
 )
-TYPES = {
+TYPES: dict[str, FeastType] = {
     "int32": Int32,
     "int64": Int64,
     "float32": Float32,
