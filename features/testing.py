@@ -29,6 +29,7 @@ import pyarrow as pa
 from features.aggregations.base import Aggregation
 from features.compile import compile_plan
 from features.events import Event
+from features.given import GivenRows
 from features.history import rows_at
 from features.kernel import Events
 from features.language import VIEWS, Service
@@ -124,10 +125,11 @@ class Scenario:
         Args:
             when: the time.
             ids: of each entity, by its key (`user_id="u1"`); `item__price=9.0` stands in for the price that the item
-                is known by.
+                is known by; and values of ordinary views, by their full names (`item_profile__price=9.0`).
 
         Raises:
             TypeError: if a key is of no entity here.
+            ValueError: if a value is not of the type that who takes it wants.
         """
         return Moment(self, milliseconds(when), ids)
 
@@ -141,10 +143,15 @@ class Moment(Mapping[str, Any]):
         keys = {entity.key: entity.name for entity in plan.entities}
         self._ids = {keys[name]: value for name, value in ids.items() if name in keys}
         self._overrides: dict[str, dict[str, Any]] = {}
+        given = {name for name, each in plan.features.items() if isinstance(each.spec, Given)}
+        self._given = {name: value for name, value in ids.items() if name in given}
         for name, value in ids.items():
+            if name in given:
+                continue
             entity, _, field = name.partition("__")
             if name not in keys and (not field or entity not in self._ids):
-                msg = f"{name} is no entity's key; there are: {', '.join(keys)}"
+                known = [*keys, *sorted(given)]
+                msg = f"{name} is no entity's key; there are: {', '.join(known)}"
                 raise TypeError(msg)
             if name not in keys:
                 self._overrides.setdefault(entity, {})[field] = [value]
@@ -233,12 +240,15 @@ class Moment(Mapping[str, Any]):
         alone = {family.name for view in plan.views for family in families_of(plan, view)}
         program = Program(plan, [each.full_name for each in self._features], alone)
         times_ms = np.array([self._now_ms])
-        states = {}
+        states: dict[str, Any] = {}
         for bundle in program.bundles:
             (family,) = bundle.families
             happened = _columns(plan, self._scenario.events, family.key, self._ids[family.entity])
             ((_, states[bundle.name]),) = rows_at(family, happened, np.zeros(1, np.intp), times_ms)
-        ids = {entity: [str(self._ids[entity])] for entity in program.entities}
+        for view in program.given:
+            values = {each.name: self._given.get(name) for name, each in view.features.items()}
+            states[view.name] = GivenRows(view.fields, [view.fields.pack(values, 0, 0)])
+        ids = {entity: [str(self._ids.get(entity, ""))] for entity in program.entities}
         pairs = {entity: np.zeros(1, np.intp) for entity in program.entities}
         return program.evaluate(states, Asked(ids, pairs, self._overrides), dict.fromkeys(ids, times_ms))
 

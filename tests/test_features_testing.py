@@ -9,9 +9,23 @@ from datetime import UTC, datetime
 import pytest
 
 from features.catalog import Click, Like, UserActivity, UserItem, feed_v1, ranking_v1
+from features.catalog.entities import item, user
+from headrace import DeclarationError, cross, derived, given
 from headrace.testing import Scenario, events, milliseconds
+from headrace.types import Array
 
 clicks = events(Click, user_id="u1", item_id="i1", category="shoes", price=9.5)
+
+
+@cross(user, item)
+class Suits:
+    """Whether an item suits a user, by what others say of it."""
+
+    fans = given("piece_profile:fans").contains(user)
+
+    @derived(UserActivity.clicks["1h"], given("piece_profile:price"))
+    def spent(clicks: Array, price: Array) -> Array:
+        return clicks * price
 
 
 def test_what_is_not_as_expected_is_said_with_the_events_and_the_window() -> None:
@@ -74,3 +88,18 @@ def test_nobody_who_does_not_test_pays_for_it() -> None:
     code = "import sys, headrace, headrace.cli, features.catalog; print([m for m in sys.modules if 'testing' in m])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert not [name for name in eval(done.stdout) if name.startswith(("features", "headrace"))]  # noqa: S307  # ours
+
+
+def test_features_of_ordinary_views_are_given_by_name() -> None:
+    """Nobody materializes anything for a test; without a value they are null."""
+    shop = Scenario(Suits, clicks("11:58", times=3))
+    profile = {"piece_profile__price": 2.5, "piece_profile__fans": ["u1"]}
+    shop.at("12:00", user_id="u1", item_id="i1", **profile).has(spent=7.5, fans=True)
+    moment = shop.at("12:00", user_id="u1", item_id="i1")
+    assert (moment["spent"], moment["fans"]) == (None, False)
+    with pytest.raises(TypeError, match="piece_profile__price"):
+        shop.at("12:00", user_id="u1", piece_profile__cost=1)
+    with pytest.raises(ValueError, match="price: 'dear' is no float"):
+        shop.at("12:00", user_id="u1", item_id="i1", piece_profile__price="dear")["spent"]
+    with pytest.raises(DeclarationError, match="given"):
+        given("Not a name:price")
