@@ -7,6 +7,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import walk_packages
+from types import ModuleType
 from typing import Final
 
 from features.compile import compile_plan
@@ -20,8 +21,12 @@ class DefinitionsError(ValueError):
 
 
 def feast_modules(definitions: str) -> list[str]:
-    """The modules of the package `definitions` that import Feast: none that a stream or a server imports does."""
-    paths = getattr(importlib.import_module(definitions), "__path__", ())
+    """The modules of the package `definitions` that import Feast: none that a stream or a server imports does.
+
+    Raises:
+        DefinitionsError: if the package can't be imported.
+    """
+    paths = getattr(_imported(definitions), "__path__", ())
     names = (definitions, *(each.name for each in walk_packages(paths, f"{definitions}.")))
     origins = ((name, spec.origin or "") for name in names if (spec := find_spec(name)))
     return [name for name, path in origins if path.endswith(".py") and _IMPORTS_FEAST.search(Path(path).read_text())]
@@ -34,8 +39,17 @@ def compile_definitions(definitions: str, project: str, shards: int, ordinary: P
         DefinitionsError: if it can't be imported or declares no service.
         DeclarationError: if a declaration is wrong.
     """
+    module = _imported(definitions)
+    plan = compile_plan([vars(module)], project, shards, ordinary)
+    if not plan.services:
+        msg = f"{definitions} declares no service: add one, such as ranking_v1 = service('ranking_v1', UserActivity)"
+        raise DefinitionsError(msg)
+    return plan
+
+
+def _imported(definitions: str) -> ModuleType:
     try:
-        module = importlib.import_module(definitions)
+        return importlib.import_module(definitions)
     except ModuleNotFoundError as error:
         if error.name is None or not definitions.startswith(error.name):
             raise
@@ -44,8 +58,3 @@ def compile_definitions(definitions: str, project: str, shards: int, ordinary: P
             "install the package, or add its folder to PYTHONPATH"
         )
         raise DefinitionsError(msg) from error
-    plan = compile_plan([vars(module)], project, shards, ordinary)
-    if not plan.services:
-        msg = f"{definitions} declares no service: add one, such as ranking_v1 = service('ranking_v1', UserActivity)"
-        raise DefinitionsError(msg)
-    return plan
