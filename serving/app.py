@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 from config.settings import Settings
 from features.events import TEXT_LENGTH_MAX
 from features.kernel import SLACK_MS
-from features.plan import Plan
+from features.plan import NOBODY, Plan
 from features.program import Frame, Program
 from serving import contract, wire
 from serving.front import Bytes, DirectRoute, Server
@@ -274,7 +274,7 @@ class _Routes:
     def _ranking_of(self, service: str) -> tuple[Program, bytes]:
         """A service that is about users and items, and the names of a matrix's columns."""
         program = self._lookup.service(service)
-        if "item" not in program.entities or not set(program.entities) <= {"user", "item"}:
+        if "item" not in program.entities or not set(program.entities) <= {"user", "item", NOBODY.name}:
             about = " and ".join(program.entities)
             raise invalid(
                 "service", f"{service} is about {about}: read it at /v1/entities/{program.entities[0]}/{{id}}"

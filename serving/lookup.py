@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from config.address import Address
 from features.given import GivenRows
 from features.layout import Family, families_of
-from features.plan import Feature, Plan
+from features.plan import NOBODY, Feature, Plan
 from features.program import Asked, Frame, Program, States
 from features.rows import Rows
 from features.values import to_arrow
@@ -36,6 +36,7 @@ _ROWS_TOGETHER_MAX: Final = 1000
 _ROWS_READ_TOGETHER_MAX: Final = 100
 """The same where there is no mirror: Redis works on the rows of one question while another's are evaluated."""
 _UNREADABLE: Final = (RedisError, OSError, ForeignValueError)
+_NOBODY: Final = (NOBODY.name,)
 Status = Literal["PRESENT", "NOT_FOUND", "UNAVAILABLE"]
 
 
@@ -80,15 +81,17 @@ class Answer:
         return rows[self.rows[entity].start] if rows else {}
 
     def column(self, feature: Feature) -> list[Any]:
-        """One feature's values, as JSON has them."""
-        return self._json(feature)[self._own(feature)]
+        """One feature's values, as JSON has them; of what is about nobody one for each pair."""
+        values = self._json(feature)[self._own(feature)]
+        return values * self._n_pairs if feature.entities == _NOBODY else values
 
     def arrow(self, feature: Feature) -> pa.Array:
-        """One feature's values."""
+        """One feature's values; of what is about nobody one for each pair."""
         key = ("arrow", feature.full_name)
         if key not in self.made:
             self.made[key] = to_arrow(self.frame.values[feature.full_name], feature.value_type)
-        return self.made[key][self._own(feature)]
+        values = self.made[key][self._own(feature)]
+        return values.take(pa.array(np.zeros(self._n_pairs, np.intp))) if feature.entities == _NOBODY else values
 
     def matrix(self) -> NDArray[np.float32]:
         """float32[pairs, features]: see `features.program.Frame.matrix`."""
@@ -115,6 +118,10 @@ class Answer:
     def last_event_ms(self, entity: str) -> list[int | None]:
         """When each row's last event was."""
         return [ms if ms >= 0 else None for ms in self.frame.last_event_ms[entity][self.rows[entity]].tolist()]
+
+    @property
+    def _n_pairs(self) -> int:
+        return int(self.pairs.stop - self.pairs.start)
 
     def _json(self, feature: Feature) -> list[Any]:
         key = ("json", feature.entities)
@@ -263,6 +270,7 @@ class Lookup:
         Raises:
             Problem: 503 when Redis is away, slow or holds what is no row, unless defaults were asked for.
         """
+        ids, pairs = _with_nobody(program, ids, pairs)
         asked = Asked(ids, pairs, overrides or {})
         if explain:
             program = self.program(tuple(feature.full_name for feature in program.features), explain=True)
@@ -284,6 +292,7 @@ class Lookup:
 
         What a request costs is mostly by the call and hardly by the row.
         """
+        ids, pairs = _with_nobody(program, ids, pairs)
         loop = asyncio.get_running_loop()
         n_rows = sum(map(len, ids.values()))
         kind = (program, tuple(ids))
@@ -387,6 +396,16 @@ class Lookup:
             states: dict[str, Any] = known.rows(blobs)
             missed: dict[str, Any] = remembered.rows(blobs[len(known.keys) :])
             return states | {name: readings[name].totals(state) for name, state in missed.items()}
+
+
+def _with_nobody(
+    program: Program, ids: Mapping[str, Sequence[str]], pairs: Mapping[str, Any]
+) -> tuple[Mapping[str, Sequence[str]], Mapping[str, Any]]:
+    """What is asked, and of whom ordinary views without an entity are, if there are such."""
+    if NOBODY.name not in program.entities:
+        return ids, pairs
+    n_pairs = len(next(iter(pairs.values()), ()))
+    return {**ids, NOBODY.name: [""]}, {**pairs, NOBODY.name: np.zeros(n_pairs, np.intp)}
 
 
 def _nothing(program: Program, asked: Asked) -> States:

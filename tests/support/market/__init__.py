@@ -41,4 +41,6 @@ class Fit:
         return price / mean
 
 
-ranking_v1 = service("ranking_v1", UserActs, ItemActs, Fit, given("item_profile"), given("user_profile:age"))
+ranking_v1 = service(
+    "ranking_v1", UserActs, ItemActs, Fit, given("item_profile"), given("user_profile:age"), given("today")
+)
