@@ -14,7 +14,7 @@ from benchmarks.feast_peer import FeastPeer, feast_columns, post
 from benchmarks.load import http_request
 from benchmarks.population import Asked
 from features.aggregations import Last, LastK
-from features.plan import Plan
+from features.plan import Given, Plan
 
 SERVICE: Final = "ranking_v1"
 NPY: Final = "application/x-npy"
@@ -33,14 +33,14 @@ _SHOWN: Final = (
 _DEMANDED: Final = ("users", "items", *_SHOWN[:-1])
 
 
-def body(asked: Asked) -> dict[str, Any]:
+def body(asked: Asked, service: str = SERVICE) -> dict[str, Any]:
     """The body of `POST /v1/features`."""
-    return {"service": SERVICE, "user_id": asked.user_id, "item_ids": asked.item_ids}
+    return {"service": service, "user_id": asked.user_id, "item_ids": asked.item_ids}
 
 
-def http(asked: Iterable[Asked], accept: str) -> list[bytes]:
+def http(asked: Iterable[Asked], accept: str, service: str = SERVICE) -> list[bytes]:
     """The requests as they go over the wire."""
-    return [http_request("POST", "/v1/features", orjson.dumps(body(each)), accept) for each in asked]
+    return [http_request("POST", "/v1/features", orjson.dumps(body(each, service)), accept) for each in asked]
 
 
 def columns_of(answer: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -88,12 +88,12 @@ def check_equal(ours: str, theirs: str, peer: FeastPeer, written: Mapping[str, A
     Raises:
         RuntimeError: naming the first feature, item and values that differ.
     """
-    matrix_names = _get_json(f"{ours}/v1/services/{SERVICE}")["matrix"]
+    matrix_names = _get_json(f"{ours}/v1/services/{peer.service}")["matrix"]
     for each in asked:
         answered = feast_columns(post(f"{theirs}/get-online-features", peer.request(each)))
         check_written(peer, written, answered)
-        check_same(peer.plan, columns_of(post(f"{ours}/v1/features", body(each))), answered)
-        matrix = np.load(io.BytesIO(_post_npy(ours, each)))
+        check_same(peer.plan, columns_of(post(f"{ours}/v1/features", body(each, peer.service))), answered)
+        matrix = np.load(io.BytesIO(_post_npy(ours, each, peer.service)))
         if matrix.shape != (len(each.item_ids), len(matrix_names)):
             msg = f"the matrix has shape {matrix.shape}, where {len(each.item_ids)} x {len(matrix_names)} was expected"
             raise RuntimeError(msg)
@@ -125,9 +125,12 @@ def check_same(plan: Plan, ours: Mapping[str, list[Any]], theirs: Mapping[str, l
 
 
 def steady(plan: Plan) -> set[str]:
-    """Full names of the features whose value no passing of time changes, only events: `last` and `last_k`."""
-    features = (plan.features[name] for name in plan.service(SERVICE).features)
-    return {each.full_name for each in features if isinstance(each.spec, Last | LastK) and not each.spec.over}
+    """Full names of the features whose value no passing of time changes: `last` and `last_k`, and given ones."""
+    return {
+        each.full_name
+        for each in plan.features.values()
+        if isinstance(each.spec, Given) or (isinstance(each.spec, Last | LastK) and not each.spec.over)
+    }
 
 
 def _check(name: str, left: Sequence[Any], right: Sequence[Any]) -> None:
@@ -161,9 +164,9 @@ def _get_json(url: str) -> Any:
         return orjson.loads(answer.read())
 
 
-def _post_npy(address: str, asked: Asked) -> bytes:
+def _post_npy(address: str, asked: Asked, service: str) -> bytes:
     request = urllib.request.Request(  # noqa: S310  # our own address, with http
-        f"{address}/v1/features", orjson.dumps(body(asked)), {"Content-Type": JSON, "Accept": NPY}
+        f"{address}/v1/features", orjson.dumps(body(asked, service)), {"Content-Type": JSON, "Accept": NPY}
     )
     with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310  # as above
         content: bytes = answer.read()
