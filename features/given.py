@@ -120,19 +120,9 @@ class Fields:
         return {each.name: at for at, each in enumerate(one for one in self.fields if is_one(one.kind))}
 
     @cached_property
-    def nulls_at(self) -> int:
-        """Where the bits of nulls are."""
-        return _HEADER.size + 8 * len(self.numbers)
-
-    @cached_property
-    def lengths_at(self) -> int:
-        """Where the lengths are."""
-        return self.nulls_at + (len(self.numbers) + 7) // 8
-
-    @cached_property
-    def fixed_bytes(self) -> int:
-        """Where what has lengths begins."""
-        return self.lengths_at + 4 * len(self.others)
+    def are_floats(self) -> NDArray[np.bool_]:
+        """bool[numbers]: which hold the bits of a float64."""
+        return np.array([self.kinds[name] == "float" for name in self.numbers], np.bool_)
 
     def pack(self, values: Mapping[str, Value], event_us: int, created_us: int) -> bytes:
         """A row. What is not among the values is null, and a value of no field is left out.
@@ -185,24 +175,37 @@ class GivenRows:
 
     def __init__(self, given: Fields, blobs: Sequence[bytes | None], find: Find = lambda _: None) -> None:
         self._given = given
-        if any(blob is not None and not blob.startswith(given.tag) for blob in blobs):
-            blobs = [blob if blob is None else _as_if(given, at, blob, find) for at, blob in enumerate(blobs)]
-        self.found = np.array([blob is not None for blob in blobs], np.bool_)
-        empty = given.pack({}, 0, 0)
-        rows = [empty if blob is None else blob for blob in blobs]
+        if b"" in blobs:
+            raise GivenRowError(blobs.index(b""), "it is empty")
+        rows = [blob or b"" for blob in blobs]
+        status, place = self._read(rows)
+        if status == _FOREIGN:
+            rows = [_as_if(given, at, row, find) for at, row in enumerate(rows)]
+            status, place = self._read(rows)
+        if status != _READ:
+            raise GivenRowError(place, "its length is not that of its values")
+
+    def _read(self, rows: list[bytes]) -> tuple[int, int]:
+        given, n = self._given, len(rows)
         self._data = np.frombuffer(b"".join(rows), np.uint8)
-        ends = np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)))
-        self._starts = np.concatenate([np.zeros(min(len(rows), 1), np.int64), ends[:-1]])
-        self.event_us = self._words(_TAG_BYTES, 8, 1)[0]
-        self.outside = np.zeros(len(rows), np.bool_)
-        self._hidden = ~self.found
-        lengths = self._words(given.lengths_at, 4, len(given.others))
-        self._null = lengths == _NULL
-        lengths[self._null] = 0
-        self._lengths = lengths
-        self._begins = self._starts + given.fixed_bytes + np.cumsum(lengths, axis=0) - lengths
-        if (broken := np.flatnonzero(self._starts + given.fixed_bytes + lengths.sum(axis=0) != ends)).size:
-            raise GivenRowError(int(broken[0]), "its length is not that of its values")
+        self.event_us, self.found, self.outside = np.zeros(n, np.int64), np.zeros(n, np.bool_), np.zeros(n, np.bool_)
+        self._words = np.zeros((len(given.numbers), n), np.int64)
+        self._numbers = np.full((len(given.numbers), n), np.nan)
+        self._lengths, self._begins = np.full((len(given.others), n), -1), np.zeros((len(given.others), n), np.int64)
+        status: tuple[int, int] = _read(
+            self._data,
+            np.fromiter(map(len, rows), np.int64, n),
+            np.frombuffer(given.tag, np.uint8),
+            given.are_floats,
+            self.found,
+            self.event_us,
+            self._words,
+            self._numbers,
+            self._numbers.view(np.int64),
+            self._lengths,
+            self._begins,
+        )
+        return status
 
     def limited(self, now_us: int | Ints, ttl_us: int) -> GivenRows:
         """The rows as of a time, or a time for each: of what is older than `ttl_us`, unless that is 0, no value."""
@@ -210,24 +213,21 @@ class GivenRows:
             return self
         found = copy(self)
         found.outside = self.found & (now_us - self.event_us > ttl_us)
-        found._hidden = ~self.found | found.outside
+        if found.outside.any():
+            found._numbers = np.where(found.outside, np.nan, self._numbers)
+            found._lengths = np.where(found.outside, -1, self._lengths)
         return found
 
     def number(self, name: str) -> Floats:
         """float64[rows], NaN for null; of whole numbers beyond 2^53 the nearest."""
-        words, null = self._number(name)
-        numbers = words.view(np.float64) if self._given.kinds[name] == "float" else words.astype(np.float64)
-        return np.where(null, np.nan, numbers)
+        numbers: Floats = self._numbers[self._given.numbers[name]]
+        return numbers
 
     def value(self, name: str) -> Values:
         """The values of a field that this view has or, an older row being read, has no more."""
         kind = self._given.kinds[name]
-        if kind == "int":
-            words, null = self._number(name)
-            if (np.abs(words) > _EXACT_MAX).any():
-                return Objects(
-                    [None if none else word for none, word in zip(null.tolist(), words.tolist(), strict=True)]
-                )
+        if kind == "int" and (np.abs(self.number(name)) > _EXACT_MAX).any():
+            return Objects(self.raw(name))
         if kind in ("int", "float", "bool"):
             return self.number(name)
         null, blobs = self._blobs(name)
@@ -246,9 +246,10 @@ class GivenRows:
         """As they were given, a list: for who makes Feast's own values of them."""
         kind = self._given.kinds[name]
         if kind in ("int", "float", "bool"):
-            words, null = self._number(name)
-            numbers: Any = words.view(np.float64) if kind == "float" else words
-            numbers = numbers.astype(np.bool_) if kind == "bool" else numbers
+            numbers: Any = self.number(name)
+            null = np.isnan(numbers)
+            if kind != "float":  # Floats that are not null are what they were.
+                numbers = self._words[self._given.numbers[name]].astype(np.bool_ if kind == "bool" else np.int64)
             return [None if none else number for none, number in zip(null.tolist(), numbers.tolist(), strict=True)]
         null, blobs = self._blobs(name)
         if kind == "str":
@@ -256,28 +257,19 @@ class GivenRows:
             return [None if none else text for none, text in zip(null.tolist(), found, strict=True)]
         return _objects(blobs, null)
 
-    def _number(self, name: str) -> tuple[Ints, NDArray[np.bool_]]:
-        given, at = self._given, self._given.numbers[name]
-        bits = self._words(given.nulls_at + at // 8, 1, 1)[0]
-        return self._words(_HEADER.size + 8 * at, 8, 1)[0], (bits >> at % 8 & 1).astype(np.bool_) | self._hidden
-
     def _blobs(self, name: str) -> tuple[NDArray[np.bool_], pa.StringArray]:
         """bool[rows], which are null, and the bytes of all others."""
         at = self._given.others[name]
-        null = self._null[at] | self._hidden
-        lengths = np.where(null, 0, self._lengths[at])
-        offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
+        lengths = self._lengths[at]
+        null = lengths < 0
+        offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(np.maximum(lengths, 0), dtype=np.int32)])
         return null, from_buffers(offsets, _gather(self._data, self._begins[at], offsets))
-
-    def _words(self, offset: int, width: int, count: int) -> Ints:
-        words: Ints = _words(self._data, self._starts, offset, width, count)
-        return words
 
 
 def _as_if(given: Fields, at: int, blob: bytes, find: Find) -> bytes:
     """A row of other fields as one of these: what it has of the same name and kind, and null for the rest."""
     tag = blob[:_TAG_BYTES]
-    if tag == given.tag:
+    if tag == given.tag or not blob:
         return blob
     other = find(tag) if len(blob) >= _HEADER.size else None
     if other is None:
@@ -312,20 +304,85 @@ def plain(value: Value) -> Any:
             return value
 
 
+_READ, _FOREIGN, _BROKEN = 0, 1, 2
+
+
 @compiled
-def _words(data: Bytes, starts: Ints, offset: int, width: int, count: int) -> Ints:
-    """int64[count, rows]: little-endian words of so many bytes, from an offset of each row on; 0 beyond the data."""
-    found = np.zeros((count, len(starts)), np.int64)
-    for word in range(count):
-        for row in range(len(starts)):
-            first = starts[row] + offset + word * width
-            if first + width > len(data):
+def _word(data: Bytes, at: int, width: int) -> int:
+    """A little-endian word of so many bytes."""
+    value = np.uint64(0)
+    for byte in range(width):
+        value |= np.uint64(data[at + byte]) << np.uint64(8 * byte)
+    return np.int64(value)  # type: ignore[return-value]  # to numba it is one
+
+
+@compiled
+def _read(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
+    data: Bytes,
+    sizes: Ints,
+    tag: Bytes,
+    are_floats: NDArray[np.bool_],
+    found: NDArray[np.bool_],
+    event_us: Ints,
+    words: Ints,
+    numbers: Floats,
+    number_words: Ints,
+    lengths: Ints,
+    begins: Ints,
+) -> tuple[int, int]:
+    """Takes numbers out of rows, and finds all else.
+
+    Args:
+        data: the rows, one after the other.
+        sizes: int64[rows], the bytes of each; 0 of what is not there.
+        tag: what rows begin with.
+        are_floats: bool[numbers].
+        found: bool[rows], written to, like all that follow.
+        event_us: int64[rows].
+        words: int64[numbers, rows].
+        numbers: float64[numbers, rows], NaN for null.
+        number_words: the same memory as int64.
+        lengths: int64[others, rows], -1 for null.
+        begins: int64[others, rows].
+
+    Returns:
+        `_READ`; `_FOREIGN` or `_BROKEN`, and which row is.
+    """
+    header = len(tag) + 16
+    nulls_at = header + 8 * len(are_floats)
+    lengths_at = nulls_at + (len(are_floats) + 7) // 8
+    fixed = lengths_at + 4 * len(lengths)
+    start = 0
+    for row in range(len(sizes)):
+        size = sizes[row]
+        if size == 0:
+            continue
+        for at in range(len(tag)):
+            if at >= size or data[start + at] != tag[at]:
+                return _FOREIGN, row
+        if size < fixed:
+            return _BROKEN, row
+        found[row] = True
+        event_us[row] = _word(data, start + len(tag), 8)
+        for number in range(len(are_floats)):
+            word = _word(data, start + header + 8 * number, 8)
+            words[number, row] = word
+            if data[start + nulls_at + number // 8] >> (number % 8) & 1:
                 continue
-            value = np.uint64(0)
-            for byte in range(width):
-                value |= np.uint64(data[first + byte]) << np.uint64(8 * byte)
-            found[word, row] = np.int64(value)
-    return found
+            if are_floats[number]:
+                number_words[number, row] = word
+            else:
+                numbers[number, row] = word
+        at = start + fixed
+        for other in range(len(lengths)):
+            length = _word(data, start + lengths_at + 4 * other, 4)
+            if length != _NULL:
+                lengths[other, row], begins[other, row] = length, at
+                at += length
+        start += size
+        if at != start:
+            return _BROKEN, row
+    return _READ, 0
 
 
 @compiled
