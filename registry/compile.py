@@ -14,7 +14,6 @@ import feast
 from feast import types as feast_types
 from feast.data_format import DeltaFormat, JsonFormat
 from feast.on_demand_feature_view import OnDemandFeatureView
-from feast.project import Project
 from feast.transformation.pandas_transformation import PandasTransformation
 from feast.value_type import ValueType
 
@@ -22,7 +21,7 @@ from config.settings import Settings
 from features.plan import EntitySpec, EventSpec, Feature, Plan, ViewSpec, arguments, features_of
 from features.times import duration_ms
 from features.values import Type
-from registry.plans import PLAN_TAG
+from registry.plans import PLAN_SOURCE, PLAN_TAG
 
 # What users of Feast and kafka-python can do nothing about stays out of our commands' output. Only here, once Feast is
 # imported, as it puts filters of its own in front.
@@ -51,7 +50,12 @@ FEAST_TYPES: Final[dict[Type, Any]] = {
 
 def compile_to_feast(plan: Plan, settings: Settings) -> dict[str, Any]:
     """Feast's objects, each by a name: what `feast apply` finds in registry/feast_repo.py, `headrace apply` applies."""
-    project = Project(name=plan.project, description="A Headrace feature store", tags={PLAN_TAG: plan.encode()})
+    applied = feast.RequestSource(
+        name=PLAN_SOURCE,
+        schema=[],
+        description="What Headrace serves, for its stores: no source of any view",
+        tags={PLAN_TAG: plan.encode()},
+    )
     entities = {spec.name: _entity(spec) for spec in plan.entities}
     sources = {spec.name: _source(spec, settings) for spec in plan.events}
     views: dict[str, Any] = {}
@@ -64,7 +68,7 @@ def compile_to_feast(plan: Plan, settings: Settings) -> dict[str, Any]:
     services = {spec.name: _service(plan, spec.name, views) for spec in plan.services}
     groups: dict[str, dict[str, Any]] = {"entity": entities, "source": sources, "view": views, "service": services}
     return {
-        "project": project,
+        PLAN_SOURCE: applied,
         **{f"{kind}_{name}": made for kind, group in groups.items() for name, made in group.items()},
     }
 

@@ -7,22 +7,11 @@ from typing import Any
 
 from feast import FeatureStore, KafkaSource, OnDemandFeatureView, StreamFeatureView
 from feast.errors import FeastObjectNotFoundException
-from feast.project import Project
 
 from config.settings import Settings
 from features.plan import Plan
 from registry.compile import compile_to_feast
-from registry.plans import PLAN_TAG
-
-
-def registered_plan(store: FeatureStore) -> Plan | None:
-    """The plan in the registry, or None."""
-    try:
-        project = store.registry.get_project(store.project, allow_cache=False)
-    except FeastObjectNotFoundException:
-        return None
-    text = project.tags.get(PLAN_TAG)
-    return Plan.decode(text) if text else None
+from registry.plans import PLAN_TAG, registered_plan
 
 
 def register(store: FeatureStore, plan: Plan, settings: Settings) -> bool:
@@ -30,19 +19,26 @@ def register(store: FeatureStore, plan: Plan, settings: Settings) -> bool:
 
     Of what is there besides, only what the plan before had made goes: the rest is other people's.
     """
-    made, before = _named(compile_to_feast(plan, settings)), registered_plan(store)
+    made, before = _named(compile_to_feast(plan, settings)), registered_plan(store.registry, store.project)
     there = _registered(store)
     gone = _named(compile_to_feast(before, settings)) if before else {}
     deleted = [there[name] for name in gone if name in there and name not in made]
-    # What the registry has of a project is its times, too.
-    same = (there.get(name) == each for name, each in made.items() if not isinstance(each, Project))
-    if before == plan and not deleted and all(same):
+    if not deleted and all(there.get(name) == each for name, each in made.items()):
         return False
     for name, view in made.items():
         if name in there and hasattr(view, "enabled"):
             view.enabled = there[name].enabled  # What was disabled stays so.
-    store.apply(list(made.values()), objects_to_delete=deleted, partial=not deleted)
+    store.apply([*made.values(), *_freed(store)], objects_to_delete=deleted, partial=not deleted)
     return True
+
+
+def _freed(store: FeatureStore) -> list[Any]:
+    """The project without the plan, if that is in its tags, where it once was."""
+    with suppress(FeastObjectNotFoundException):
+        project = store.registry.get_project(store.project, allow_cache=False)
+        if project.tags.pop(PLAN_TAG, None) is not None:
+            return [project]
+    return []
 
 
 def _named(objects: dict[str, Any]) -> dict[tuple[type, str], Any]:
@@ -56,7 +52,6 @@ def _registered(store: FeatureStore) -> dict[tuple[type, str], Any]:
     registry, project = store.registry, store.project
     with suppress(FeastObjectNotFoundException):
         found: list[Any] = [
-            registry.get_project(project, allow_cache=False),
             *registry.list_feature_services(project),
             *registry.list_on_demand_feature_views(project),
             *registry.list_stream_feature_views(project),
