@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import redis
 from feast import FeatureService, FeatureView, RepoConfig
+from feast.errors import FeatureNameCollisionError
 from feast.infra.online_stores.online_store import OnlineStore
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.online_response import TIMESTAMP_POSTFIX, OnlineResponse
@@ -73,11 +75,16 @@ class HeadraceOnlineStore(OnlineStore):
         """All features of all entities in one round trip; see `feast.FeatureStore.get_online_features`."""
         _must_be_enabled(registry, features)
         plan, now_ms = plan_of(registry, project), self._now_ms()
-        columns = _by_key(plan, _columns(entity_rows))
+        given = _columns(entity_rows)
+        columns = _by_key(plan, given, features)
         if not isinstance(features, FeatureService) or not any(map(_is_renamed, features.feature_view_projections)):
-            reader = self._reader(config, plan, _full_names(plan, features))
+            names = _full_names(plan, features)
+            _must_differ(
+                [(plan.features[each].view, plan.features[each].name) for each in names], full=full_feature_names
+            )
+            reader = self._reader(config, plan, names)
             # No rows have no keys: they get an empty answer.
-            columns = columns or {plan.entity(entity).key: [] for entity in reader.program.entities}
+            columns = columns if given else {plan.entity(entity).key: [] for entity in reader.program.entities}
             read = reader.read(self._redis(config).mget, columns, now_ms, full=full_feature_names)
             return LazyResponse(columns, _features(read, read.names))
         keys: list[bytes] = []
@@ -94,12 +101,16 @@ class HeadraceOnlineStore(OnlineStore):
             keys += more
         blobs: Any = self._redis(config).mget(keys) if keys else []
         found: list[_Feature] = []
+        asked: list[tuple[str, str]] = []
         for each, mine, respond in responds:
-            read, before = respond(blobs[mine]), f"{each.name_to_use()}__" if full_feature_names else ""
-            found += _features(read, [before + name for name in read.names])
-        names = [*columns, *(feature.name for feature in found)]
-        if len(set(names)) < len(names):
-            msg = "two of the features and keys share a name: pass full_feature_names=True"
+            read, name = respond(blobs[mine]), each.name_to_use()
+            asked += [(name, feature) for feature in read.names]
+            found += _features(
+                read, [f"{name}__{feature}" if full_feature_names else feature for feature in read.names]
+            )
+        _must_differ(asked, full=full_feature_names)
+        if taken := columns.keys() & {feature.name for feature in found}:
+            msg = f"{taken.pop()}: a feature and a key of the request share the name: pass full_feature_names=True"
             raise ValueError(msg)
         return LazyResponse(columns, found)
 
@@ -297,10 +308,23 @@ def _must_be_enabled(registry: BaseRegistry, features: list[str] | FeatureServic
         raise ValueError(msg)
 
 
-def _by_key(plan: Plan, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Columns by entities' keys; Feast takes an entity's name, too."""
+def _by_key(plan: Plan, columns: dict[str, list[Any]], features: list[str] | FeatureService) -> dict[str, list[Any]]:
+    """Columns by entities' keys; Feast takes an entity's name, too, and leaves out what is nobody's key."""
     keys = {entity.name: entity.key for entity in plan.entities if entity.key not in columns}
-    return {keys.get(name, name): values for name, values in columns.items()}
+    keys |= {entity.key: entity.key for entity in plan.entities}
+    if isinstance(features, FeatureService):
+        keys |= {of: of for each in features.feature_view_projections for of in each.join_key_map.values()}
+    return {keys[name]: values for name, values in columns.items() if name in keys}
+
+
+def _must_differ(asked: Sequence[tuple[str, str]], *, full: bool) -> None:
+    """Raises FeatureNameCollisionError, as Feast does, if two of the views' features would have one name."""
+    names = asked if full else [name for _, name in asked]
+    if len(set(names)) == len(names):
+        return
+    twice = {each for each, n in Counter(names).items() if n > 1}
+    collided = [f"{view}:{name}" for view, name in asked if ((view, name) if full else name) in twice]
+    raise FeatureNameCollisionError(collided, full)
 
 
 def _ids(values: Sequence[Any]) -> pa.Array:
@@ -311,6 +335,9 @@ def _ids(values: Sequence[Any]) -> pa.Array:
 
 def _full_names(plan: Plan, features: list[str] | FeatureService) -> list[str]:
     """Full names, in the plan's order for a service, in the order asked for a list of `view:feature`."""
+    if not features:
+        msg = "No features specified for retrieval"
+        raise ValueError(msg)
     if not isinstance(features, FeatureService):
         return full_names_of(plan, features)
     projections = features.feature_view_projections

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Annotated, Final
+from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, GetPydanticSchema
-from pydantic_core import core_schema
+from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr, TypeAdapter, ValidationError
 from starlette.responses import Response
 
 from features.plan import Plan
@@ -18,13 +17,7 @@ from serving.problems import Problem
 
 _ERRORS: Final = {401: "FeastPermissionError", 403: "FeastPermissionError", 404: "FeastObjectNotFoundException"}
 """What Feast calls problems that are not of its protocol, by status; others are a `FeastError`."""
-# `1.0` is "1" in one language and "1.0" in another: whichever was chosen could be somebody else's id.
-_ID: Final = core_schema.union_schema(
-    [core_schema.str_schema(strict=True), core_schema.int_schema(strict=True), core_schema.none_schema()],
-    custom_error_type="id",
-    custom_error_message='an id is a text, a whole number or null: send 1.0 or true as the text that is meant, "1"',
-)
-Id = Annotated[str | int | None, GetPydanticSchema(lambda _type, _handler: _ID)]
+_IDS: Final = TypeAdapter(list[StrictStr | StrictInt | None])
 
 
 class FeastRequest(BaseModel):
@@ -32,7 +25,7 @@ class FeastRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    entities: dict[str, list[Id]]
+    entities: dict[str, list[Any]]
     features: list[str] = []
     feature_service: str | None = None
     full_feature_names: bool = False
@@ -79,18 +72,24 @@ def columns_of(plan: Plan, body: FeastRequest) -> dict[str, list[str | None]]:
     As in Feast, an entity's name will do for its key, and what is no entity's is left out.
 
     Raises:
-        FeastProblem: if columns differ in length.
+        FeastProblem: if columns differ in length, or hold what is no id.
     """
     if len({len(values) for values in body.entities.values()}) > 1:
         lengths = ", ".join(f"{name} has {len(values)}" for name, values in body.entities.items())
         raise FeastProblem(422, "FeastError", f"entities: every one needs as many values as the others: {lengths}")
     keys = {entity.key: entity.key for entity in plan.entities}
     keys |= {entity.name: entity.key for entity in plan.entities if entity.key not in body.entities}
-    return {keys[name]: [*map(_text, values)] for name, values in body.entities.items() if name in keys}
+    return {keys[name]: _ids(name, values) for name, values in body.entities.items() if name in keys}
 
 
-def _text(value: str | int | None) -> str | None:
-    return str(value) if isinstance(value, int) else value
+def _ids(name: str, values: list[Any]) -> list[str | None]:
+    try:
+        return [str(each) if isinstance(each, int) else each for each in _IDS.validate_python(values)]
+    except ValidationError as error:
+        at = error.errors()[0]["loc"][0]
+        # 1.0 is "1" in one language and "1.0" in another: whichever was chosen could be somebody else's id.
+        detail = f"entities.{name}.{at}: an id is a text, a whole number or null, and not {values[int(at)]!r:.100}"
+        raise FeastProblem(422, "FeastError", f"{detail}: send the text that is meant") from error
 
 
 def _of_service(plan: Plan, name: str) -> tuple[str, ...]:

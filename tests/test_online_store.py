@@ -301,16 +301,25 @@ def test_a_view_is_read_by_feasts_own_paths(project: Project, view: str) -> None
 
 
 def test_short_names_that_collide_are_refused(project: Project) -> None:
+    """With Feast's own error and advice, which is another one where the same is asked for twice."""
     both = ["user_activity:clicks_7d", "item_activity:clicks_7d"]
     asked = [{"user_id": "u1", "item_id": "i1"}]
-    with pytest.raises(ValueError, match="full_feature_names=True"):
+    with pytest.raises(FeatureNameCollisionError, match="full_feature_names=True"):
         project.read(both, asked, full=False)
+    with pytest.raises(FeatureNameCollisionError, match=r"clicks_7d found.\n.*rename one of the feature views"):
+        project.read([both[0], both[1], both[0]], asked)
     assert set(project.read(both[:1], asked, full=False).to_dict()) == {"user_id", "item_id", "clicks_7d"}
 
 
 def test_mistakes_say_what_is_wrong(project: Project) -> None:
     with pytest.raises(KeyError, match="user_activity__nope"):
         project.read(["user_activity:nope"], [{"user_id": "u1"}])
+    with pytest.raises(FeatureViewNotFoundException, match="Feature view nope does not exist in project headrace"):
+        project.read(["nope:clicks_7d"], [{"user_id": "u1"}])
+    with pytest.raises(ValueError, match="No features specified"):
+        project.read([], [{"user_id": "u1"}])
+    with pytest.raises(ValueError, match="lack 'user_id'"):
+        project.read(["user_activity:clicks_7d"], [{"nobodys_key": 1}])
     with pytest.raises(ValueError, match=r"lack 'user_id'.*they have: item_id"):
         project.read(["user_activity:clicks_7d"], [{"item_id": "i1"}])
     with pytest.raises(ValueError, match="same keys"):
@@ -321,6 +330,14 @@ def test_mistakes_say_what_is_wrong(project: Project) -> None:
         "user_id": [],
         "user_activity__clicks_7d": [],
     }
+
+
+def test_what_is_nobodys_key_is_left_out_of_the_answer(project: Project) -> None:
+    """As in Feast: a data frame with a label or a price beside the ids may be passed as it is."""
+    asked = [{"user_id": "u1", "item_id": "i1", "label": 1, "clicks_7d": 5}]
+    got = project.read(["user_activity:clicks_7d"], asked, full=False).to_dict()
+    want = project.read(["user_activity:clicks_7d"], [{"user_id": "u1"}], full=False).to_dict()
+    assert got == {"user_id": ["u1"], "item_id": ["i1"], "clicks_7d": want["clicks_7d"]}
 
 
 def test_ids_may_be_numbers(project: Project) -> None:
@@ -495,7 +512,9 @@ async def test_an_id_that_is_no_text_or_whole_number_is_refused(
         assert answer.status_code == status, answer.text
         if status == 200:
             assert [each["values"] for each in answer.json()["results"]] == [["1"], [clicks]]
-    assert "user_id.0: an id is a text" in str(FeastError.from_error_detail(answer.json()))
+    assert f"user_id.0: an id is a text, a whole number or null, and not {given!r}" in str(
+        FeastError.from_error_detail(answer.json())
+    )
 
 
 async def test_many_rows_are_answered_in_pieces(project: Project, http: httpx.AsyncClient) -> None:
