@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import MappingProxyType
 from typing import Any, Final
@@ -57,11 +57,14 @@ def compile_to_feast(plan: Plan, settings: Settings) -> dict[str, Any]:
         tags={PLAN_TAG: plan.encode()},
     )
     entities = {spec.name: _entity(spec) for spec in plan.entities}
-    sources = {spec.name: _source(spec, settings) for spec in plan.events}
+    sources = {spec.topic: _source([spec], settings) for spec in plan.events}
     views: dict[str, Any] = {}
     for spec in plan.views:
         if len(spec.entities) == 1:
-            views[spec.name] = _stream_view(plan, spec, entities, sources)
+            events = _events(plan, spec)
+            if (topics := _topics(events)) not in sources:
+                sources[topics] = _source(events, settings)
+            views[spec.name] = _stream_view(plan, spec, entities, sources[topics])
     for spec in plan.views:
         if len(spec.entities) > 1:
             views[spec.name] = _cross_view(plan, spec, entities, views)
@@ -77,23 +80,38 @@ def _entity(spec: EntitySpec) -> feast.Entity:
     return feast.Entity(name=spec.name, join_keys=[spec.key], value_type=ValueType.STRING, description=spec.doc)
 
 
-def _source(spec: EventSpec, settings: Settings) -> feast.KafkaSource:
+def _events(plan: Plan, spec: ViewSpec) -> list[EventSpec]:
+    """What a view is computed from, in the plan's order."""
+    names = {measure.event for aggregation in spec.aggregations for measure in aggregation.measures}
+    return [event for event in plan.events if event.name in names]
+
+
+def _topics(events: Sequence[EventSpec]) -> str:
+    """As Kafka's consumers write several topics; no topic's name has a comma."""
+    return ",".join(spec.topic for spec in events)
+
+
+def _source(events: Sequence[EventSpec], settings: Settings) -> feast.KafkaSource:
+    """A topic; or those of a view together, as Feast knows one stream source a view."""
+    first, is_one = events[0], len(events) == 1
+    archive, topics = settings.archive.rstrip("/"), _topics(events)
     archived = feast.FileSource(
-        name=f"{spec.topic}_archive",
-        path=f"{settings.archive.rstrip('/')}/{spec.topic}",
+        name=f"{topics}_archive",
+        path=f"{archive}/{topics}" if is_one else archive,
         file_format=DeltaFormat(),
         timestamp_field="occurred_at",
     )
+    # Sorted, as in a plan that was read back.
+    fields = sorted(set.intersection(*(set(spec.fields.items()) for spec in events)))
     return feast.KafkaSource(
-        name=spec.topic,
+        name=topics,
         timestamp_field="occurred_at",
-        # Sorted, as in a plan that was read back.
-        message_format=JsonFormat(schema_json=", ".join(f"{name} {spec.fields[name]}" for name in sorted(spec.fields))),
+        message_format=JsonFormat(schema_json=", ".join(f"{name} {kind}" for name, kind in fields)),
         kafka_bootstrap_servers=settings.kafka,
-        topic=spec.topic,
+        topic=topics,
         batch_source=archived,
-        description=spec.doc,
-        tags={"contract": spec.code, "fingerprint": spec.fingerprint},
+        description=first.doc if is_one else "Several topics, each of which is a source of its own, too",
+        tags={"contract": first.code, "fingerprint": first.fingerprint} if is_one else {},
     )
 
 
@@ -115,14 +133,12 @@ class StreamView(feast.StreamFeatureView):
         return list(self.features)
 
 
-def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: dict[str, Any]) -> StreamView:
+def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], stream: feast.KafkaSource) -> StreamView:
     entity = plan.entity(spec.entities[0])
-    events = list(dict.fromkeys(measure.event for aggregation in spec.aggregations for measure in aggregation.measures))
     udf, source = _function(spec, "by the stream, from its events")
     return StreamView(
         name=spec.name,
-        # Feast knows one stream source a view; the tag names all of them.
-        source=sources[events[0]],
+        source=stream,
         entities=[entities[entity.name]],
         ttl=timedelta(milliseconds=duration_ms(entity.forget_after)) if entity.forget_after else timedelta(0),
         schema=[
@@ -136,7 +152,7 @@ def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: 
         udf_string=source,
         description=spec.doc,
         owner=spec.owner,
-        tags={**spec.tags, "topics": ", ".join(plan.event(name).topic for name in events)},
+        tags={**spec.tags, "topics": stream.name.replace(",", ", ")},
     )
 
 
