@@ -21,7 +21,7 @@ from config.settings import Settings
 from features.plan import EntitySpec, EventSpec, Feature, Plan, ViewSpec, arguments, features_of
 from features.times import duration_ms
 from features.values import Type
-from registry.plans import PLAN_SOURCE, PLAN_TAG
+from registry.plans import PLAN_SOURCE, PLAN_TAG, to_tag
 
 # What users of Feast and kafka-python can do nothing about stays out of our commands' output. Only here, once Feast is
 # imported, as it puts filters of its own in front.
@@ -54,7 +54,7 @@ def compile_to_feast(plan: Plan, settings: Settings) -> dict[str, Any]:
         name=PLAN_SOURCE,
         schema=[],
         description="What Headrace serves, for its stores: no source of any view",
-        tags={PLAN_TAG: plan.encode()},
+        tags={PLAN_TAG: to_tag(plan)},
     )
     entities = {spec.name: _entity(spec) for spec in plan.entities}
     sources = {spec.topic: _source([spec], settings) for spec in plan.events}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import bz2
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Final
@@ -39,7 +41,7 @@ def plan_of(registry: BaseRegistry, project: str) -> Plan:
 
 
 def _of_project(registry: BaseRegistry, project: str, *, allow_cache: bool) -> str | None:
-    """The plan's text where it was before it had a source of its own: in the project's tags."""
+    """The plan where it was before it had a source of its own: its text in the project's tags."""
     try:
         return registry.get_project(project, allow_cache=allow_cache).tags.get(PLAN_TAG)
     except FeastObjectNotFoundException:
@@ -78,4 +80,16 @@ def ordered_as_a_service(plan: Plan, full_names: list[str], name: str = "") -> l
     return list(same[0].features) if same else full_names
 
 
-_decode: Callable[[str], Plan] = lru_cache(maxsize=8)(Plan.decode)
+def to_tag(plan: Plan) -> str:
+    """A plan as the registry holds it: a fifth of its text, and no word of it, or Feast's search would find it by each.
+
+    By bzip2, which writes the same everywhere: to Feast another text is another source.
+    """
+    return base64.b64encode(bz2.compress(plan.encode().encode())).decode()
+
+
+def _from_tag(tag: str) -> Plan:
+    return Plan.decode(tag if tag.startswith("{") else bz2.decompress(base64.b64decode(tag)).decode())
+
+
+_decode: Callable[[str], Plan] = lru_cache(maxsize=8)(_from_tag)
