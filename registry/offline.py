@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +15,8 @@ import pyarrow.parquet as pq
 from feast import FeatureView, FileSource, RepoConfig
 from feast.data_format import DeltaFormat
 from feast.data_source import DataSource
-from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
+from feast.feature_logging import LoggingConfig, LoggingSource
+from feast.infra.offline_stores.file_source import FileLoggingDestination, SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalJob, RetrievalMetadata
 from feast.infra.offline_stores.offline_utils import infer_event_timestamp_from_entity_df
 from feast.infra.registry.base_registry import BaseRegistry
@@ -121,6 +123,31 @@ class HeadraceOfflineStore(OfflineStore):
             return every.to_table(columns, filter=within)
 
         return TrainingJob(read, RetrievalMetadata(feature_name_columns, join_key_columns), config, full=True)
+
+    @staticmethod
+    def write_logged_features(
+        config: RepoConfig,
+        data: pa.Table | Path,
+        source: LoggingSource,  # noqa: ARG004  # Feast's signature; the table has its columns
+        logging_config: LoggingConfig,
+        registry: BaseRegistry,  # noqa: ARG004  # as above
+    ) -> None:
+        """Adds a file to the folder of what was served, which `feast validate` reads; it is not partitioned.
+
+        Raises:
+            NotOfferedError: if the destination is no folder of files.
+        """
+        destination = logging_config.destination
+        if not isinstance(destination, FileLoggingDestination):
+            msg = f"{type(destination).__name__}: features are logged to files, by FileLoggingDestination(path=…)"
+            raise NotOfferedError(msg)
+        dataset.write_dataset(
+            pq.read_table(data) if isinstance(data, Path) else data,
+            _path(config, destination.path),
+            basename_template=f"{uuid.uuid4().hex}-{{i}}.parquet",
+            format="parquet",
+            existing_data_behavior="overwrite_or_ignore",
+        )
 
 
 class TrainingJob(RetrievalJob):

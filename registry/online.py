@@ -231,7 +231,9 @@ class LazyResponse(OnlineResponse):
         for name, values in self._columns.items():
             answer.metadata.feature_names.val.append(name)
             protos = [Value(string_val=str(value)) if value is not None else Value() for value in values]
-            answer.results.add(values=protos, statuses=[FieldStatus.PRESENT] * len(protos))
+            given = answer.results.add(values=protos, statuses=[FieldStatus.PRESENT] * len(protos))
+            for _ in protos:
+                given.event_timestamps.add()  # As in Feast, that they have none.
         for name, read, at in self._features:
             answer.metadata.feature_names.val.append(name)
             vector = answer.results.add(statuses=map(FieldStatus.Value, read.statuses(at)))
