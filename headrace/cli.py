@@ -83,21 +83,28 @@ def plan(
     declared, changed, applied = plan_changes(settings, client)
     refused = in_the_way(declared, changed, replace or ())
     incomplete: dict[str, int | None] = {}
+    drifted: list[str] = []
     if applied is not None:
+        from registry.apply import drift
+
+        # Of what changes here, it follows what changes there; but for what goes, each is said.
+        drifted = [each for each in drift(settings, declared) if not changed or each.startswith("deletes")]
         completeness = Completeness(applied)
         look(completeness, client, now_ms)
         incomplete = completeness.incomplete(applied.features, now_ms)
     if as_json:
         said = {"plan": declared.fingerprint, "number": declared.number, "changes": changed}
-        said |= {"refused": refused, "incomplete": incomplete}
+        said |= {"refused": refused, "incomplete": incomplete, "registry": drifted}
         out.print_json(msgspec.json.encode(said).decode())
     else:
         _show_changes(changed)
+        for each in drifted:
+            out.print(f"in Feast's registry, {each}", highlight=False, markup=False)
         for name, at_ms in incomplete.items():
             until = "what came before it was applied" if at_ms is None else f"some of it until {when(at_ms)}"
             out.print(f"incomplete {name}: it lacks {until}", style="dim", highlight=False, markup=False)
         rest = "`headrace apply` would refuse it" if refused else "run `headrace apply`"
-        out.print(f"plan {declared.fingerprint}: {rest if changed else 'nothing to do'}")
+        out.print(f"plan {declared.fingerprint}: {rest if changed or drifted else 'nothing to do'}")
     raise typer.Exit(2 if refused else 0)
 
 
@@ -112,7 +119,7 @@ def apply(replace: Replace = None) -> None:
         _audit("apply", plan=done.plan.fingerprint, changes=len(done.changes), topics=list(done.topics))
     _show_changes(done.changes)
     if done.registered and not done.changes:
-        out.print("Feast's registry held another plan, or none")
+        out.print("Feast's registry was not as applied; now it is")
     for topic in done.topics:
         out.print(f"+ topic {topic}")
     if done.records:
@@ -754,10 +761,8 @@ def revoke_key(key_id: Annotated[str, typer.Argument(metavar="ID", help="The par
 @app.command()
 def doctor() -> None:
     """Check that Kafka, Redis and the applied plan are there and agree."""
-    from config.imports import keep_pandas_out
     from headrace.doctor import examine
 
-    keep_pandas_out()
     healthy = True
     said = {True: "[green]ok [/]", None: "[yellow]LOOK[/]", False: "[red]NOT OK[/]"}
     for check in examine(_settings()):

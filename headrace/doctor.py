@@ -59,6 +59,20 @@ def examine(settings: Settings) -> Iterator[Check]:
         yield Check("plan", good=False, found=f"it is in Redis: {type(error).__name__}")
     yield from _redis(settings, plan)
     yield from _kafka(settings, plan)
+    if plan is not None:
+        yield _registry(settings, plan)
+
+
+def _registry(settings: Settings, plan: Plan) -> Check:
+    """Streams and servers go by the plan alone: what is amiss here is so for Feast's users."""
+    from registry.apply import drift  # Feast takes longer to import than all else does to look at
+
+    try:
+        found = drift(settings, plan)
+    except Exception as error:  # noqa: BLE001  # it may be a file, a database or a server, and whatever its driver raises
+        return Check("feast registry", good=None, found=f"it can't be read: {type(error).__name__}: {error}")
+    remedy = f"not as applied: `headrace apply` {', '.join(found)}"
+    return Check("feast registry", good=None if found else True, found=remedy if found else "as applied")
 
 
 def _redis(settings: Settings, plan: Plan | None) -> Iterator[Check]:

@@ -13,23 +13,40 @@ from features.plan import Plan
 from registry.compile import compile_to_feast
 from registry.plans import PLAN_TAG, registered_plan
 
+_Name = tuple[type, str]
+_Objects = dict[_Name, Any]
+
 
 def register(store: FeatureStore, plan: Plan, settings: Settings) -> bool:
     """Makes Feast's registry hold the plan and its objects; returns False if it did.
 
     Of what is there besides, only what the plan before had made goes: the rest is other people's.
     """
-    made, before = _named(compile_to_feast(plan, settings)), registered_plan(store.registry, store.project)
-    there = _registered(store)
-    gone = _named(compile_to_feast(before, settings)) if before else {}
-    deleted = [there[name] for name in gone if name in there and name not in made]
+    made, there, deleted = _compared(store, plan, settings)
     if not deleted and all(there.get(name) == each for name, each in made.items()):
         return False
     for name, view in made.items():
         if name in there and hasattr(view, "enabled"):
             view.enabled = there[name].enabled  # What was disabled stays so.
-    store.apply([*made.values(), *_freed(store)], objects_to_delete=deleted, partial=not deleted)
+    objects = [*made.values(), *_freed(store)]
+    store.apply(objects, objects_to_delete=[there[name] for name in deleted], partial=not deleted)
     return True
+
+
+def drift(store: FeatureStore, plan: Plan, settings: Settings) -> list[str]:
+    """What `register` would do, an object a line: it is added, changed or deleted. Nothing is done."""
+    made, there, deleted = _compared(store, plan, settings)
+    said = {name: "changes" if name in there else "adds" for name, each in made.items() if there.get(name) != each}
+    said |= dict.fromkeys(deleted, "deletes")
+    return [f"{does} {kind.__name__} {name}" for (kind, name), does in said.items()]
+
+
+def _compared(store: FeatureStore, plan: Plan, settings: Settings) -> tuple[_Objects, _Objects, list[_Name]]:
+    """What the plan makes, what there is, and what of that the plan before had made and this one does not."""
+    made, there = _named(compile_to_feast(plan, settings)), _registered(store)
+    before = registered_plan(store.registry, store.project)
+    gone = _named(compile_to_feast(before, settings)) if before else {}
+    return made, there, [name for name in gone if name in there and name not in made]
 
 
 def _freed(store: FeatureStore) -> list[Any]:
@@ -41,13 +58,13 @@ def _freed(store: FeatureStore) -> list[Any]:
     return []
 
 
-def _named(objects: dict[str, Any]) -> dict[tuple[type, str], Any]:
+def _named(objects: dict[str, Any]) -> _Objects:
     """Feast's objects by what the registry reads them back as, and name; with the archives that sources name."""
     found = [*objects.values(), *(each.batch_source for each in objects.values() if isinstance(each, KafkaSource))]
     return {(_kind(each), each.name): each for each in found}
 
 
-def _registered(store: FeatureStore) -> dict[tuple[type, str], Any]:
+def _registered(store: FeatureStore) -> _Objects:
     """What of the kinds of objects that a plan makes is in the registry."""
     registry, project = store.registry, store.project
     with suppress(FeastObjectNotFoundException):

@@ -150,6 +150,8 @@ def test_all_forms_of_an_answer_agree(project: Project, service: str) -> None:
     answer = project.read(service, pairs(3, 20))
     columns = answer.to_dict()
     assert OnlineResponse(answer.proto).to_dict() == columns
+    with_times = answer.to_dict(include_event_timestamps=True)
+    assert OnlineResponse(answer.proto).to_dict(include_event_timestamps=True) == with_times
     frame = answer.to_df()
     assert list(frame.columns) == list(columns)
     for name, values in columns.items():
