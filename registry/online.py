@@ -73,8 +73,8 @@ class HeadraceOnlineStore(OnlineStore):
         include_feature_view_version_metadata: bool = False,
     ) -> OnlineResponse:
         """All features of all entities in one round trip; see `feast.FeatureStore.get_online_features`."""
-        _must_be_enabled(registry, features)
         plan, now_ms = plan_of(registry, project), self._now_ms()
+        _must_be_enabled(registry, features)  # By the registry's cache, which is there by now.
         given = _columns(entity_rows)
         columns = _by_key(plan, given, features)
         if not isinstance(features, FeatureService) or not any(map(_is_renamed, features.feature_view_projections)):

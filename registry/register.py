@@ -44,9 +44,20 @@ def drift(store: FeatureStore, plan: Plan, settings: Settings) -> list[str]:
 def _compared(store: FeatureStore, plan: Plan, settings: Settings) -> tuple[_Objects, _Objects, list[_Name]]:
     """What the plan makes, what there is, and what of that the plan before had made and this one does not."""
     made, there = _named(compile_to_feast(plan, settings)), _registered(store)
+    for name, each in made.items():
+        if isinstance(each, StreamFeatureView) and name in there:
+            _arrange(there[name], each)
     before = registered_plan(store.registry, store.project)
     gone = _named(compile_to_feast(before, settings)) if before else {}
     return made, there, [name for name in gone if name in there and name not in made]
+
+
+def _arrange(view: StreamFeatureView, like: StreamFeatureView) -> None:
+    """A view's features as another has them: from Feast's registry server they come in any order, with the keys."""
+    places = {field.name: at for at, field in enumerate(like.features)}
+    keys = {column.name for column in view.entity_columns} - places.keys()
+    own = (field for field in view.features if field.name not in keys)
+    view.features = view.projection.features = sorted(own, key=lambda field: places.get(field.name, len(places)))
 
 
 def _freed(store: FeatureStore) -> list[Any]:

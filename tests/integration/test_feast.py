@@ -13,6 +13,7 @@ from typing import Any
 
 import feast
 import httpx
+import msgspec
 import pytest
 import uvicorn
 from feast import types
@@ -27,6 +28,7 @@ from feast.feature_server import get_app
 from feast.permissions.client.http_auth_requests_wrapper import HttpSessionManager
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
+from feast.registry_server import start_server
 from feast.type_map import python_values_to_proto_values
 from feast.value_type import ValueType
 
@@ -36,6 +38,7 @@ from headrace.embedded import EmbeddedBroker, EmbeddedRedis, free_port
 from headrace.feast import as_of
 from registry.apply import apply
 from registry.compile import FEAST_TYPES
+from registry.register import drift
 from serving.app import create_app
 from store.connect import connect
 from store.plans import plan_changes
@@ -56,6 +59,7 @@ class Project:
     folder: Path
     store: feast.FeatureStore
     address: str
+    kafka: str
 
     def read(self, features: Any, rows: Any, *, full: bool = True) -> dict[str, list[Any]]:
         """What the SDK answers."""
@@ -77,7 +81,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         store = store_at(folder)
         store.config.online_store.redis_url = redis.url
         with listening(create_app(settings_of(redis.url), plan, clock=Clock())) as address:
-            yield Project(plan, folder, store, address)
+            yield Project(plan, folder, store, address, kafka)
 
 
 @pytest.fixture(scope="module")
@@ -376,3 +380,27 @@ def test_a_registry_in_sql_holds_what_a_file_does(ours: Project, tmp_path: Path,
         assert apply(settings, client).registered
         assert store_at(folder).get_stream_feature_view("user_activity").name == "user_activity"
         assert not plan_changes(settings).changes
+
+
+def test_a_registry_behind_feasts_server_is_read_and_compared(ours: Project, tmp_path: Path) -> None:
+    """There a stream view's features come with its keys, in any order: each `apply` found all of them changed."""
+    port = free_port()
+    server: Any = start_server(store_at(ours.folder), port, wait_for_termination=False)
+    try:
+        folder = project_folder(tmp_path / "behind")
+        text = (folder / "feature_store.yaml").read_text()
+        text = text.replace("data/registry.db", f"{{registry_type: remote, path: '127.0.0.1:{port}'}}")
+        (folder / "feature_store.yaml").write_text(text)
+        settings = Settings(repo=folder, kafka=ours.kafka)
+        store = store_at(folder)
+        assert drift(store, ours.plan, settings) == []
+        less = msgspec.structs.replace(ours.plan, services=ours.plan.services[:1])
+        gone = [f"deletes FeatureService {each.name}" for each in ours.plan.services[1:]]
+        assert drift(store, less, settings) == ["changes RequestSource headrace_plan", *gone]
+        store.config.online_store.redis_url = ours.store.config.online_store.redis_url
+        rows = [{"user_id": "u1"}]
+        with as_of(NOW_MS):
+            got = store.get_online_features(CLICKS, rows, full_feature_names=True)
+        assert got.to_dict(include_event_timestamps=True) == ours.read(CLICKS, rows)
+    finally:
+        server.stop(None).wait()
