@@ -79,7 +79,9 @@ class Settings(BaseSettings):
         50_000, ge=0, description="Item rows that each server process keeps while Redis has them unchanged; 0 for none"
     )
     items_max: int = Field(1000, ge=1, description="Most candidate items of one request")
-    rows_max: int = Field(1000, ge=1, description="Most entity rows of one request to /get-online-features")
+    values_max: int = Field(
+        1_000_000, ge=1, description="Most values of one answer of /get-online-features: entity rows times features"
+    )
     body_bytes_max: int = Field(2_000_000, ge=1, description="Largest body of a request, bytes")
     header_bytes_max: int = Field(32_768, ge=1024, description="Largest head of a request, bytes")
     deadline_s: float = Field(

@@ -18,7 +18,6 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # where they 
 from config.brokers import is_embedded, topics_there
 from config.settings import DEAD_LETTER_SUFFIX, Settings
 from features.plan import CodeChangedError, Plan
-from headrace.ordinary import ordinary_of
 from store.commit import CommitRecord, NotAppliedError, RecordError, read_record
 from store.connect import connect, servers
 from store.keys import Keyspace
@@ -44,10 +43,12 @@ class Check(NamedTuple):
 
 def examine(settings: Settings) -> Iterator[Check]:
     """One check after the other; a failed one says what to do."""
+    from registry.ordinary import declared  # Feast takes longer to import than all else does to look at
+
     plan: Plan | None = None
     try:
         plan = load_plan(settings)
-        changed = plan_changes(settings, ordinary=ordinary_of(settings)).changes
+        changed = plan_changes(settings, ordinary=declared(settings).plan).changes
         yield Check("plan", good=True, found=f"plan {plan.fingerprint} is applied")
         yield Check(
             "definitions",
@@ -60,6 +61,20 @@ def examine(settings: Settings) -> Iterator[Check]:
         yield Check("plan", good=False, found=f"it is in Redis: {type(error).__name__}")
     yield from _redis(settings, plan)
     yield from _kafka(settings, plan)
+    if plan is not None:
+        yield _registry(settings, plan)
+
+
+def _registry(settings: Settings, plan: Plan) -> Check:
+    """Streams and servers go by the plan alone: what is amiss here is so for Feast's users."""
+    from registry.apply import drift  # as above
+
+    try:
+        found = drift(settings, plan)
+    except Exception as error:  # noqa: BLE001  # it may be a file, a database or a server, and whatever its driver raises
+        return Check("feast registry", good=None, found=f"it can't be read: {type(error).__name__}: {error}")
+    remedy = f"not as applied: `headrace apply` {', '.join(found)}"
+    return Check("feast registry", good=None if found else True, found=remedy if found else "as applied")
 
 
 def _redis(settings: Settings, plan: Plan | None) -> Iterator[Check]:

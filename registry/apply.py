@@ -15,8 +15,8 @@ from config.brokers import topics_there, unreachable
 from config.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from features.changes import Change, in_the_way
 from features.plan import Plan
+from registry import register
 from registry.ordinary import declared
-from registry.register import register
 from store.archive import archive_forgotten
 from store.commit import initialise, join
 from store.forgotten import write_forgotten
@@ -31,7 +31,7 @@ class Applied:
     """What `apply` did.
 
     Attributes:
-        registered: whether Feast's registry held another plan, or none.
+        registered: whether Feast's registry was not as applied.
     """
 
     plan: Plan
@@ -92,7 +92,16 @@ def put(settings: Settings, client: redis.Redis, plan: Plan, now_ms: int) -> Non
 
 def _register(settings: Settings, plan: Plan) -> bool:
     """Has Feast's registry hold the plan; returns False if it did."""
-    return register(FeatureStore(repo_path=str(settings.repo)), plan, settings, declared(settings).objects)
+    return register.register(_store(settings), plan, settings, declared(settings).objects)
+
+
+def drift(settings: Settings, plan: Plan) -> list[str]:
+    """What `apply` would do in Feast's registry, an object a line; nothing is done."""
+    return register.drift(_store(settings), plan, settings, declared(settings).objects)
+
+
+def _store(settings: Settings) -> FeatureStore:
+    return FeatureStore(repo_path=str(settings.repo))
 
 
 def _initialise(client: redis.Redis, applied: Plan | None, plan: Plan, now_ms: int) -> int:

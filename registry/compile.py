@@ -16,7 +16,6 @@ from feast.aggregation import Aggregation as FeastAggregation
 from feast.data_format import DeltaFormat, JsonFormat
 from feast.feature_view_projection import FeatureViewProjection
 from feast.on_demand_feature_view import OnDemandFeatureView
-from feast.project import Project
 from feast.transformation.pandas_transformation import PandasTransformation
 from feast.value_type import ValueType
 
@@ -27,7 +26,7 @@ from features.language import VIEWS
 from features.plan import EntitySpec, EventSpec, Feature, Plan, ViewSpec, arguments, features_of
 from features.times import duration_ms, hop_ms
 from features.values import Type
-from registry.plans import PLAN_TAG
+from registry.plans import PLAN_SOURCE, PLAN_TAG, to_tag
 
 # What users of Feast and kafka-python can do nothing about stays out of our commands' output. Only here, once Feast is
 # imported, as it puts filters of its own in front.
@@ -59,15 +58,23 @@ def compile_to_feast(plan: Plan, settings: Settings, objects: Sequence[Any] = ()
 
     `objects` are those that are declared in Feast's words, the plan's ordinary views among them.
     """
-    project = Project(name=plan.project, description="A Headrace feature store", tags={PLAN_TAG: plan.encode()})
+    applied = feast.RequestSource(
+        name=PLAN_SOURCE,
+        schema=[],
+        description="What Headrace serves, for its stores: no source of any view",
+        tags={PLAN_TAG: to_tag(plan)},
+    )
     ours = {name for view in plan.views if not view.given for name in view.entities}
     entities = {spec.name: _entity(spec) for spec in plan.entities if spec.name in ours}
-    sources = {spec.name: _source(spec, settings) for spec in plan.events}
+    sources = {spec.topic: _source([spec], settings) for spec in plan.events}
     ordinary = {each.name: each for each in objects if isinstance(each, feast.FeatureView)}
     views: dict[str, Any] = dict(ordinary)
     for spec in plan.views:
         if len(spec.entities) == 1 and not spec.given:
-            views[spec.name] = _stream_view(plan, spec, entities, sources)
+            events = _events(plan, spec)
+            if (topics := _topics(events)) not in sources:
+                sources[topics] = _source(events, settings)
+            views[spec.name] = _stream_view(plan, spec, entities, sources[topics])
     for spec in plan.views:
         if len(spec.entities) > 1 and not spec.given:
             views[spec.name] = _cross_view(plan, spec, entities, views)
@@ -76,7 +83,7 @@ def compile_to_feast(plan: Plan, settings: Settings, objects: Sequence[Any] = ()
     # Of an entity that both declare, this is the one with a text.
     theirs = [each for each in objects if each.name not in ordinary and each.name not in entities]
     return {
-        "project": project,
+        PLAN_SOURCE: applied,
         **{f"{kind}_{name}": made for kind, group in groups.items() for name, made in group.items()},
         **{f"their_{type(each).__name__}_{each.name}": each for each in theirs},
     }
@@ -86,23 +93,43 @@ def _entity(spec: EntitySpec) -> feast.Entity:
     return feast.Entity(name=spec.name, join_keys=[spec.key], value_type=ValueType.STRING, description=spec.doc)
 
 
-def _source(spec: EventSpec, settings: Settings) -> feast.KafkaSource:
+def _events(plan: Plan, spec: ViewSpec) -> list[EventSpec]:
+    """What a view is computed from, in the plan's order."""
+    names = {measure.event for aggregation in spec.aggregations for measure in aggregation.measures}
+    return [event for event in plan.events if event.name in names]
+
+
+def topics_of(plan: Plan, spec: ViewSpec) -> str:
+    """What the source of a view is called: its topics."""
+    return _topics(_events(plan, spec))
+
+
+def _topics(events: Sequence[EventSpec]) -> str:
+    """As Kafka's consumers write several topics; no topic's name has a comma."""
+    return ",".join(spec.topic for spec in events)
+
+
+def _source(events: Sequence[EventSpec], settings: Settings) -> feast.KafkaSource:
+    """A topic; or those of a view together, as Feast knows one stream source a view."""
+    first, is_one = events[0], len(events) == 1
+    archive, topics = settings.archive.rstrip("/"), _topics(events)
     archived = feast.FileSource(
-        name=f"{spec.topic}_archive",
-        path=f"{settings.archive.rstrip('/')}/{spec.topic}",
+        name=f"{topics}_archive",
+        path=f"{archive}/{topics}" if is_one else archive,
         file_format=DeltaFormat(),
         timestamp_field="occurred_at",
     )
+    # Sorted, as in a plan that was read back.
+    fields = sorted(set.intersection(*(set(spec.fields.items()) for spec in events)))
     return feast.KafkaSource(
-        name=spec.topic,
+        name=topics,
         timestamp_field="occurred_at",
-        # Sorted, as in a plan that was read back.
-        message_format=JsonFormat(schema_json=", ".join(f"{name} {spec.fields[name]}" for name in sorted(spec.fields))),
+        message_format=JsonFormat(schema_json=", ".join(f"{name} {kind}" for name, kind in fields)),
         kafka_bootstrap_servers=settings.kafka,
-        topic=spec.topic,
+        topic=topics,
         batch_source=archived,
-        description=spec.doc,
-        tags={"contract": spec.code, "fingerprint": spec.fingerprint},
+        description=first.doc if is_one else "Several topics, each of which is a source of its own, too",
+        tags={"contract": first.code, "fingerprint": first.fingerprint} if is_one else {},
     )
 
 
@@ -132,14 +159,12 @@ class StreamView(feast.StreamFeatureView):
         return list(self.features)
 
 
-def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: dict[str, Any]) -> StreamView:
+def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], stream: feast.KafkaSource) -> StreamView:
     entity = plan.entity(spec.entities[0])
-    events = list(dict.fromkeys(measure.event for aggregation in spec.aggregations for measure in aggregation.measures))
     udf, source = _function(spec, "by the stream, from its events")
     return StreamView(
         name=spec.name,
-        # Feast knows one stream source a view; the tag names all of them.
-        source=sources[events[0]],
+        source=stream,
         entities=[entities[entity.name]],
         ttl=timedelta(milliseconds=duration_ms(entity.forget_after)) if entity.forget_after else timedelta(0),
         schema=[
@@ -156,7 +181,7 @@ def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: 
         udf_string=source,
         description=spec.doc,
         owner=spec.owner,
-        tags={**spec.tags, _TOPICS_TAG: ", ".join(plan.event(name).topic for name in events)},
+        tags={**spec.tags, _TOPICS_TAG: stream.name.replace(",", ", ")},
     )
 
 

@@ -16,7 +16,7 @@ from google.protobuf.message import Message  # type: ignore[import-untyped]  # i
 
 from features.given import NESTED, Fields
 from features.plan import NOBODY, EntitySpec, Given, Plan, ViewSpec, id_of
-from registry.plans import plan_of
+from registry.plans import registered_plan
 
 _MAP: Final = Value.DESCRIPTOR.fields_by_name["map_val"].number
 _ATTRIBUTES: Final = {
@@ -158,10 +158,8 @@ def _us(duration: timedelta) -> int:
 
 def plan_with(registry: BaseRegistry, project: str) -> Plan:
     """The registered plan and, of views that are not in it, all that Feast has written: they are read alike."""
-    try:
-        plan = plan_of(registry, project)
-    except KeyError:  # A project of Feast's alone.
-        plan = Plan(project, 1, (), (), (), ())
+    # Without any it is a project of Feast's alone.
+    plan = registered_plan(registry, project, allow_cache=True) or Plan(project, 1, (), (), (), ())
     proto = getattr(registry, "cached_registry_proto", None)
     if proto is None:
         return _extended(plan, registry, project)

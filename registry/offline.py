@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,14 +19,16 @@ import pyarrow.parquet as pq
 from feast import FeatureView, FileSource, RepoConfig
 from feast.data_format import DeltaFormat
 from feast.data_source import DataSource
+from feast.feature_logging import LoggingConfig, LoggingSource
 from feast.infra.offline_stores.dask import DaskOfflineStore, DaskOfflineStoreConfig
-from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
+from feast.infra.offline_stores.file_source import FileLoggingDestination, SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalJob, RetrievalMetadata
 from feast.infra.offline_stores.offline_utils import infer_event_timestamp_from_entity_df
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import FeastConfigBaseModel
 from feast.saved_dataset import SavedDatasetStorage
+from pyarrow import dataset
 
 from config.settings import Settings
 from features.plan import Given, Plan
@@ -122,12 +127,46 @@ class HeadraceOfflineStore(OfflineStore):
     ) -> RetrievalJob:
         """All rows of a file, such as one that a training set was persisted to."""
         _must_be_a_file(data_source)
-        return DaskOfflineStore.pull_all_from_table_or_query(_of_files(config), data_source, *given, **more)
+        job = DaskOfflineStore.pull_all_from_table_or_query(_of_files(config), data_source, *given, **more)
+        metadata = RetrievalMetadata(more["feature_name_columns"], more["join_key_columns"])
+        return TrainingJob(partial(_quietly, job.to_arrow), metadata, config, [], full=True)
 
     @staticmethod
     def offline_write_batch(config: RepoConfig, *given: Any, **more: Any) -> None:
         """Adds rows to the file of an ordinary view: `store.push(…, to=PushMode.ONLINE_AND_OFFLINE)`."""
         DaskOfflineStore.offline_write_batch(_of_files(config), *given, **more)
+
+    @staticmethod
+    def write_logged_features(
+        config: RepoConfig,
+        data: pa.Table | Path,
+        source: LoggingSource,  # noqa: ARG004  # Feast's signature; the table has its columns
+        logging_config: LoggingConfig,
+        registry: BaseRegistry,  # noqa: ARG004  # as above
+    ) -> None:
+        """Adds a file to the folder of what was served, which `feast validate` reads; it is not partitioned.
+
+        Raises:
+            NotOfferedError: if the destination is no folder of files.
+        """
+        destination = logging_config.destination
+        if not isinstance(destination, FileLoggingDestination):
+            msg = f"{type(destination).__name__}: features are logged to files, by FileLoggingDestination(path=…)"
+            raise NotOfferedError(msg)
+        dataset.write_dataset(
+            pq.read_table(data) if isinstance(data, Path) else data,
+            _path(config, destination.path),
+            basename_template=f"{uuid.uuid4().hex}-{{i}}.parquet",
+            format="parquet",
+            existing_data_behavior="overwrite_or_ignore",
+        )
+
+
+def _quietly(read: Callable[[], pa.Table]) -> pa.Table:
+    """What Feast reads of files; how it does with pandas nobody here can change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return read()
 
 
 def _must_be_a_file(source: DataSource) -> None:

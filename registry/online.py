@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,8 +13,10 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final, Literal
 
+import click
 import redis
 from feast import FeatureService, FeatureView, RepoConfig
+from feast.errors import FeatureNameCollisionError
 from feast.infra.online_stores.online_store import OnlineStore
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.infra.supported_async_methods import SupportedAsyncMethods
@@ -27,7 +30,7 @@ from features.plan import Plan
 from registry.compile import is_streamed
 from registry.given import Row, entity_id, fields_of, maker_of, packed, plan_with
 from registry.offline import NotOfferedError
-from registry.plans import full_names_of, ordered_as_a_service, plan_of
+from registry.plans import full_names_of, ordered_as_a_service, plan_of, registered_plan
 from registry.response import Feature, LazyResponse, features_of
 from store.completeness import Completeness, look
 from store.connect import connect
@@ -79,18 +82,23 @@ class HeadraceOnlineStore(OnlineStore):
 
         On-demand views of users are computed by Feast, after another round trip for each view that they take from.
         """
-        _must_be_enabled(registry, features)
         plan = plan_with(registry, project)
+        _must_be_enabled(registry, features)  # By the registry's cache, which is there by now.
         mine, others = _parted(plan, features)
-        if not mine:
+        if others and not mine:
             return super().get_online_features(config, others, entity_rows, registry, project, full_feature_names)
-        columns = _by_key(plan, _columns(entity_rows))
+        given = _columns(entity_rows)
+        columns = _by_key(plan, given, mine)
         if isinstance(mine, FeatureService) and any(map(_is_renamed, mine.feature_view_projections)):
             found = self._renamed(config, plan, mine.feature_view_projections, columns, full=full_feature_names)
         else:
-            reader = self._reader(config, plan, _full_names(plan, mine))
+            names = _full_names(plan, mine)
+            _must_differ(
+                [(plan.features[each].view, plan.features[each].name) for each in names], full=full_feature_names
+            )
+            reader = self._reader(config, plan, names)
             # No rows have no keys: they get an empty answer.
-            columns = columns or {plan.entity(entity).key: [] for entity in reader.program.entities}
+            columns = columns if given else {plan.entity(entity).key: [] for entity in reader.program.entities}
             read = reader.read(self._redis(config).mget, columns, self._now_ms(), full=full_feature_names)
             found = features_of(read, read.names)
         answer = LazyResponse(columns, found)
@@ -105,7 +113,8 @@ class HeadraceOnlineStore(OnlineStore):
         """Features of a service with aliases: each view is read by keys of its own, and all in one round trip.
 
         Raises:
-            ValueError: if a key is missing, or names are the same.
+            ValueError: if a key is missing, or a feature has the name of one.
+            FeatureNameCollisionError: if names are the same.
         """
         keys: list[bytes] = []
         responds: list[tuple[Any, slice, Callable[[Sequence[bytes | None]], Response]]] = []
@@ -121,12 +130,14 @@ class HeadraceOnlineStore(OnlineStore):
             keys += more
         blobs: Any = self._redis(config).mget(keys) if keys else []
         found: list[Feature] = []
+        asked: list[tuple[str, str]] = []
         for each, mine, respond in responds:
-            read, before = respond(blobs[mine]), f"{each.name_to_use()}__" if full else ""
-            found += features_of(read, [before + name for name in read.names])
-        every = [*columns, *(feature.name for feature in found)]
-        if len(set(every)) < len(every):
-            msg = "two of the features and keys share a name: pass full_feature_names=True"
+            read, name = respond(blobs[mine]), each.name_to_use()
+            asked += [(name, feature) for feature in read.names]
+            found += features_of(read, [f"{name}__{feature}" if full else feature for feature in read.names])
+        _must_differ(asked, full=full)
+        if taken := columns.keys() & {feature.name for feature in found}:
+            msg = f"{taken.pop()}: a feature and a key of the request share the name: pass full_feature_names=True"
             raise ValueError(msg)
         return found
 
@@ -172,6 +183,8 @@ class HeadraceOnlineStore(OnlineStore):
                 "send events to Kafka (`headrace replay FILE`), not values to Feast"
             )
             raise NotOfferedError(msg)
+        if progress and config.repo_path:  # It is Feast that materializes.
+            _say_what_is_left_out(str(config.repo_path), config.project)
         store = self._given(config)
         store.declare(fields_of(table))
         for n_rows, _ in store.write(table.name, packed(table, data, self._clock())):
@@ -252,7 +265,7 @@ class HeadraceOnlineStore(OnlineStore):
 
 
 def _parted(plan: Plan, features: list[str] | FeatureService) -> tuple[Any, list[str]]:
-    """What of the features the plan has, as a list or a service, or None; and references of all others."""
+    """What of the features the plan has, as a list or a service, ; and references of all others."""
     views = {view.name for view in plan.views}
     if isinstance(features, FeatureService):
         projections = features.feature_view_projections
@@ -262,9 +275,9 @@ def _parted(plan: Plan, features: list[str] | FeatureService) -> tuple[Any, list
             return features, []
         mine = copy(features)
         mine.feature_view_projections = [each for each in projections if each.name in views]
-        return mine if mine.feature_view_projections else None, others
+        return mine if mine.feature_view_projections else [], others
     known = [each for each in features if each.partition(":")[0].removesuffix("@latest") in views]
-    return known or None, [each for each in features if each not in known]
+    return known, [each for each in features if each not in known]
 
 
 def _is_renamed(projection: Any) -> bool:
@@ -290,7 +303,7 @@ def _must_be_enabled(registry: BaseRegistry, features: list[str] | FeatureServic
     proto = getattr(registry, "cached_registry_proto", None)
     if proto is None:
         return
-    views = (*proto.stream_feature_views, *proto.on_demand_feature_views)
+    views = (*proto.feature_views, *proto.stream_feature_views, *proto.on_demand_feature_views)
     if not (disabled := {view.spec.name for view in views if view.spec.disabled}):
         return
     if isinstance(features, FeatureService):
@@ -302,19 +315,42 @@ def _must_be_enabled(registry: BaseRegistry, features: list[str] | FeatureServic
         raise ValueError(msg)
 
 
-def _by_key(plan: Plan, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Columns by entities' keys; Feast takes an entity's name, too."""
+def _by_key(plan: Plan, columns: dict[str, list[Any]], features: list[str] | FeatureService) -> dict[str, list[Any]]:
+    """Columns by entities' keys; Feast takes an entity's name, too, and leaves out what is nobody's key."""
     keys = {entity.name: entity.key for entity in plan.entities if entity.key not in columns}
-    return {keys.get(name, name): values for name, values in columns.items()}
+    keys |= {entity.key: entity.key for entity in plan.entities}
+    if isinstance(features, FeatureService):
+        keys |= {of: of for each in features.feature_view_projections for of in each.join_key_map.values()}
+    return {keys[name]: values for name, values in columns.items() if name in keys}
+
+
+def _must_differ(asked: Sequence[tuple[str, str]], *, full: bool) -> None:
+    """Raises FeatureNameCollisionError, as Feast does, if two of the views' features would have one name."""
+    names = asked if full else [name for _, name in asked]
+    if len(set(names)) == len(names):
+        return
+    twice = {each for each, n in Counter(names).items() if n > 1}
+    collided = [f"{view}:{name}" for view, name in asked if ((view, name) if full else name) in twice]
+    raise FeatureNameCollisionError(collided, full)
 
 
 def _full_names(plan: Plan, features: list[str] | FeatureService) -> list[str]:
     """Full names, in the plan's order for a service, in the order asked for a list of `view:feature`."""
+    if not features:
+        msg = "No features specified for retrieval"
+        raise ValueError(msg)
     if not isinstance(features, FeatureService):
         return full_names_of(plan, features)
     projections = features.feature_view_projections
     names = full_names_of(plan, [f"{each.name}:{field.name}" for each in projections for field in each.features])
     return ordered_as_a_service(plan, names, features.name)
+
+
+@lru_cache(maxsize=1)  # Once a process.
+def _say_what_is_left_out(repo: str, project: str) -> None:
+    plan = registered_plan(_registry_at(repo), project, allow_cache=True)
+    if names := [view.name for view in plan.views if not view.given and len(view.entities) == 1] if plan else []:
+        click.echo(f"Left out are streaming views, whose rows their stream writes: {', '.join(names)}")
 
 
 @lru_cache(maxsize=8)

@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import cache, lru_cache, partial
 from typing import Annotated, Any, Literal
 
@@ -23,8 +23,9 @@ from features.events import TEXT_LENGTH_MAX
 from features.kernel import SLACK_MS
 from features.plan import NOBODY, Plan
 from features.program import Frame, Program
-from serving import contract, wire
-from serving.front import Bytes, DirectRoute, Server
+from serving import contract, feast, wire
+from serving.feast import FeastRequest
+from serving.front import Bytes, DirectRoute, Errors, Server
 from serving.guard import Guard
 from serving.keys import Keys
 from serving.keys import Scope as KeyScope
@@ -43,6 +44,8 @@ from store.reader import Reader
 Id = Annotated[str, StringConstraints(min_length=1, max_length=TEXT_LENGTH_MAX, pattern=r"^[^\x00]*$")]
 _NAMES_HEADER_BYTES_MAX = 4096
 _EXPLAINED_ITEMS_MAX = 5
+_ROWS_AT_ONCE = 1000
+"""Feast's requests are read and evaluated so many rows at a time: others are answered in between."""
 _LOOK_S = 1.0
 """Features that lack something are looked at so often."""
 _ONE_ROW = np.zeros(1, np.intp)
@@ -87,17 +90,6 @@ class FeaturesRequest(BaseModel):
         return self
 
 
-class FeastRequest(BaseModel):
-    """Feast's own request."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    entities: dict[str, list[str | int | None]]
-    features: list[str] | None = None
-    feature_service: str | None = None
-    full_feature_names: bool = False
-
-
 class EntityQuery(BaseModel):
     """What may follow an entity's path."""
 
@@ -129,7 +121,14 @@ def create_app(settings: Settings, plan: Plan, clock: Callable[[], float] = time
             scope="write",
         ),
         DirectRoute("POST", "/v1/features", routes.features, wire.FORMATS, answers=contract.RANKING),
-        DirectRoute("POST", "/get-online-features", routes.get_online_features, [wire.JSON], answers=contract.FEAST),
+        DirectRoute(
+            "POST",
+            "/get-online-features",
+            routes.get_online_features,
+            [wire.JSON],
+            answers=contract.FEAST,
+            errors=Errors(feast.refusal, wire.JSON, contract.FEAST_ERROR, "An error of Feast's"),
+        ),
         DirectRoute("GET", "/v1/services/{name}", routes.service, [wire.JSON], answers=contract.SERVICE),
         DirectRoute("GET", "/healthz", routes.healthz, [wire.JSON], answers=contract.HEALTH, scope=None, is_vital=True),
         # As Feast's clients ask for it.
@@ -180,6 +179,7 @@ class _Routes:
         self._ranking = cache(self._ranking_of)
         given: Any = {"layouts": layouts, "completeness": self._lookup.completeness}
         self._reader = lru_cache(maxsize=256)(partial(Reader, self._plan, **given))
+        self._long = asyncio.Lock()
         self._lookup.warm_up()
         self._sampler = Sampler(settings, self._plan, self._metrics.sample_dropped)
         looking = asyncio.create_task(self._keep_looking())
@@ -303,34 +303,29 @@ class _Routes:
 
     async def get_online_features(self, _request: Request, body: FeastRequest) -> Response:
         """Feast's own request and answer: for its unmodified `remote` online store."""
-        if body.feature_service is not None:
-            names = [feature.full_name for feature in self._lookup.service(body.feature_service).features]
-        elif body.features:
-            names = [reference.replace(":", "__", 1) for reference in body.features]
-        else:
-            raise invalid("features", "name features as view:feature, or a feature_service")
-        n_rows = max(map(len, body.entities.values()), default=0)
-        if n_rows > self._settings.rows_max:
+        names, columns = feast.names_of(self._plan, body), feast.columns_of(self._plan, body)
+        n_rows = len(next(iter(columns.values()), ()))
+        if n_rows * len(names) > self._settings.values_max:
             raise invalid(
                 "entities",
-                f"{n_rows} rows are more than the {self._settings.rows_max} of HEADRACE_ROWS_MAX; split it",
+                f"{n_rows} rows of {len(names)} features are more than the {self._settings.values_max} values of "
+                "HEADRACE_VALUES_MAX; split it",
             )
-        if len(names) > len(self._plan.features):
-            raise invalid("features", f"{len(names)} are more than the {len(self._plan.features)} that there are")
-        unknown = [name for name in names if name not in self._plan.features]
-        if unknown:
-            raise Problem(404, "Unknown feature", f"features: not applied: {', '.join(unknown)}")
+        reader, now_ms, answer = self._reader(names), self._now_ms(), wire.FeastAnswer()
         try:
-            reader = self._reader(tuple(names))
-            keys, respond = reader.begin(body.entities, self._now_ms(), full=body.full_feature_names)
-            response = respond(await self._redis.mget(keys))
+            # Of the long ones, one is put together at a time: what they hold is then bounded by one of them.
+            async with self._long if n_rows > _ROWS_AT_ONCE else nullcontext():
+                for start in range(0, n_rows or 1, _ROWS_AT_ONCE):
+                    some = {key: values[start : start + _ROWS_AT_ONCE] for key, values in columns.items()}
+                    keys, respond = reader.begin(some, now_ms, full=body.full_feature_names)
+                    answer.add(respond(await self._redis.mget(keys)))
         except ValueError as error:
             raise invalid("entities", str(error)) from error
         except ForeignValueError as error:
             raise unavailable(str(error)) from error
         except (RedisError, OSError) as error:
             raise unavailable(f"Redis: {type(error).__name__}: {error}") from error
-        return self._answer(wire.feast_json(response))
+        return self._answer(answer.content())
 
     async def healthz(self, _request: Request) -> Response:
         """Whether the process lives."""

@@ -111,6 +111,12 @@ PROBLEM: Final[Schema] = {
     },
 }
 
+FEAST_ERROR: Final[Schema] = {
+    "type": "string",
+    "contentMediaType": "application/json",
+    "description": "JSON in a text: module, class and message, of which Feast's clients make an exception",
+}
+
 SECURITY: Final[Schema] = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key: id.secret"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same"},

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, NamedTuple, get_type_hints
 
 import structlog
 from fastapi import FastAPI, Request, Response
@@ -32,10 +32,17 @@ from serving.protocol import BEYOND
 
 log = structlog.get_logger()
 
-_PROBLEM: Final[dict[str, Any]] = {
-    "description": "A problem document (RFC 9457)",
-    "content": {MEDIA_TYPE: {"schema": contract.PROBLEM}},
-}
+
+class Errors(NamedTuple):
+    """The form of a route's errors: how one is answered, and what the OpenAPI document says of them."""
+
+    response: Callable[[Problem], Response]
+    media_type: str
+    schema: contract.Schema
+    description: str
+
+
+PROBLEMS: Final = Errors(Problem.response, MEDIA_TYPE, contract.PROBLEM, "A problem document (RFC 9457)")
 
 
 class Bytes(Response):
@@ -50,16 +57,13 @@ class Bytes(Response):
 
 
 _AGAIN: Final = {"Retry-After": "1"}
-_TOO_MUCH: Final = Problem(
-    503, "Overloaded", "more is asked than this process can answer in time", headers=_AGAIN
-).response()
-"""Made once, as the next: refusing must be cheap."""
+_TOO_MUCH: Final = Problem(503, "Overloaded", "more is asked than this process can answer in time", headers=_AGAIN)
 _TOO_MANY: Final = Problem(
     503,
     "Overloaded",
     "there are more connections than this process has room for (HEADRACE_CONNECTIONS_MAX)",
     headers={**_AGAIN, "Connection": "close"},
-).response()
+)
 
 
 class DirectRoute(APIRoute):
@@ -75,9 +79,10 @@ class DirectRoute(APIRoute):
         status: theirs.
         scope: what a key must be good for to call it; None if no key is needed. A call for `write` is audited.
         is_vital: never refused for want of time: operators must see what is the matter.
+        errors: their form.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # all that a route is, named
         self,
         method: str,
         path: str,
@@ -88,17 +93,27 @@ class DirectRoute(APIRoute):
         status: int = 200,
         scope: KeyScope | None = "read",
         is_vital: bool = False,
+        errors: Errors = PROBLEMS,
     ) -> None:
         content: dict[str, Any] = {media_type: {} for media_type in media_types}
         if answers is not None:
             content["application/json"] = {"schema": answers}
-        responses: dict[int | str, dict[str, Any]] = {status: {"content": content}, "default": _PROBLEM}
+        responses: dict[int | str, dict[str, Any]] = {
+            status: {"content": content},
+            "default": {
+                "description": errors.description,
+                "content": {errors.media_type: {"schema": errors.schema}},
+            },
+        }
         given: Any = {"response_class": Response, "responses": responses, "status_code": status}
         super().__init__(path, endpoint, methods=[method], **given)
         # Starlette's `.*$` ends before a line feed: it finds nothing of `a\nb`, and in `a\n` the row of `a`.
         self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z", re.DOTALL)
         self.scope = scope
         self.is_vital = is_vital
+        self._errors = errors
+        # Made once: refusing must be cheap.
+        self._too_much, self._too_many = errors.response(_TOO_MUCH), errors.response(_TOO_MANY)
         self._models = [
             (name, hint)
             for name, hint in get_type_hints(endpoint).items()
@@ -119,20 +134,24 @@ class DirectRoute(APIRoute):
                 response = await self._answer(request, body, guard)
         except Exception as error:  # noqa: BLE001  # the last place where it can become an answer
             late = guard.too_late(has_body=body is not None) if deadline.expired() else error
-            response = problem_of(late, request_line(request)).response()
+            response = self._errors.response(problem_of(late, request_line(request)))
         finally:
             if self.scope == "write":
                 status = None if response is None else response.status_code
                 log.info("audit", action=request_line(request), key=key.id if key else None, status=status)
         return response
 
+    def has_shed(self, response: Response) -> bool:
+        """Whether it refused a request for want of time or room."""
+        return response is self._too_much or response is self._too_many
+
     async def _answer(self, request: Request, body: bytes, guard: Guard) -> Response:
         if self.is_vital:
             return await self._called(request, body)
         if BEYOND in request.scope:
-            return _TOO_MANY
+            return self._too_many
         if not guard.gate.enter(time.perf_counter()):
-            return _TOO_MUCH
+            return self._too_much
         try:
             return await self._called(request, body)
         finally:
@@ -203,7 +222,7 @@ class Server(FastAPI):
             if match is Match.FULL:
                 scope.update(found)
                 response = await route.answer(Request(scope, receive), self._guard)
-                if response is _TOO_MUCH or response is _TOO_MANY:
+                if route.has_shed(response):
                     self._metrics.shed()
                 await response(scope, receive, counted)
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -114,25 +115,45 @@ def entity_json(answer: Answer, entity: str, entity_id: str, service: str | None
     return orjson.dumps(document)
 
 
-def feast_json(response: Response) -> bytes:
-    """The answer as Feast's own server writes it; empty lists and maps as null, which its remote client can't take."""
-    columns: list[tuple[Any, list[str], list[str]]] = [
-        (given, ["PRESENT"] * len(given), _times(np.zeros(len(given), np.int64))) for given in response.columns.values()
-    ]
-    times: dict[tuple[str, ...], list[str]] = {}
-    for at in range(len(response.names)):
-        clock = response.clock(at)
-        times[clock] = times.get(clock) or _times(response.event_us(at))
-        columns.append((response.values(at), response.statuses(at), times[clock]))
-    results = [
-        {
-            "values": [None if value in ([], {}) else value for value in values],
-            "statuses": statuses,
-            "event_timestamps": at,
-        }
-        for values, statuses, at in columns
-    ]
-    return orjson.dumps({"metadata": {"feature_names": [*response.columns, *response.names]}, "results": results})
+class FeastAnswer:
+    """An answer as Feast's own server writes it, from responses for some rows each.
+
+    Empty lists and maps are null: Feast's remote client ends with an error at `[]`.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._columns: list[tuple[list[bytes], list[bytes], list[bytes]]] = []
+        """Of each, its values, statuses and times: pieces of JSON, which is far smaller than what it is made of."""
+
+    def add(self, response: Response) -> None:
+        """The next rows, of the same features."""
+        n_rows = len(next(iter(response.columns.values()), ()))
+        given, none = _items(["PRESENT"] * n_rows), _items(_times(np.zeros(n_rows, np.int64)))
+        parts = [(_items(values), given, none) for values in response.columns.values()]
+        times: dict[tuple[str, ...], bytes] = {}
+        for at in range(len(response.names)):
+            clock = response.clock(at)
+            times[clock] = times.get(clock) or _items(_times(response.event_us(at)))
+            values = [None if value in ([], {}) else value for value in response.values(at)]
+            parts.append((_items(values), _items(response.statuses(at)), times[clock]))
+        if not self._columns:
+            self._names = [*response.columns, *response.names]
+            self._columns = [([], [], []) for _ in parts]
+        for column, part in zip(self._columns, parts, strict=True):
+            for pieces, piece in zip(column, part, strict=True):
+                pieces.append(piece)
+
+    def content(self) -> bytes:
+        """The whole answer."""
+        form = b'{"values":[%b],"statuses":[%b],"event_timestamps":[%b]}'
+        results = b",".join(form % tuple(map(b",".join, column)) for column in self._columns)
+        return b'{"metadata":{"feature_names":%b},"results":[%b]}' % (orjson.dumps(self._names), results)
+
+
+def _items(values: Sequence[Any]) -> bytes:
+    """The values of a JSON array, without its brackets."""
+    return orjson.dumps(values)[1:-1]
 
 
 def _times(us: NDArray[np.int64]) -> list[str]:

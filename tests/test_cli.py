@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import feast
 import msgspec
 import pyarrow.parquet as pq
 import pytest
@@ -25,6 +26,7 @@ from config.settings import Settings
 from headrace import cli
 from headrace.embedded import EmbeddedBroker, EmbeddedRedis, free_port
 from registry.apply import apply
+from registry.register import register
 from store.archive import forgotten_of
 from store.connect import connect
 from store.keys import Keyspace, plans_key
@@ -265,6 +267,28 @@ def test_nothing_applied_is_said_in_one_line(settings: Settings, run: Run, tmp_p
     for command in (["show", "user", "u1"], ["serve"]):
         refused(run(*command), "nothing is applied", "headrace apply")
     refused(run("plan", HEADRACE_REPO=str(tmp_path)), "feature_store.yaml", "HEADRACE_REPO")
+
+
+def test_what_was_taken_out_of_feasts_registry_is_noticed_and_comes_back(applied: Settings, run: Run) -> None:
+    """By `plan` and the doctor; what a plan no longer has is listed before it goes."""
+    store: Any = feast.FeatureStore(str(applied.repo))
+    store.registry.delete_feature_view("user_activity", "headrace")
+    said = "adds StreamFeatureView user_activity"
+    ran = run("plan")
+    assert (ran.status, said in ran.flat, "run `headrace apply`" in ran.flat) == (0, True, True)
+    assert said in json.loads(run("plan", "--json").out)["registry"]
+    ran = run("doctor")
+    assert (ran.status, f"LOOK feast registry: not as applied: `headrace apply` {said}" in ran.flat) == (0, True)
+    assert "Feast's registry was not as applied" in run("apply").flat
+    assert "nothing to do" in run("plan").flat
+    assert "ok feast registry: as applied" in run("doctor").flat
+    plan = catalogue()
+    more = msgspec.structs.replace(plan, services=(*plan.services, msgspec.structs.replace(plan.services[0], name="x")))
+    register(feast.FeatureStore(str(applied.repo)), more, applied)
+    assert json.loads(run("plan", "--json").out)["registry"] == [
+        "changes RequestSource headrace_plan",
+        "deletes FeatureService x",
+    ]
 
 
 # The doctor

@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import feast
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
+from feast.dqm.profilers.profiler import Profile, Profiler, ValidationError
+from feast.feature_logging import LOG_TIMESTAMP_FIELD, FeatureServiceLoggingSource, LoggingConfig
+from feast.infra.offline_stores.file_source import FileLoggingDestination, SavedDatasetFileStorage
 
 from config.settings import Settings
 from features.plan import Plan
@@ -141,6 +145,55 @@ def test_a_saved_dataset_is_read_back_by_feast(project: Project) -> None:
         "user_id",
         "note",
     ]
+
+
+class Seen(Profiler, Profile):
+    """Which texts a column has: others are a mistake."""
+
+    def __init__(self, column: str, known: frozenset[str] = frozenset()) -> None:
+        self.column, self.known = column, known
+
+    def analyze_dataset(self, dataset: pd.DataFrame) -> Seen:
+        return Seen(self.column, frozenset(dataset[self.column].dropna()))
+
+    def validate(self, dataset: pd.DataFrame) -> Any:
+        new = set(dataset[self.column].dropna()) - self.known
+        errors = [ValidationError("unknown", self.column, repr(each)) for each in sorted(new)]
+        return SimpleNamespace(is_success=not errors, errors=errors)
+
+    def to_proto(self) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def from_proto(cls, proto: Any) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.filterwarnings("ignore:.*is an experimental feature:RuntimeWarning")  # Feast's own word of it.
+def test_what_was_served_is_validated_by_feast(project: Project) -> None:
+    """As `feast validate` does: logged to files, read of a time, against a data set that was saved."""
+    store = project.store
+    view = store.get_stream_feature_view("item_activity")[["category"]]
+    logged = LoggingConfig(FileLoggingDestination(path="logged"))
+    service = feast.FeatureService(name="logged", features=[view], logging_config=logged)
+    store.apply([service])
+    job = project.history(asked(), ["item_activity:category"])
+    storage = SavedDatasetFileStorage(str(project.folder / "categories.parquet"))
+    saved = store.create_saved_dataset(job, "categories", storage)
+    reference = saved.as_reference("categories", Seen("item_activity__category"))
+    schema = FeatureServiceLoggingSource(service, "headrace").get_schema(store.registry)
+    times = [datetime(2033, 5, day, tzinfo=UTC) for day in (1, 2, 3)]
+    known = job.to_df()["item_activity__category"].dropna().iloc[0]
+    for category, time in zip([known, None, "no such"], times, strict=True):
+        row = {"item_id": "i1", "item_activity__category": category, LOG_TIMESTAMP_FIELD: time}
+        store.write_logged_features(pa.Table.from_pylist([row], schema), service)
+
+    def validated(last: datetime) -> Any:
+        given: Any = {"throw_exception": False, "cache_profile": False}
+        return store.validate_logged_features(service, times[0], last, reference, **given)
+
+    assert validated(times[1]) is None
+    assert [each.check_config for each in validated(times[2]).validation_report.errors] == ["'no such'"]
 
 
 def test_short_names_are_feasts(project: Project) -> None:

@@ -18,17 +18,18 @@ import msgspec
 import pytest
 import structlog
 import typeguard
+from feast.lineage.registry_lineage import RegistryLineageGenerator
 from feast.repo_operations import get_repo_files
 
 from config.settings import Settings
 from features.definitions import DefinitionsError, compile_definitions
-from features.plan import At, CodeChangedError, Derived, Plan
+from features.plan import At, CodeChangedError, Derived
 from features.program import Program
 from headrace.embedded import EmbeddedBroker
 from registry import apply as applying
 from registry.compile import compile_to_feast
-from registry.plans import PLAN_TAG
-from registry.register import register, registered_plan
+from registry.plans import PLAN_SOURCE, PLAN_TAG, plan_of, registered_plan, to_tag
+from registry.register import register
 from serving.app import create_app
 from store.connect import connect
 from store.keys import Keyspace
@@ -70,7 +71,7 @@ def store_of(settings: Settings) -> feast.FeatureStore:
 def catalogue_of(store: feast.FeatureStore) -> dict[str, Any]:
     """Everything that Feast's registry says of a project, as plain data that can be compared."""
     registry, project = store.registry, store.project
-    found: dict[str, Any] = {"plan": registry.get_project(project).tags[PLAN_TAG]}
+    found: dict[str, Any] = {"plan": registry.get_data_source(PLAN_SOURCE, project).tags[PLAN_TAG]}
     for entity in registry.list_entities(project):
         if entity.name == "__dummy":  # Feast's own.
             continue
@@ -105,7 +106,7 @@ def test_the_first_apply_registers_everything_and_the_second_has_nothing_to_do(s
     assert (second.changes, second.topics, second.records) == ([], [], 0)
     assert plan_changes(settings, ordinary=None).changes == []
     assert catalogue_of(store_of(settings)) == registered
-    assert registered_plan(store_of(settings)) == plan
+    assert registered_plan(store_of(settings).registry, "headrace") == plan
 
 
 def test_feast_describes_what_was_declared(settings: Settings) -> None:
@@ -140,8 +141,30 @@ def test_feast_describes_what_was_declared(settings: Settings) -> None:
             f"{each.name}__{field.name}" for each in registered.feature_view_projections for field in each.features
         }
         assert projected == set(service.features)
-    assert views["user_activity"].stream_source.name in ("impressions", "clicks", "likes")
-    assert views["user_activity"].tags["topics"].split(", ") == ["impressions", "clicks", "likes"]
+    assert views["user_activity"].tags["topics"] == "clicks, impressions, likes"
+
+
+def test_lineage_shows_every_topic_of_a_view(settings: Settings) -> None:
+    """As `feast ui` draws it, which has one stream source a view: a view's topics are one source together."""
+    plan = apply(settings).plan
+    store = store_of(settings)
+    registry: Any = store.registry
+    direct, indirect = RegistryLineageGenerator().generate_lineage(registry.proto())
+    drawn = {
+        (each.source.type.value, each.source.name, each.target.name)
+        for each in direct
+        if each.target.type.value == "featureView"
+    }
+    assert "__dummy" not in str([*direct, *indirect])
+    sources = {each.name for each in store.list_data_sources()}
+    for view in plan.views:
+        if len(view.entities) > 1:
+            assert {("entity", name, view.name) for name in view.entities} <= drawn
+            continue
+        events = {measure.event for aggregation in view.aggregations for measure in aggregation.measures}
+        topics = ",".join(sorted(plan.event(event).topic for event in events))
+        assert ("dataSource", topics, view.name) in drawn
+        assert {topics, *topics.split(",")} <= sources
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
@@ -160,7 +183,7 @@ def test_a_changed_plan_leaves_every_view_that_it_still_has(settings: Settings, 
         view.name for view in plan.views if view.name != "user_item"
     }
     assert store.get_feature_service("ranking_v1").description == f"Anew {times - 1}"
-    assert registered_plan(store) == plan
+    assert registered_plan(store.registry, "headrace") == plan
 
 
 def test_what_is_no_longer_declared_disappears_from_feast(settings: Settings) -> None:
@@ -192,7 +215,7 @@ def test_the_number_of_shards_is_fixed_by_the_first_apply(settings: Settings) ->
     for refused in (lambda: plan_changes(other, ordinary=None), lambda: apply(other)):
         with pytest.raises(ApplyError, match=f"HEADRACE_SHARDS={SHARDS * 2}.*set it to {SHARDS}"):
             refused()
-    assert registered_plan(store_of(settings)) == catalogue()
+    assert registered_plan(store_of(settings).registry, "headrace") == catalogue()
 
 
 def test_records_that_redis_lost_are_initialised_again(settings: Settings) -> None:
@@ -241,7 +264,7 @@ def feast_command(settings: Settings, folder: Path, *arguments: str) -> str:
         **{name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")},
         **settings.environment(),
         "HEADRACE_REPO": str(folder),
-        "PYTHONPATH": str(folder),
+        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
         "PYTHONWARNINGS": "ignore",
         "FEAST_USAGE": "False",
     }
@@ -321,6 +344,36 @@ def test_what_was_taken_out_of_the_registry_comes_back(settings: Settings) -> No
     assert catalogue_of(store_of(settings)) == before
 
 
+def test_a_plan_in_the_tags_of_the_project_is_read_and_moves(settings: Settings) -> None:
+    """It was there before it had a source of its own: lost, what it made would be nobody's, and stay for ever."""
+    plan = apply(settings).plan
+    store = store_of(settings)
+    registry: Any = store.registry
+    registry.delete_data_source(PLAN_SOURCE, "headrace")
+    registry.apply_project(feast.Project(name="headrace", tags={PLAN_TAG: plan.encode(), "team": "ranking"}))
+    assert plan_of(store_of(settings).registry, "headrace") == plan
+    less = replace(plan, services=plan.services[:1])
+    assert register(store_of(settings), less, settings)
+    assert [each.name for each in store_of(settings).list_feature_services()] == [plan.services[0].name]
+    assert store_of(settings).registry.get_project("headrace").tags == {"team": "ranking"}
+    assert plan_of(store_of(settings).registry, "headrace") == less
+
+
+def test_feasts_commands_say_nothing_of_the_plan_and_have_nothing_to_do(settings: Settings, tmp_path: Path) -> None:
+    """Also where the project is described by its owner; `projects list` printed the whole plan."""
+    folder = project_folder(tmp_path / "own")
+    described = 'from feast import Project\nproject = Project(name="headrace", description="Shoes")\n'
+    (folder / "ours.py").write_text(described + "from headrace.feast_repo import *\n")
+    own = settings.model_copy(update={"repo": folder})
+    apply(own)
+    feast_command(own, folder, "apply")
+    assert "No changes to registry" in feast_command(own, folder, "plan")
+    assert not apply(own).registered
+    listed = feast_command(own, folder, "projects", "list")
+    assert ("Shoes" in listed, "entities" in listed, len(listed) < 300) == (True, False, True)
+    assert "entities" not in feast_command(own, folder, "data-sources", "list")
+
+
 def test_what_was_disabled_stays_so(settings: Settings) -> None:
     plan = apply(settings).plan
     store_of(settings).disable_feature_view("user_activity")
@@ -381,7 +434,7 @@ def test_the_registry_is_read_by_feast_without_our_code(settings: Settings, tmp_
             "stream": sorted(each.name for each in store.list_stream_feature_views()),
             "on demand": sorted(each.name for each in store.list_on_demand_feature_views()),
             "services": sorted(each.name for each in store.list_feature_services()),
-            "sources": sorted(each.name for each in store.list_data_sources()),
+            "sources": sorted(each.name for each in store.list_data_sources() if "archive" not in each.name),
         }))
     """)
     site = str(Path(feast.__file__).resolve().parent.parent)
@@ -401,7 +454,7 @@ def test_the_registry_is_read_by_feast_without_our_code(settings: Settings, tmp_
         "stream": ["item_activity", "seller_activity", "user_activity", "user_history", "user_taste"],
         "on demand": ["user_item"],
         "services": ["feed_v1", "ranking_v1", "seller_v1"],
-        "sources": ["clicks", "clicks_archive", "impressions", "impressions_archive", "likes", "likes_archive"],
+        "sources": ["clicks", "clicks,impressions,likes", "clicks,likes", "headrace_plan", "impressions", "likes"],
     }
 
 
@@ -409,8 +462,9 @@ def test_the_objects_of_one_plan_are_the_same_every_time() -> None:
     plan = catalogue()
     first, second = (compile_to_feast(plan, Settings(kafka="k:1")) for _ in range(2))
     assert list(first) == list(second)
-    assert first["project"].tags == second["project"].tags
-    assert Plan.decode(first["project"].tags[PLAN_TAG]) == plan
+    assert first[PLAN_SOURCE].tags == second[PLAN_SOURCE].tags
+    assert first[PLAN_SOURCE].tags[PLAN_TAG] == to_tag(plan)
+    assert len(to_tag(plan)) < len(plan.encode()) / 3
 
 
 # Who runs the applied plan

@@ -90,6 +90,15 @@ def problem(answer: httpx.Response, status: int, *mentioned: str, field: str | N
     return document
 
 
+def feast_error(answer: httpx.Response, status: int, *mentioned: str) -> None:
+    """An error of /get-online-features: JSON within a JSON text."""
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
+    detail = json.loads(answer.json())
+    assert (detail["module"], detail["class"]) == ("feast.errors", "FeastError")
+    for text in mentioned:
+        assert text in detail["message"], detail
+
+
 async def ranking(http: httpx.AsyncClient, **changed: Any) -> dict[str, Any]:
     answer = await http.post("/v1/features", json={**RANKING, **changed})
     assert answer.status_code == 200, answer.text
@@ -559,14 +568,14 @@ async def test_without_redis_answers_are_503_or_on_demand_defaults(
         for answer in (
             await http.post("/v1/features", json=RANKING),
             await http.get("/v1/entities/user/u1"),
-            await http.post(
-                "/get-online-features",
-                json={"features": ["user_activity:clicks_7d"], "entities": {"user_id": ["u1"]}},
-            ),
             await http.get("/readyz"),
         ):
             problem(answer, 503, "Redis")
             assert int(answer.headers["retry-after"]) > 0
+        body = {"features": ["user_activity:clicks_7d"], "entities": {"user_id": ["u1"]}}
+        answer = await http.post("/get-online-features", json=body)
+        feast_error(answer, 503, "Redis")
+        assert int(answer.headers["retry-after"]) > 0
         assert (await http.get("/healthz")).status_code == 200
         degraded = await ranking(http, on_error="defaults", item_ids=["i1", "i2", "i1"])
         assert degraded["degraded"] == 4  # One user and three items.
@@ -633,7 +642,7 @@ async def test_a_value_that_is_no_row_is_a_503_for_feast_too(http: httpx.AsyncCl
     key = rows.key_of("user_activity", "u1")
     rows.client.set(key, b"garbage")
     body = {"features": ["user_activity:clicks_7d"], "entities": {"user_id": ["u1"]}}
-    problem(await http.post("/get-online-features", json=body), 503, key.decode())
+    feast_error(await http.post("/get-online-features", json=body), 503, key.decode())
 
 
 # Operations
@@ -742,7 +751,8 @@ async def test_the_contract_describes_what_is_sent_and_what_comes_back(http: htt
         for method, operation in methods.items():
             assert operation["description"], path
             assert set(operation["responses"]) == {"202" if method == "delete" else "200", "default"}, path
-            assert set(operation["responses"]["default"]["content"]) == {"application/problem+json"}, path
+            form = "application/json" if path == "/get-online-features" else "application/problem+json"
+            assert set(operation["responses"]["default"]["content"]) == {form}, path
 
 
 # The edge

@@ -38,30 +38,37 @@ def plan(
     import msgspec
 
     from features.changes import in_the_way, when
-    from headrace.ordinary import ordinary_of
+    from registry.ordinary import declared as declared_in_feast
     from store.completeness import Completeness, look
     from store.plans import plan_changes
 
     settings = read_settings()
     client, now_ms = connect_redis(settings), time.time_ns() // 1_000_000
-    declared, changed, applied = plan_changes(settings, client, ordinary=ordinary_of(settings))
+    declared, changed, applied = plan_changes(settings, client, ordinary=declared_in_feast(settings).plan)
     refused = in_the_way(declared, changed, replace or ())
     incomplete: dict[str, int | None] = {}
+    drifted: list[str] = []
     if applied is not None:
+        from registry.apply import drift
+
+        # Of what changes here, it follows what changes there; but for what goes, each is said.
+        drifted = [each for each in drift(settings, declared) if not changed or each.startswith("deletes")]
         completeness = Completeness(applied)
         look(completeness, client, now_ms)
         incomplete = completeness.incomplete(applied.features, now_ms)
     if as_json:
         said = {"plan": declared.fingerprint, "number": declared.number, "changes": changed}
-        said |= {"refused": refused, "incomplete": incomplete}
+        said |= {"refused": refused, "incomplete": incomplete, "registry": drifted}
         out.print_json(msgspec.json.encode(said).decode())
     else:
         _show_changes(changed)
+        for each in drifted:
+            out.print(f"in Feast's registry, {each}", highlight=False, markup=False)
         for name, at_ms in incomplete.items():
             until = "what came before it was applied" if at_ms is None else f"some of it until {when(at_ms)}"
             out.print(f"incomplete {name}: it lacks {until}", style="dim", highlight=False, markup=False)
         rest = "`headrace apply` would refuse it" if refused else "run `headrace apply`"
-        out.print(f"plan {declared.fingerprint}: {rest if changed else 'nothing to do'}")
+        out.print(f"plan {declared.fingerprint}: {rest if changed or drifted else 'nothing to do'}")
     raise typer.Exit(2 if refused else 0)
 
 
@@ -75,7 +82,7 @@ def apply(replace: Replace = None) -> None:
         audit("apply", plan=done.plan.fingerprint, changes=len(done.changes), topics=list(done.topics))
     _show_changes(done.changes)
     if done.registered and not done.changes:
-        out.print("Feast's registry held another plan, or none")
+        out.print("Feast's registry was not as applied; now it is")
     for topic in done.topics:
         out.print(f"+ topic {topic}")
     if done.records:

@@ -165,10 +165,8 @@ def forget(
 
 def doctor() -> None:
     """Check that Kafka, Redis and the applied plan are there and agree."""
-    from config.imports import keep_pandas_out
     from headrace.doctor import examine
 
-    keep_pandas_out()
     healthy = True
     said = {True: "[green]ok [/]", None: "[yellow]LOOK[/]", False: "[red]NOT OK[/]"}
     for check in examine(read_settings()):

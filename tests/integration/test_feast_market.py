@@ -412,7 +412,7 @@ def test_three_applies_leave_one_version(market: Market) -> None:
     for view in views:
         assert len(registry.list_feature_view_versions(view.name, "market")) <= 1, view.name
     said = run_in(market.folder, environment, "headrace", "plan")
-    assert "nothing to do" in said
+    assert "nothing to do" in said, said
 
 
 def run_in(folder: Path, environment: dict[str, str], *words: str) -> str:
