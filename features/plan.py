@@ -307,6 +307,17 @@ def stateful(plan: Plan, full_names: Iterable[str]) -> list[str]:
     return list(found)
 
 
+def given_views(plan: Plan, entity: str) -> list[ViewSpec]:
+    """The ordinary views of an entity alone."""
+    return [view for view in plan.views if view.given and view.entities == (entity,)]
+
+
+def is_given(plan: Plan, full_name: str) -> bool:
+    """Whether a feature is a given one, or computed from such."""
+    spec = plan.features[full_name].spec
+    return isinstance(spec, Given) or any(is_given(plan, name) for name in arguments(spec))
+
+
 def contracts_of(plan: Plan, full_names: Iterable[str]) -> set[str]:
     """Names of the contracts whose events features that keep state are made of."""
     specs = (plan.features[name].spec for name in full_names)

@@ -33,6 +33,8 @@ Target = tuple[str, ...]
 """What values are about: the rows of one entity, or pairs of two."""
 States = Mapping[str, Rows | Totals | GivenRows]
 """What is read, by the name of the bundle or the ordinary view."""
+GIVEN: Final = "@"
+"""What the names of ordinary views begin with, where those of bundles are, too."""
 _NUMBERS: Final = ("int", "float", "bool")
 
 
@@ -75,7 +77,7 @@ class GivenView:
     @property
     def name(self) -> str:
         """What its rows are called among those of bundles."""
-        return f"@{self.view}"
+        return GIVEN + self.view
 
     def ids(self, asked: Asked) -> pa.StringArray:
         """Of whom the rows are, one for each row of the entity, or for each pair: see `features.plan.id_of`."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final, Literal
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -80,8 +81,9 @@ class Objects:
     values: list[Any]
 
     def array(self) -> pa.Array:
-        """The values as Arrow has them."""
-        return pa.array(self.values)
+        """The values as Arrow has them: as JSON, as each may be another kind."""
+        texts = (None if each is None else msgspec.json.encode(each).decode() for each in self.values)
+        return pa.array(texts, pa.string())
 
 
 Values = Floats | Texts | Lists | Maps | Objects
@@ -94,7 +96,7 @@ _ARROW: Final[dict[Type, pa.DataType]] = {
     "str": pa.string(),
     "list[str]": pa.list_(pa.string()),
     "map[str, float]": pa.map_(pa.string(), pa.float64()),
-    "any": pa.null(),
+    "any": pa.string(),
 }
 
 
@@ -105,6 +107,8 @@ def arrow_type(value_type: Type) -> pa.DataType:
 
 def to_arrow(values: Values, value_type: Type) -> pa.Array:
     """The values as an Arrow array of the feature's own type, NaN as null."""
+    if isinstance(values, Objects) and value_type != "any":
+        return pa.array(values.values, _ARROW[value_type])
     if not isinstance(values, np.ndarray):
         return values.array()
     null = np.isnan(values)

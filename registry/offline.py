@@ -16,7 +16,7 @@ import click
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from feast import FeatureView, FileSource, RepoConfig
+from feast import FeatureStore, FeatureView, FileSource, RepoConfig
 from feast.data_format import DeltaFormat
 from feast.data_source import DataSource
 from feast.feature_logging import LoggingConfig, LoggingSource
@@ -33,11 +33,10 @@ from pyarrow import dataset
 from config.settings import Settings
 from features.plan import Given, Plan
 from features.program import GivenView, Program
-from registry.compile import is_streamed
 from registry.given import pack_columns, plan_with
 from registry.plans import full_names_of, ordered_as_a_service
 from training.progress import shown
-from training.run import Limits, TableLabels, interactions, schema_of, training_set
+from training.run import Labels, Limits, TableLabels, interactions, schema_of, training_set
 
 _TIME: Final = "event_timestamp"
 _NOTHING_TO_MATERIALIZE: Final = (
@@ -110,7 +109,7 @@ class HeadraceOfflineStore(OfflineStore):
             limits = Limits(start_ms=_ms(start_date), end_ms=_ms(end_date))
             settings = Settings(repo=Path(str(config.repo_path)))
             labels = interactions(settings, plan, names, limits, with_tail=config.offline_store.tail).to_pandas()
-        join = Join(config, registry, project, [each for each in feature_views if not is_streamed(each)])
+        join = Join(config, registry, project)
         return _historical(config, plan, names, labels, join, computed, full=full_feature_names)
 
     @staticmethod
@@ -293,6 +292,20 @@ def _historical(
     return TrainingJob(make, RetrievalMetadata(features, keys, times.min(), times.max()), config, computed, full=full)
 
 
+def with_rows(settings: Settings, plan: Plan, full_names: Sequence[str], labels: Labels, time_column: str) -> Labels:
+    """Labels with the rows of ordinary views that features need, as `training.point_in_time` takes them."""
+    given = Program(plan, full_names).given
+    if not given:
+        return labels
+    store = FeatureStore(str(settings.repo))
+    table = pa.Table.from_batches(labels.chunks(), labels.schema)
+    join = Join(store.config, store.registry, store.project)
+    rows, _ = join.of(plan, table.to_pandas(), time_column, (), given)
+    for name, column in rows.items():
+        table = table.append_column(name, column)
+    return TableLabels(table)
+
+
 @dataclass(frozen=True)
 class Join:
     """Feast's point-in-time join of ordinary views."""
@@ -300,7 +313,6 @@ class Join:
     config: RepoConfig
     registry: BaseRegistry
     project: str
-    views: list[FeatureView]
 
     def of(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
-from itertools import islice
+from itertools import islice, product
 from typing import Any, Final, TypeVar
 
 import pyarrow as pa
@@ -94,16 +94,26 @@ class GivenStore:
         keys = given_keys(self._project, view, pa.array(ids, pa.binary()))
         return given_rows(given, self._redis.mget(list(keys)) if keys else [], keys.__getitem__, self.find)
 
+    def forget(self, views: Iterable[str], ids: Iterable[bytes]) -> None:
+        """Deletes what views have of some entities, until it is written again."""
+        keys = [given_key(self._project, view, each) for view, each in product(views, ids)]
+        for some in _batches(keys):
+            self._unlink(self._redis, some)
+
     def delete(self, view: str) -> int:
         """Deletes all rows of a view; returns how many there were."""
         deleted = 0
         for server in servers(self._redis):
             for keys in _batches(server.scan_iter(match=given_pattern(self._project, view), count=_TOGETHER)):
-                commands: Any = server.pipeline(transaction=False)
-                for key in keys:
-                    commands.execute_command("UNLINK", key)
-                deleted += sum(commands.execute())
+                deleted += self._unlink(server, keys)
         return deleted
+
+    @staticmethod
+    def _unlink(client: Any, keys: Iterable[bytes]) -> int:
+        commands = client.pipeline(transaction=False)
+        for key in keys:
+            commands.execute_command("UNLINK", key)
+        return sum(commands.execute())
 
 
 def _batches(things: Iterable[T]) -> Iterator[list[T]]:

@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 
 from features.kernel import SLACK_MS, Events, Merged, add, merge
 from features.layout import Bundle, families_of, slots_of
-from features.plan import Plan
+from features.plan import Plan, given_views
 from features.rows import Index, Rows
 from store.codec import encode
 from store.commit import CommitRecord, Position, RowWrite, ShardCommit, Writer
 from store.filling import Batch
 from store.forgotten import FOR_EVER_MS, Forgotten, Times, count_orders, decode_forgotten, encode_forgotten, orders
+from store.given import GivenStore
 from store.keys import Keyspace, expire_at_ms, shard_of
 from store.layouts import Layouts
 from store.read import read_rows
@@ -105,6 +106,8 @@ class Lane:
         self._bundles = [Bundle(tuple(own)) for own in by_entity.values() if own]
         self._kept_ms = {bundle.entity: _kept_ms(bundle) for bundle in self._bundles}
         self._aggregations = {bundle.entity: _aggregations(plan, bundle) for bundle in self._bundles}
+        self._given = GivenStore(client, plan.project)
+        self._given_of = {name: [view.name for view in given_views(plan, name)] for name in plan.stored_entities}
         self._numbers = range(lane, plan.shards, lanes)
         self._shards: dict[tuple[str, int], _Shard] = {}
         fills = {view.entities[0] for view in plan.views if view.filling}
@@ -203,6 +206,8 @@ class Lane:
                 families = self._layouts.families(bundle.entity)
                 of_shards = {number: self._shards[bundle.entity, number].forgotten for number in self._numbers}
                 work.append(_Ordered(self._keyspace, bundle, ids, int(clock_s * 1000), families, of_shards))
+        for ordered in work:  # Before it is written that it is done.
+            self._given.forget(self._given_of[ordered.bundle.entity], ordered.times)
         if work:
             self._do(work)
             for done in work:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import redis
@@ -21,10 +22,11 @@ from features import agg
 from features.compile import compile_plan
 from features.events import Event
 from features.evolve import backfilled, backfilling, columns_from, filling_alone, move
+from features.given import Fields
 from features.kernel import SLACK_MS, Events, Rows, merge
 from features.language import Entity, view
 from features.layout import families_of
-from features.plan import History, Plan
+from features.plan import Given, History, Plan, ViewSpec
 from headrace.embedded import EmbeddedRedis
 from store.codec import encode
 from store.commit import (
@@ -40,6 +42,7 @@ from store.commit import (
 from store.connect import connect
 from store.filling import Batch
 from store.forgotten import order, read_forgotten
+from store.given import GivenStore
 from store.keys import Keyspace, shard_of
 from store.layouts import Layouts
 from store.reader import Reader
@@ -818,6 +821,28 @@ def test_who_is_forgotten_stays_so(client: redis.Redis) -> None:
     successor.write([*parts_of(6, ["u1", "u2"]), *parts_of(8, ["u1"], at_ms=later, record_ms=later)])
     assert counts(client, "u1", "u2") == [2, 3]
     assert read_forgotten(client, SPACE, ["user"])["user"] == known
+
+
+def test_who_is_forgotten_is_so_in_ordinary_views_too(client: redis.Redis) -> None:
+    """Of that entity alone; what is written afterwards is there."""
+    profile = ViewSpec("profile", ("user",), (Given("age", "Int64"),))
+    plan = msgspec.structs.replace(PLAN, views=(*PLAN.views, profile))
+    fields, store = Fields.of([("age", "Int64")]), GivenStore(client, plan.project)
+
+    def ages() -> list[Any]:
+        return store.read("profile", fields, [b"u1", b"u2"]).raw("age")
+
+    rows = [(each, fields.pack({"age": 30}, 1, 0), 0) for each in (b"u1", b"u2")]
+    list(store.write("profile", rows))
+    clock = Clock(NOW_MS)
+    lane = Lane(plan, 0, 1, client, clock)
+    order(client, "test", "user", ["u1"], clock.now_ms)
+    lane.write([])
+    assert ages() == [None, 30]
+    clock.now_ms += 1_000
+    list(store.write("profile", rows))
+    lane.write([])
+    assert ages() == [30, 30]
 
 
 def test_what_a_row_has_is_of_before_it_is_forgotten_whoever_has_the_wrong_time(client: redis.Redis) -> None:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from config.settings import Settings
-from features.plan import Feature, Plan, contracts_of, stateful
+from features.plan import Feature, Plan, contracts_of, is_given, stateful
 from store.forgotten import Forgotten
 from store.served import PLAN_COLUMN, about, read
 from training.point_in_time import LAG, UNSETTLED
@@ -69,12 +69,14 @@ class Comparison:
         rows: how many rows were compared.
         unknown: how many were not, as their plan can't be read any more.
         forgotten: how many were not, as somebody that they are about was forgotten since.
+        given: which features were not, as others write what they are computed from.
     """
 
     features: list[Compared] = field(default_factory=list)
     rows: int = 0
     unknown: int = 0
     forgotten: int = 0
+    given: set[str] = field(default_factory=set)
 
     @property
     def mismatches(self) -> int:
@@ -133,6 +135,9 @@ def compare(
             found.rows += len(mine)
             if not len(mine):
                 continue
+            of_others = {name for name in mine.column_names if name in plan.features and is_given(plan, name)}
+            found.given |= of_others
+            mine = mine.drop_columns(sorted(of_others))
             given: Any = {"settle_ms": settle_ms, "known": known, "on_progress": on_progress}
             worst: list[tuple[Feature, Example]] = []
             for name, closest in _closest(settings, plan, mine, **given).items():

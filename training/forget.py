@@ -12,9 +12,10 @@ import pyarrow.compute as pc
 
 from config.settings import Settings
 from features.events import Kind
-from features.plan import EventSpec, Plan
+from features.plan import EventSpec, Plan, given_views
 from store.archive import archive_forgotten, tables_of
 from store.forgotten import Times, order, read_forgotten
+from store.given import GivenStore
 from store.keys import Keyspace
 from streams.tail import letters_about
 from training.run import Progress, events_of_tail, tail_of
@@ -68,6 +69,9 @@ def forget(
         ForgetError: if no stream carries it out.
     """
     now_ms = int(clock() * 1000)
+    if entity not in plan.stored_entities:  # Nothing that happened is known of it.
+        GivenStore(client, plan.project).forget([view.name for view in given_views(plan, entity)], map(str.encode, ids))
+        return Done({each.encode(): now_ms for each in ids}, ())
     order(client, plan.project, entity, ids, now_ms)
     wanted = {each.encode() for each in ids}
     until_s, known = clock() + _PATIENCE_S, 0

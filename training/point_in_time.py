@@ -26,7 +26,7 @@ from features.events import NEWEST_MS
 from features.given import GivenRows
 from features.history import Arrived, rows_at
 from features.layout import Bundle
-from features.plan import Plan
+from features.plan import NOBODY, Plan
 from features.program import Asked, Program
 from features.rows import Events, Rows
 from features.totals import Totals
@@ -128,7 +128,7 @@ def questions(job: Job, labels: pa.RecordBatch) -> dict[str, Questions]:
     lags_ms = np.zeros(len(labels), np.int64) if job.settle_ms is None else np.asarray(labels[LAG])
     found = {}
     for entity in job.program.entities:
-        encoded = _texts(labels[job.key(entity)]).fill_null("").dictionary_encode()
+        encoded = _ids(job, entity, labels).fill_null("").dictionary_encode()
         codes = np.asarray(encoded.indices)
         if _overrides(labels.schema, entity):
             first, rows = np.arange(len(codes)), np.arange(len(codes))
@@ -283,7 +283,7 @@ def check(job: Job, schema: pa.Schema) -> None:
     """Raises LabelsError if labels of this schema can't be joined."""
     for column, what in [
         (job.time_column, "the time of each label"),
-        *((job.key(entity), f"the key of {entity}") for entity in job.program.entities),
+        *((job.key(each), f"the key of {each}") for each in job.program.entities if each != NOBODY.name),
         *((view.name, f"rows of {view.view}: let Feast join them") for view in job.program.given),
     ]:
         if column not in schema.names:
@@ -342,6 +342,11 @@ def _blobs(job: Job, bundle: Bundle, asked: Questions, chunk: int) -> list[bytes
             for place, blob in zip(places, table[family.name].to_pylist(), strict=True):
                 blobs[at * n + place] = blob or None
     return blobs
+
+
+def _ids(job: Job, entity: str, labels: pa.RecordBatch) -> pa.StringArray:
+    """Of whom an entity's features are, for each label."""
+    return pa.nulls(len(labels), pa.string()) if entity == NOBODY.name else _texts(labels[job.key(entity)])
 
 
 def _texts(column: pa.Array) -> pa.StringArray:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from config.settings import Settings
 from features.events import NEWEST_MS, Kind
 from features.plan import EventSpec, Plan
-from features.program import Program
+from features.program import GIVEN, Program
 from features.values import arrow_type
 from store.archive import ArchiveTable, events_of, forgotten_of, tables_of
 from store.commit import united
@@ -312,7 +312,8 @@ def write_training_set(  # as above
 
 
 def schema_of(plan: Plan, full_names: Sequence[str], labels: pa.Schema) -> pa.Schema:
-    """The columns of a training set: the labels', and the features."""
+    """The columns of a training set: the labels', but for rows of ordinary views, and the features."""
+    labels = pa.schema([each for each in labels if not each.name.startswith(GIVEN)])
     for name in full_names:
         labels = labels.append(pa.field(name, arrow_type(plan.features[name].value_type)))
     return labels

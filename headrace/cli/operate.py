@@ -131,6 +131,7 @@ def forget(
     --compact`; dead letters that name them are listed.
     """
     from features.events import TEXT_LENGTH_MAX
+    from features.plan import NOBODY
     from features.times import duration_ms
     from store.plans import load_plan
     from training.forget import forget as run
@@ -138,8 +139,9 @@ def forget(
 
     settings = read_settings()
     applied, now_ms = load_plan(settings), time.time_ns() // 1_000_000
-    if entity not in applied.stored_entities:
-        message = f"there is no entity {entity!r}; applied are: {', '.join(applied.stored_entities)}"
+    known = [spec.name for spec in applied.entities if spec != NOBODY]
+    if entity not in known:
+        message = f"there is no entity {entity!r}; applied are: {', '.join(known)}"
         raise typer.BadParameter(message)
     # Not by splitlines: an id may hold what Unicode calls the end of a line.
     listed = file.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n") if file else ()

@@ -75,7 +75,12 @@ def train(  # noqa: PLR0913, PLR0917  # each is an option of the command
     limits = Limits(*map(utc_ms, (since, start, end)))
     given: dict[str, Any] = {"limits": limits, "time_column": time_column, "with_tail": tail, "ray": ray}
     with shown() as on_progress:
-        wanted = (settings, known, names, read_labels(labels, known), out_file)
+        given_labels = read_labels(labels, known)
+        if any(view.given for view in known.views):
+            from registry.offline import with_rows
+
+            given_labels = with_rows(settings, known, names, given_labels, time_column)
+        wanted = (settings, known, names, given_labels, out_file)
         try:
             made = write_training_set(*wanted, **given, folder=spill, on_progress=on_progress)
         except KafkaException as error:
@@ -210,6 +215,7 @@ def compare(
     undecided = f"{found.undecided:.2%} of the values undecided, with an event on its way"
     left_out = f"; left out: {found.unknown:,} rows of plans that can't be read" if found.unknown else ""
     left_out += f"; left out: {found.forgotten:,} rows about who was forgotten since" if found.forgotten else ""
+    left_out += f"; left out: {len(found.given)} features that others' values are part of" if found.given else ""
     out.print(f"{found.rows:,} rows compared, {found.mismatches:,} mismatches; {undecided}{left_out}", highlight=False)
     raise typer.Exit(1 if found.mismatches else 0)
 
