@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import redis
 from confluent_kafka import KafkaError, KafkaException
@@ -16,6 +17,7 @@ from config.settings import DEAD_LETTER_BYTES_MAX, DEAD_LETTER_SUFFIX, Settings
 from features.changes import Change, in_the_way
 from features.plan import Plan
 from registry import register
+from registry.online import HeadraceOnlineStoreConfig
 from registry.ordinary import declared
 from store.archive import archive_forgotten
 from store.commit import initialise, join
@@ -101,7 +103,11 @@ def drift(settings: Settings, plan: Plan) -> list[str]:
 
 
 def _store(settings: Settings) -> FeatureStore:
-    return FeatureStore(repo_path=str(settings.repo))
+    store = FeatureStore(repo_path=str(settings.repo))
+    online: Any = store.config.online_store
+    if isinstance(online, HeadraceOnlineStoreConfig):  # Views that go have their rows deleted in this Redis.
+        online.redis_url = online.redis_url or settings.redis_url.get_secret_value()
+    return store
 
 
 def _initialise(client: redis.Redis, applied: Plan | None, plan: Plan, now_ms: int) -> int:

@@ -26,6 +26,7 @@ from config.settings import Settings
 from headrace import cli
 from headrace.embedded import EmbeddedBroker, EmbeddedRedis, free_port
 from registry.apply import apply
+from registry.ordinary import declared
 from registry.register import register
 from store.archive import forgotten_of
 from store.connect import connect
@@ -284,7 +285,7 @@ def test_what_was_taken_out_of_feasts_registry_is_noticed_and_comes_back(applied
     assert "ok feast registry: as applied" in run("doctor").flat
     plan = catalogue()
     more = msgspec.structs.replace(plan, services=(*plan.services, msgspec.structs.replace(plan.services[0], name="x")))
-    register(feast.FeatureStore(str(applied.repo)), more, applied)
+    register(feast.FeatureStore(str(applied.repo)), more, applied, declared(applied).objects)
     assert json.loads(run("plan", "--json").out)["registry"] == [
         "changes RequestSource headrace_plan",
         "deletes FeatureService x",

@@ -28,6 +28,7 @@ from features.program import Program
 from headrace.embedded import EmbeddedBroker
 from registry import apply as applying
 from registry.compile import compile_to_feast
+from registry.ordinary import declared
 from registry.plans import PLAN_SOURCE, PLAN_TAG, plan_of, registered_plan, to_tag
 from registry.register import register
 from serving.app import create_app
@@ -65,7 +66,9 @@ def apply(settings: Settings) -> applying.Applied:
 
 
 def store_of(settings: Settings) -> feast.FeatureStore:
-    return feast.FeatureStore(str(settings.repo))
+    store = feast.FeatureStore(str(settings.repo))
+    store.config.online_store.redis_url = settings.redis_url.get_secret_value()
+    return store
 
 
 def catalogue_of(store: feast.FeatureStore) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def catalogue_of(store: feast.FeatureStore) -> dict[str, Any]:
 
 
 def test_the_first_apply_registers_everything_and_the_second_has_nothing_to_do(settings: Settings) -> None:
-    plan, announced, _ = plan_changes(settings, ordinary=None)
+    plan, announced, _ = plan_changes(settings, ordinary=declared(settings).plan)
     first = apply(settings)
     assert first.changes == announced
     assert {each.kind for each in first.changes} == {"adds"}
@@ -104,7 +107,7 @@ def test_the_first_apply_registers_everything_and_the_second_has_nothing_to_do(s
     registered = catalogue_of(store_of(settings))
     second = apply(settings)
     assert (second.changes, second.topics, second.records) == ([], [], 0)
-    assert plan_changes(settings, ordinary=None).changes == []
+    assert plan_changes(settings, ordinary=declared(settings).plan).changes == []
     assert catalogue_of(store_of(settings)) == registered
     assert registered_plan(store_of(settings).registry, "headrace") == plan
 
@@ -120,10 +123,12 @@ def test_feast_describes_what_was_declared(settings: Settings) -> None:
     views: dict[str, Any] = {
         view.name: view for view in (*store.list_stream_feature_views(), *store.list_on_demand_feature_views())
     }
-    assert set(views) == {view.name for view in plan.views}
+    ours = [spec for spec in plan.views if not spec.given]
+    assert set(views) == {view.name for view in ours}
+    assert {view.name for view in store.list_feature_views()} == {spec.name for spec in plan.views if spec.given}
     registry: Any = store.registry
     of_cross_views = {each.spec.name: each for each in registry.proto().on_demand_feature_views}
-    for spec in plan.views:
+    for spec in ours:
         view = views[spec.name]
         assert (view.description, view.owner) == (spec.doc, spec.owner)
         assert spec.owner
@@ -157,7 +162,7 @@ def test_lineage_shows_every_topic_of_a_view(settings: Settings) -> None:
     }
     assert "__dummy" not in str([*direct, *indirect])
     sources = {each.name for each in store.list_data_sources()}
-    for view in plan.views:
+    for view in (each for each in plan.views if not each.given):
         if len(view.entities) > 1:
             assert {("entity", name, view.name) for name in view.entities} <= drawn
             continue
@@ -176,11 +181,11 @@ def test_a_changed_plan_leaves_every_view_that_it_still_has(settings: Settings, 
     plan = apply(settings).plan
     for number in range(times):
         plan = replace(plan, services=tuple(replace(each, doc=f"Anew {number}") for each in plan.services))
-        register(store_of(settings), plan, settings)
+        register(store_of(settings), plan, settings, declared(settings).objects)
     store = store_of(settings)
     assert [view.name for view in store.list_on_demand_feature_views()] == ["user_item"]
     assert {view.name for view in store.list_stream_feature_views()} == {
-        view.name for view in plan.views if view.name != "user_item"
+        view.name for view in plan.views if view.name != "user_item" and not view.given
     }
     assert store.get_feature_service("ranking_v1").description == f"Anew {times - 1}"
     assert registered_plan(store.registry, "headrace") == plan
@@ -194,7 +199,7 @@ def test_what_is_no_longer_declared_disappears_from_feast(settings: Settings) ->
         services=tuple(each for each in before.services if each.name == "feed_v1"),
         entities=tuple(each for each in before.entities if each.name != "seller"),
     )
-    register(store_of(settings), after, settings)
+    register(store_of(settings), after, settings, declared(settings).objects)
     registered = catalogue_of(store_of(settings))
     assert {name for name in registered if name.startswith(("view", "service", "entity"))} == {
         "view item_activity",
@@ -205,14 +210,14 @@ def test_what_is_no_longer_declared_disappears_from_feast(settings: Settings) ->
         "entity item",
         "entity user",
     }
-    register(store_of(settings), before, settings)
+    register(store_of(settings), before, settings, declared(settings).objects)
     assert "view seller_activity" in catalogue_of(store_of(settings))
 
 
 def test_the_number_of_shards_is_fixed_by_the_first_apply(settings: Settings) -> None:
     apply(settings)
     other = settings.model_copy(update={"shards": SHARDS * 2})
-    for refused in (lambda: plan_changes(other, ordinary=None), lambda: apply(other)):
+    for refused in (lambda: plan_changes(other, ordinary=declared(other).plan), lambda: apply(other)):
         with pytest.raises(ApplyError, match=f"HEADRACE_SHARDS={SHARDS * 2}.*set it to {SHARDS}"):
             refused()
     assert registered_plan(store_of(settings).registry, "headrace") == catalogue()
@@ -387,7 +392,7 @@ def test_what_is_unchanged_has_one_version_and_can_be_printed(settings: Settings
     """Feast makes a new version of a view that it takes for another one than it reads back."""
     for _ in range(3):
         apply(settings)
-        plan = plan_changes(settings, ordinary=None).plan
+        plan = plan_changes(settings, ordinary=declared(settings).plan).plan
         store_of(settings).apply(list(compile_to_feast(plan, settings).values()))
     store = store_of(settings)
     for view in plan.views:
@@ -454,7 +459,10 @@ def test_the_registry_is_read_by_feast_without_our_code(settings: Settings, tmp_
         "stream": ["item_activity", "seller_activity", "user_activity", "user_history", "user_taste"],
         "on demand": ["user_item"],
         "services": ["feed_v1", "ranking_v1", "seller_v1"],
-        "sources": ["clicks", "clicks,impressions,likes", "clicks,likes", "headrace_plan", "impressions", "likes"],
+        "sources": [
+            *("clicks", "clicks,impressions,likes", "clicks,likes", "headrace_plan", "impressions"),
+            *("item_profile_file", "likes", "stock", "stock_file", "user_profile_file"),
+        ],
     }
 
 
@@ -474,7 +482,7 @@ def test_nothing_runs_before_apply(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(NotAppliedPlanError, match=r"nothing is applied in .*run `headrace apply` first"):
         load_plan(settings)
     with pytest.raises(FileNotFoundError, match=r"feature_store\.yaml.*HEADRACE_REPO"):
-        plan_changes(settings.model_copy(update={"repo": tmp_path}), ordinary=None)
+        plan_changes(settings.model_copy(update={"repo": tmp_path}), ordinary=declared(settings).plan)
 
 
 def test_a_folder_that_is_no_project_is_said_to_be_none(settings: Settings, tmp_path: Path) -> None:
@@ -573,7 +581,9 @@ async def test_changed_code_of_a_derived_feature_is_refused_by_name(
     plan = load_plan(mine)
     assert Program(plan, plan.service("own_v1").features).entities == ("user",)
     own("own_changing", 3)
-    assert "feature user_thing.doubled: other code" in "\n".join(map(str, plan_changes(mine, ordinary=None).changes))
+    assert "feature user_thing.doubled: other code" in "\n".join(
+        map(str, plan_changes(mine, ordinary=declared(mine).plan).changes)
+    )
     with pytest.raises(CodeChangedError, match=r"doubled .*own_changing:UserThing\.doubled.*headrace apply"):
         Program(plan, plan.service("own_v1").features)
     app = create_app(mine, plan)

@@ -24,7 +24,7 @@ import structlog
 
 import serving.app
 import serving.wire
-from features.plan import Plan
+from features.plan import Given, Plan
 from headrace.embedded import EmbeddedRedis
 from serving.client import Client
 from store.reader import Reader
@@ -378,7 +378,9 @@ async def test_a_path_with_a_line_feed_is_no_other_path(http: httpx.AsyncClient,
 async def test_an_entity_is_read_by_service_or_whole(http: httpx.AsyncClient, plan: Plan) -> None:
     whole = (await entity(http, "item", "i1"))["features"]
     of_ranking = (await entity(http, "item", "i1", service="ranking_v1"))["features"]
-    assert set(whole) - set(of_ranking) == {"item_activity__viewers_1h", "item_activity__viewers_24h"}
+    others = {name for name, each in plan.features.items() if isinstance(each.spec, Given)}
+    assert set(whole) - set(of_ranking) - others == {"item_activity__viewers_1h", "item_activity__viewers_24h"}
+    assert {"item_profile__price", "stock__left"} <= set(whole)
     assert set((await entity(http, "seller", "s1", service="seller_v1"))["features"]) == {
         name for name in plan.features if name.startswith("seller_activity__")
     }

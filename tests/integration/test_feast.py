@@ -38,6 +38,7 @@ from headrace.embedded import EmbeddedBroker, EmbeddedRedis, free_port
 from headrace.feast import as_of
 from registry.apply import apply
 from registry.compile import FEAST_TYPES
+from registry.ordinary import declared
 from registry.register import drift
 from serving.app import create_app
 from store.connect import connect
@@ -379,7 +380,7 @@ def test_a_registry_in_sql_holds_what_a_file_does(ours: Project, tmp_path: Path,
         store.registry.delete_feature_view("user_activity", "headrace")
         assert apply(settings, client).registered
         assert store_at(folder).get_stream_feature_view("user_activity").name == "user_activity"
-        assert not plan_changes(settings, ordinary=None).changes
+        assert not plan_changes(settings, ordinary=declared(settings).plan).changes
 
 
 def test_a_registry_behind_feasts_server_is_read_and_compared(ours: Project, tmp_path: Path) -> None:
@@ -393,10 +394,13 @@ def test_a_registry_behind_feasts_server_is_read_and_compared(ours: Project, tmp
         (folder / "feature_store.yaml").write_text(text)
         settings = Settings(repo=folder, kafka=ours.kafka)
         store = store_at(folder)
-        assert drift(store, ours.plan, settings) == []
+        assert drift(store, ours.plan, settings, declared(settings).objects) == []
         less = msgspec.structs.replace(ours.plan, services=ours.plan.services[:1])
         gone = [f"deletes FeatureService {each.name}" for each in ours.plan.services[1:]]
-        assert drift(store, less, settings) == ["changes RequestSource headrace_plan", *gone]
+        assert drift(store, less, settings, declared(settings).objects) == [
+            "changes RequestSource headrace_plan",
+            *gone,
+        ]
         store.config.online_store.redis_url = ours.store.config.online_store.redis_url
         rows = [{"user_id": "u1"}]
         with as_of(NOW_MS):

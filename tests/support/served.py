@@ -20,6 +20,7 @@ from features.aggregations.base import Aggregation
 from features.definitions import compile_definitions
 from features.plan import Plan
 from headrace.embedded import free_port
+from registry.ordinary import declared
 from serving import worker
 from serving.app import create_app
 from store.commit import initialise
@@ -52,7 +53,7 @@ class Clock:
 
 def catalogue(shards: int = SHARDS) -> Plan:
     """The shipped catalogue's plan."""
-    return compile_definitions("features.catalog", "headrace", shards)
+    return compile_definitions("features.catalog", "headrace", shards, declared(Settings()).plan)
 
 
 def with_windows(plan: Plan, *more: str) -> Plan:
