@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import httpx._transports.default as httpx_transport
 import pytest
 import redis
 from hypothesis import HealthCheck, settings
@@ -29,6 +31,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("headrace")
+# Every httpx client, and so every `httpx.get`, reads the certificates of all the web's authorities anew, also for plain
+# HTTP: 60 to 100 ms of a core, which were most of what some tests did.
+_create = httpx_transport.create_ssl_context  # type: ignore[attr-defined]  # private, as there is no other way
+httpx_transport.create_ssl_context = cache(_create)  # type: ignore[attr-defined]  # as above
 
 
 @pytest.hookimpl(tryfirst=True)  # Before `-m` chooses.

@@ -320,13 +320,9 @@ class Evolution:
                     "item_id": f"q{event['item_id']}",
                     "seller_id": f"q{event['seller_id']}",
                 }
-                self.quiet[topic].append(event)
-            else:
-                self.events[topic].append(event)
+            (self.quiet if quiet else self.events)[topic].append(event | {"t": event["occurred_at"]})
             self.sender.send(topic, event["user_id"], event)
         self.sender.flush()
-        for event in (each for many in (*self.events.values(), *self.quiet.values()) for each in many):
-            event["t"] = event["occurred_at"]
 
     def flow(self) -> None:
         """Events, for as long as `flows`."""
