@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 
 import registry  # noqa: F401  # before any test imports Feast: see there
 from headrace.embedded import EmbeddedRedis
-from tests.support.kafka import RealKafka, what_is_missing
+from tests.support.kafka import RealKafka, end_shared_kafka, shared_kafka, what_is_missing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,14 +69,21 @@ def redis_url(redis_server: EmbeddedRedis) -> str:
     return redis_server.url
 
 
-@pytest.fixture(scope="session")
-def real_kafka() -> Iterator[RealKafka]:
-    """Apache Kafka, shared: a test takes topic names of its own."""
+@pytest.fixture(scope="session", autouse=True)
+def _shared_kafka_ends() -> Iterator[None]:
+    yield
+    end_shared_kafka()
+
+
+@pytest.fixture
+def real_kafka() -> RealKafka:
+    """Apache Kafka, shared with the tests before and after: there is no topic."""
     missing = what_is_missing()
     if missing:
         _leave_out(missing)
-    with RealKafka() as kafka:
-        yield kafka
+    kafka = shared_kafka()
+    kafka.empty()
+    return kafka
 
 
 @pytest.fixture(scope="session")
