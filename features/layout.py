@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from features.aggregations.base import Aggregation, Measure, Slot, Table
 from features.fold import operations
 from features.partials import DTYPES, AnyPartial, LatestText, Physical, Seen
-from features.plan import Plan, ViewSpec, digest, features_of
+from features.plan import EntitySpec, Plan, ViewSpec, digest, features_of
 from features.times import MINUTE_MS, duration_ms, hop_ms
 
 _ROW_FORMAT: Final = 2
@@ -288,22 +288,26 @@ def families_of(plan: Plan, view: ViewSpec) -> tuple[Family, ...]:
     """The families of a view; a cross view has none."""
     if len(view.entities) > 1:
         return ()
-    entity = plan.entity(view.entities[0])
+    return _families(view.name, plan.entity(view.entities[0]), view.aggregations)
+
+
+@lru_cache(maxsize=1024)  # Who looks at several plans asks for the same of each: most of what they have is in all.
+def _families(view: str, entity: EntitySpec, aggregations: tuple[Aggregation, ...]) -> tuple[Family, ...]:
     rows: dict[str, dict[Table, dict[tuple[AnyPartial, Measure], None]]] = {}
-    for spec in view.aggregations:
+    for spec in aggregations:
         for slot in spec.slots():
             rows.setdefault(slot.table.row, {}).setdefault(slot.table, {})[slot.partial, slot.measure] = None
     forget_ms = duration_ms(entity.forget_after) if entity.forget_after else 0
     return tuple(
         _only(
             Family(
-                name=family_name(view.name, row),
+                name=family_name(view, row),
                 entity=entity.name,
                 key=entity.key,
                 tables=tuple(
                     TableLayout(table, _with_recency(table, tuple(partials))) for table, partials in tables.items()
                 ),
-                retention_ms=max(_retention_ms(spec, forget_ms) for spec in view.aggregations if _row_of(spec) == row),
+                retention_ms=max(_retention_ms(spec, forget_ms) for spec in aggregations if _row_of(spec) == row),
             )
         )
         for row, tables in rows.items()
@@ -333,7 +337,10 @@ def family_of(plan: Plan, name: str) -> Family | None:
     return next((each for each in families_of(plan, view) if each.name == name), None) if view else None
 
 
-def slots_of(plan: Plan) -> dict[str, tuple[Family, list[tuple[int, int]]]]:
+Slots = dict[str, tuple[Family, list[tuple[int, int]]]]
+
+
+def slots_of(plan: Plan) -> Slots:
     """For each feature that keeps state, by full name: its family, and (table, partial) of each of its slots."""
     found = {}
     for view in plan.views:

@@ -23,7 +23,7 @@ import redis
 from numpy.typing import NDArray
 
 from features.kernel import SLACK_MS, Events, Merged, add, merge
-from features.layout import Bundle, families_of, slots_of
+from features.layout import Bundle, Slots, families_of, slots_of
 from features.plan import Plan, given_views
 from features.rows import Index, Rows
 from store.codec import encode
@@ -105,7 +105,8 @@ class Lane:
         by_entity = {entity.name: [each for each in families if each.entity == entity.name] for entity in plan.entities}
         self._bundles = [Bundle(tuple(own)) for own in by_entity.values() if own]
         self._kept_ms = {bundle.entity: _kept_ms(bundle) for bundle in self._bundles}
-        self._aggregations = {bundle.entity: _aggregations(plan, bundle) for bundle in self._bundles}
+        slots = slots_of(plan)
+        self._aggregations = {bundle.entity: _aggregations(plan, slots, bundle) for bundle in self._bundles}
         self._given = GivenStore(client, plan.project)
         self._given_of = {name: [view.name for view in given_views(plan, name)] for name in plan.stored_entities}
         self._numbers = range(lane, plan.shards, lanes)
@@ -627,12 +628,12 @@ def _by_contract(bundle: Bundle, happened: list[Happened], rows: list[Index]) ->
     return found
 
 
-def _aggregations(plan: Plan, bundle: Bundle) -> list[set[tuple[str, str]]]:
+def _aggregations(plan: Plan, all_slots: Slots, bundle: Bundle) -> list[set[tuple[str, str]]]:
     """View and name of the aggregations that each table of a bundle is for."""
     found: list[set[tuple[str, str]]] = [set() for _ in bundle.tables]
     firsts = accumulate((len(family.tables) for family in bundle.families), initial=0)
     first_of = dict(zip(bundle.families, firsts, strict=False))
-    for full_name, (family, slots) in slots_of(plan).items():
+    for full_name, (family, slots) in all_slots.items():
         feature = plan.features[full_name]
         for table, _ in slots if family in first_of else ():
             found[first_of[family] + table].add((feature.view, feature.spec.name))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import httpx._transports.default as httpx_transport
 import pytest
 import redis
 from hypothesis import HealthCheck, settings
 
 import registry  # noqa: F401  # before any test imports Feast: see there
 from headrace.embedded import EmbeddedRedis
-from tests.support.kafka import RealKafka, what_is_missing
+from tests.support.kafka import RealKafka, end_shared_kafka, shared_kafka, what_is_missing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +31,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("headrace")
+# Every httpx client, and so every `httpx.get`, reads the certificates of all the web's authorities anew, also for plain
+# HTTP: 60 to 100 ms of a core, which were most of what some tests did.
+_create = httpx_transport.create_ssl_context  # type: ignore[attr-defined]  # private, as there is no other way
+httpx_transport.create_ssl_context = cache(_create)  # type: ignore[attr-defined]  # as above
 
 
 @pytest.hookimpl(tryfirst=True)  # Before `-m` chooses.
@@ -63,14 +69,21 @@ def redis_url(redis_server: EmbeddedRedis) -> str:
     return redis_server.url
 
 
-@pytest.fixture(scope="session")
-def real_kafka() -> Iterator[RealKafka]:
-    """Apache Kafka, shared: a test takes topic names of its own."""
+@pytest.fixture(scope="session", autouse=True)
+def _shared_kafka_ends() -> Iterator[None]:
+    yield
+    end_shared_kafka()
+
+
+@pytest.fixture
+def real_kafka() -> RealKafka:
+    """Apache Kafka, shared with the tests before and after: there is no topic."""
     missing = what_is_missing()
     if missing:
         _leave_out(missing)
-    with RealKafka() as kafka:
-        yield kafka
+    kafka = shared_kafka()
+    kafka.empty()
+    return kafka
 
 
 @pytest.fixture(scope="session")

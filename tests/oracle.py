@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 LADDER_S = [5, 30, 60, 300, 3600, 21600, 86400]
@@ -21,6 +22,7 @@ def seconds(text: str) -> int:
     return int(text[:-1]) * UNIT_S[text[-1]]
 
 
+@cache
 def hop_ms(window: str) -> int:
     """The largest step at most a tenth of the window."""
     return max(step for step in LADDER_S if step <= seconds(window) / 10) * 1000
@@ -36,7 +38,8 @@ def tail_ms(window: str, query_ms: int) -> int:
 
 def within(events: Iterable[OracleEvent], window: str, query_ms: int) -> list[OracleEvent]:
     """The events that a window holds; the caller passes none at or after the query."""
-    return [event for event in events if event["t"] >= tail_ms(window, query_ms)]
+    first_ms = tail_ms(window, query_ms)
+    return [event for event in events if event["t"] >= first_ms]
 
 
 def expected(
@@ -53,7 +56,9 @@ def expected(
     if field is not None:
         inside = [event for event in inside if event.get(field) is not None]
     values = [event[field] for event in inside] if field is not None else [1.0] * len(inside)
-    newest = sorted(inside, key=lambda event: (event["t"], event[str(field)] if field else 0), reverse=True)
+    newest: list[OracleEvent] = []
+    if agg in {"last", "last_k", "seconds_since"}:
+        newest = sorted(inside, key=lambda event: (event["t"], event[str(field)] if field else 0), reverse=True)
     match agg:
         case "count":
             return len(inside)

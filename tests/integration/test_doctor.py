@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # where they are documented
@@ -23,12 +22,6 @@ from tests.support.stack import Stack
 pytestmark = pytest.mark.kafka
 
 
-@pytest.fixture(scope="module")
-def kafka() -> Iterator[RealKafka]:
-    with RealKafka() as server:
-        yield server
-
-
 def configure(kafka: RealKafka, topic: str, name: str, value: str) -> None:
     entry = ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
     resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=[entry])
@@ -41,13 +34,11 @@ def examined(stack: Stack) -> dict[str, tuple[bool | None, str]]:
     return {check.what: (check.good, check.found) for check in doctor.examine(stack.settings)}
 
 
-def test_the_doctor_finds_what_is_wrong_though_everything_is_up(
-    kafka: RealKafka, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_doctor_finds_what_is_wrong_though_everything_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Records that are refused, a stream that is down, a topic with producers' times or made anew: all of it was ok."""
-    with Stack(broker=kafka, shared=True, partitions=2, shards=4, lanes=2) as stack:
+    with Stack(partitions=2, shards=4, lanes=2) as stack:
         stream = stack.start_stream(1)
-        feed = Feed(kafka.bootstrap_servers)
+        feed = Feed(stack.kafka.bootstrap_servers)
         feed.send(20)
         stack.wait_until_committed()
         assert [(what, found) for what, found in examined(stack).items() if not found[0]] == []
@@ -62,10 +53,10 @@ def test_the_doctor_finds_what_is_wrong_though_everything_is_up(
         assert examined(stack)["dead letters of clicks"][0] is False
         assert examined(stack)["lag of clicks"] == (True, "0 records")
 
-        configure(kafka, "likes", "message.timestamp.type", "CreateTime")
+        configure(stack.kafka, "likes", "message.timestamp.type", "CreateTime")
         assert examined(stack)["topic likes"][0] is None
         assert "set LogAppendTime" in examined(stack)["topic likes"][1]
-        configure(kafka, "likes", "cleanup.policy", "compact")
+        configure(stack.kafka, "likes", "cleanup.policy", "compact")
         assert examined(stack)["topic likes"][0] is False
         assert "set delete" in examined(stack)["topic likes"][1]
 

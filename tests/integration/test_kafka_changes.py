@@ -79,7 +79,7 @@ def test_partitions_that_a_topic_gains_are_read_at_once(kafka: RealKafka) -> Non
 
     Workers that list partitions when they start would leave these events where they are until the next start.
     """
-    with Stack(broker=kafka, shared=True, partitions=2, shards=8, lanes=2) as stack:
+    with Stack(broker=kafka, partitions=2, shards=8, lanes=2) as stack:
         script = (
             "import runpy, sys; from streams import kafka; kafka.LOOK_S = 0.5; "
             "sys.argv = ['bytewax.run', 'streams.dataflow:flow', '-s', '1', '-w', '2']; "
@@ -109,7 +109,7 @@ def test_records_deleted_before_they_were_read_are_reported_and_the_rest_is_exac
     A consumer that goes to the earliest offset by itself says nothing; one that stops is down for good. Before and
     after, SIGTERM ends it with status 0 and all that it had read committed.
     """
-    with Stack(broker=kafka, shared=True, partitions=2, shards=8, stream_metrics_port=free_port()) as stack:
+    with Stack(broker=kafka, partitions=2, shards=8, stream_metrics_port=free_port()) as stack:
         admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
 
         def delete(partition: int, before: int) -> None:
@@ -161,7 +161,7 @@ def memory_mb(pid: int, which: str) -> float:
 
 def test_a_stream_that_falls_behind_says_so_needs_no_more_memory_and_catches_up(kafka: RealKafka) -> None:
     """240 MB wait in Kafka: they are not all taken at once, the lag is told while it lasts, and every event counts."""
-    with Stack(broker=kafka, shared=True, shards=8, chunk_events=2_000, stream_metrics_port=free_port()) as stack:
+    with Stack(broker=kafka, shards=8, chunk_events=2_000, stream_metrics_port=free_port()) as stack:
         stream = stack.start_stream(1)
         address = stack.start_server()
         claimed(stack)
@@ -202,7 +202,7 @@ def test_a_hanging_redis_ends_the_worker_and_nothing_holds_up_the_end(kafka: Rea
 
     A commit's thread that is waited for, or a drain without a bound, held the process for 30 s.
     """
-    with Stack(broker=kafka, shared=True, shards=8, redis_timeout_s=1, row_cache_mb=0) as stack:
+    with Stack(broker=kafka, shards=8, redis_timeout_s=1, row_cache_mb=0) as stack:
         stream = stack.start_stream(1)
         address = stack.start_server()
         claimed(stack)
@@ -239,7 +239,7 @@ def test_every_client_of_kafka_gets_in_by_the_options(kafka: RealKafka, tls: boo
         **({"ssl.ca.location": str(kafka.ca)} if tls else {}),
     }
     servers = kafka.ssl_servers if tls else kafka.sasl_servers
-    with Stack(broker=kafka, shared=True, kafka=servers, kafka_options=options, shards=4) as stack:
+    with Stack(broker=kafka, kafka=servers, kafka_options=options, shards=4) as stack:
         stack.start_stream(1)
         address = stack.start_server()
         feed = Feed(stack.kafka.bootstrap_servers)
@@ -264,7 +264,7 @@ def test_every_client_of_kafka_gets_in_by_the_options(kafka: RealKafka, tls: boo
 def test_a_wrong_password_is_said_at_once_and_never_shown(kafka: RealKafka, tmp_path: Path) -> None:
     """By every command: not a timeout after which it could be the network. Neither password is printed."""
     wrong = {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "SCRAM-SHA-256", "sasl.username": "alice"}
-    with Stack(broker=kafka, shared=True, shards=4) as stack:
+    with Stack(broker=kafka, shards=4) as stack:
         stack.settings = stack.settings.model_copy(
             update={"kafka": kafka.sasl_servers, "kafka_options": {**wrong, "sasl.password": "wrong-" + PASSWORD}}
         )

@@ -23,6 +23,7 @@ from headrace.embedded import EmbeddedRedis
 from tests.support import aof
 from tests.support.effort import effort
 from tests.support.feed import Sender, an_event, differences
+from tests.support.kafka import RealKafka
 from tests.support.stack import Stack, children_of, wait_for
 
 pytestmark = pytest.mark.kafka
@@ -128,6 +129,7 @@ class Trial:
         self.rng = rng
         self.faults: Counter[str] = Counter()
         self.stack = Stack(
+            broker=RealKafka(),
             shards=8,
             lanes=3,
             chunk_events=200,

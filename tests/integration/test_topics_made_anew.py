@@ -42,7 +42,7 @@ def test_a_topic_made_anew_is_read_from_its_start_once_it_is_accepted(
     A stream that looks at offsets alone goes on with the new topic at the old one's offset, and leaves out what comes
     before; one that looks at ids only now and then does so until then.
     """
-    with Stack(broker=kafka, shared=True, partitions=1, shards=4, lanes=2) as stack:
+    with Stack(broker=kafka, partitions=1, shards=4, lanes=2) as stack:
         stream = stack.start_stream(1)
         address = stack.start_server()
         feed = Feed(kafka.bootstrap_servers)
@@ -71,7 +71,7 @@ def test_a_topic_made_anew_is_read_from_its_start_once_it_is_accepted(
 
 def test_a_broker_that_starts_again_has_the_topics_that_it_had(kafka: RealKafka) -> None:
     """Then nothing is to be accepted, neither while the stream runs nor when it starts."""
-    with Stack(broker=kafka, shared=True, partitions=1, shards=4, lanes=2) as stack:
+    with Stack(broker=kafka, partitions=1, shards=4, lanes=2) as stack:
         stream = stack.start_stream(1)
         address = stack.start_server()
         feed = Feed(kafka.bootstrap_servers)

@@ -223,15 +223,16 @@ def is_tiled(spec: Aggregation) -> bool:
     return not isinstance(spec, untiled) and spec.over != ("all",)
 
 
-def has_begun(spec: Aggregation, event: OracleEvent, query_ms: int) -> bool:
-    """Whether an event counts although it may be later than the query: when its tile holds the query.
+def begun_by(spec: Aggregation, events: Iterable[OracleEvent], query_ms: int) -> list[OracleEvent]:
+    """The events that count although they may be later than the query: those whose tile holds the query.
 
     An event of the future is in the finest tile that the aggregation has.
     """
     if not is_tiled(spec):
-        return True
+        return list(events)
     finest_ms = min(oracle.hop_ms(window) for window in spec.over if window != "all")
-    return bool(event["t"] // finest_ms <= query_ms // finest_ms)
+    end_ms = (query_ms // finest_ms + 1) * finest_ms
+    return [event for event in events if event["t"] < end_ms]
 
 
 def holds(where: Condition | None, event: OracleEvent) -> bool:
@@ -241,7 +242,7 @@ def holds(where: Condition | None, event: OracleEvent) -> bool:
 
 def brute(spec: Aggregation, events: Iterable[OracleEvent], query_ms: int, window: str) -> Any:
     """What the window rule gives for one row; for a map, of all buckets with an event in the window."""
-    begun = [event for event in events if has_begun(spec, event, query_ms)]
+    begun = begun_by(spec, events, query_ms)
     if spec.by is None:
         return _number(spec, begun, query_ms, window)
     counted = [

@@ -213,6 +213,26 @@ class RealKafka:
             self._remove()
 
     @property
+    def is_running(self) -> bool:
+        """Whether it was started and neither stopped nor killed since."""
+        return self._process is not None
+
+    def empty(self) -> None:
+        """Delete all topics; return when they are gone."""
+        from confluent_kafka.admin import AdminClient
+
+        admin = AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
+
+        def there() -> list[str]:
+            return [name for name in admin.list_topics(timeout=10).topics if not name.startswith("__")]
+
+        if topics := there():
+            for done in admin.delete_topics(topics).values():
+                done.result()
+            assert self._process is not None
+            wait_until_ready(self._process, lambda: not there(), name="Kafka", log=self._log, timeout_s=START_TIMEOUT_S)
+
+    @property
     def bootstrap_servers(self) -> str:
         """The address, as Kafka clients take it."""
         return f"127.0.0.1:{self._port}"
@@ -380,9 +400,30 @@ class KafkaCluster:
             node.__exit__(kind, error, traceback)
 
     @property
+    def is_running(self) -> bool:
+        """Whether all are."""
+        return all(node.is_running for node in self.nodes)
+
+    @property
     def bootstrap_servers(self) -> str:
         """The addresses, as Kafka clients take them."""
         return ",".join(node.bootstrap_servers for node in self.nodes)
+
+
+_shared: list[RealKafka] = []
+
+
+def shared_kafka() -> RealKafka:
+    """The one that the tests of a process share, started when it is first asked for, until `end_shared_kafka`."""
+    if not _shared:
+        _shared.append(RealKafka().__enter__())
+    return _shared[0]
+
+
+def end_shared_kafka() -> None:
+    """Ends it, if there is one."""
+    while _shared:
+        _shared.pop().__exit__(None, None, None)
 
 
 def _cluster_id() -> str:

@@ -28,7 +28,7 @@ from store.connect import connect
 from store.keys import Keyspace
 from store.plans import applied_plan
 from tests.support.feed import Sender
-from tests.support.kafka import KafkaCluster, RealKafka
+from tests.support.kafka import KafkaCluster, RealKafka, shared_kafka
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOPICS = ("impressions", "clicks", "likes")
@@ -100,7 +100,8 @@ def children_of(process: subprocess.Popen[bytes]) -> list[int]:
 class Stack:
     """Everything from Kafka to HTTP, on ports and in folders of its own; all of it gone at exit.
 
-    A `shared` broker runs already, and goes on; what topics it has are deleted first.
+    A broker that runs already goes on, emptied first; by default it is the one that tests share: who kills it has one
+    of its own.
     `redis` is one server unless given: what has a `url`, and is there in a `with` block. `code` is a folder of
     definitions, which change while processes import them.
     """
@@ -109,7 +110,6 @@ class Stack:
         self,
         *,
         broker: RealKafka | KafkaCluster | None = None,
-        shared: bool = False,
         redis: Any = None,
         code: Path | None = None,
         **settings: Any,
@@ -117,8 +117,8 @@ class Stack:
         self._path = f"{code}:{ROOT}" if code else str(ROOT)
         self.folder = Path(tempfile.mkdtemp(prefix="headrace-test-"))
         self.redis: Any = redis or EmbeddedRedis()
-        self.kafka: Any = broker or RealKafka()
-        self._shared = shared
+        self.kafka: Any = broker or shared_kafka()
+        self._shared = self.kafka.is_running
         self._options = settings
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -126,7 +126,7 @@ class Stack:
         try:
             self.redis.__enter__()
             if self._shared:
-                self._delete_topics()
+                self.kafka.empty()
             else:
                 self.kafka.__enter__()
             shutil.copy(ROOT / "feature_store.yaml", self.folder)
@@ -162,14 +162,6 @@ class Stack:
             for log in sorted(self.folder.glob("*.log")):
                 print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}")
         shutil.rmtree(self.folder)
-
-    def _delete_topics(self) -> None:
-        admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap_servers})
-        there = [name for name in admin.list_topics(timeout=10).topics if not name.startswith("__")]
-        if there:
-            for done in admin.delete_topics(there).values():
-                done.result()
-            wait_for("topics are gone", lambda: not admin.list_topics(timeout=10).topics.keys() & set(there))
 
     @property
     def environment(self) -> dict[str, str]:
