@@ -24,7 +24,7 @@ from features.kernel import SLACK_MS
 from features.plan import NOBODY, Plan
 from features.program import Frame, Program
 from serving import contract, feast, wire
-from serving.feast import FeastRequest
+from serving.feast import FeastProblem, FeastRequest, Others
 from serving.front import Bytes, DirectRoute, Errors, Server
 from serving.guard import Guard
 from serving.keys import Keys
@@ -103,10 +103,19 @@ class ServiceQuery(BaseModel):
     plan: str | None = Field(None, description="Fingerprint: answer only if this plan runs")
 
 
-def create_app(settings: Settings, plan: Plan, clock: Callable[[], float] = time.time) -> Server:
-    """The server of an applied plan; `clock` gives seconds since the epoch."""
+def create_app(
+    settings: Settings, plan: Plan, clock: Callable[[], float] = time.time, others: Others | None = None
+) -> Server:
+    """The server of an applied plan.
+
+    Args:
+        settings: the settings.
+        plan: the plan.
+        clock: gives seconds since the epoch.
+        others: answers Feast's call where the plan does not know what is asked for.
+    """
     metrics = Metrics()
-    routes = _Routes(settings, plan, metrics, clock)
+    routes = _Routes(settings, plan, metrics, clock, others)
     direct = [
         DirectRoute(
             "GET", "/v1/entities/{entity}/{entity_id:path}", routes.entity, [wire.JSON], answers=contract.ENTITY
@@ -153,8 +162,11 @@ def create_app(settings: Settings, plan: Plan, clock: Callable[[], float] = time
 class _Routes:
     """What each route asks of lookup and wire."""
 
-    def __init__(self, settings: Settings, plan: Plan, metrics: Metrics, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, settings: Settings, plan: Plan, metrics: Metrics, clock: Callable[[], float], others: Others | None
+    ) -> None:
         self._settings = settings
+        self._others = others
         self._plan = plan
         self._metrics = metrics
         self._clock = clock
@@ -303,7 +315,15 @@ class _Routes:
 
     async def get_online_features(self, _request: Request, body: FeastRequest) -> Response:
         """Feast's own request and answer: for its unmodified `remote` online store."""
-        names, columns = feast.names_of(self._plan, body), feast.columns_of(self._plan, body)
+        try:
+            names = feast.names_of(self._plan, body)
+        except FeastProblem as problem:
+            n_rows = max(map(len, body.entities.values()), default=0)
+            if self._others is None or not problem.elsewhere or n_rows * len(body.features) > self._settings.values_max:
+                raise
+            async with self._long:  # One at a time: it is made by Feast, in a thread.
+                return self._answer(await asyncio.to_thread(self._others, body))
+        columns = feast.columns_of(self._plan, body)
         n_rows = len(next(iter(columns.values()), ()))
         if n_rows * len(names) > self._settings.values_max:
             raise invalid(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr, TypeAdapter, ValidationError
@@ -31,12 +32,20 @@ class FeastRequest(BaseModel):
     full_feature_names: bool = False
 
 
-class FeastProblem(Problem):
-    """A problem of a class that Feast has: its clients raise `feast.errors.<error>`."""
+Others = Callable[[FeastRequest], bytes]
+"""Answers what the plan does not know, or raises a FeastProblem."""
 
-    def __init__(self, status: int, error: str, detail: str) -> None:
+
+class FeastProblem(Problem):
+    """A problem of a class that Feast has: its clients raise `feast.errors.<error>`.
+
+    Attributes:
+        elsewhere: whether Feast's registry may know what the plan does not.
+    """
+
+    def __init__(self, status: int, error: str, detail: str, *, elsewhere: bool = False) -> None:
         super().__init__(status, error, detail)
-        self.error = error
+        self.error, self.elsewhere = error, elsewhere
 
 
 def refusal(problem: Problem) -> Response:
@@ -101,7 +110,7 @@ def _of_service(plan: Plan, name: str) -> tuple[str, ...]:
         f"Feature service {name} does not exist in project {plan.project}'s plan, which has {applied}; "
         "one that was made in Feast is answered by `feast serve`"
     )
-    raise FeastProblem(404, "FeatureServiceNotFoundException", detail)
+    raise FeastProblem(404, "FeatureServiceNotFoundException", detail, elsewhere=True)
 
 
 def _of_reference(plan: Plan, reference: str) -> str:
@@ -112,7 +121,7 @@ def _of_reference(plan: Plan, reference: str) -> str:
     views = [spec.name for spec in plan.views]
     if view not in views:
         detail = f"Feature view {view} does not exist in project {plan.project}'s plan, which has {', '.join(views)}"
-        raise FeastProblem(404, "FeatureViewNotFoundException", detail)
+        raise FeastProblem(404, "FeatureViewNotFoundException", detail, elsewhere=True)
     full_name = f"{view}__{feature}"
     if full_name not in plan.features:
         detail = f"Feature {feature} not found in projection {view}: {full_name} is not applied"

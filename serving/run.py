@@ -31,8 +31,8 @@ _UNTAKEN_AGAIN_S = 60.0
 log = structlog.get_logger()
 
 
-def run(settings: Settings) -> int:
-    """Serves the newest applied plan until told to stop; returns the exit status.
+def run(settings: Settings, module: str = "serving.worker") -> int:
+    """Serves the newest applied plan until told to stop, by processes of a module; returns the exit status.
 
     Raises:
         RuntimeError: if it can't be served, or nothing was applied.
@@ -44,7 +44,7 @@ def run(settings: Settings) -> int:
     with ExitStack() as stack:
         listeners = _listeners(stack, settings.host, settings.port, settings.server_processes)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-metrics-"))
-        supervisor = _Supervisor(settings, listeners, folder, stack.enter_context(signals()))
+        supervisor = _Supervisor(settings, listeners, folder, stack.enter_context(signals()), module)
         try:
             return supervisor.run()
         finally:
@@ -98,9 +98,9 @@ class _Process:
         error: what kept it from serving.
     """
 
-    def __init__(self, settings: Settings, listeners: Sequence[socket.socket], folder: str) -> None:
+    def __init__(self, settings: Settings, listeners: Sequence[socket.socket], folder: str, module: str) -> None:
         environment = os.environ | settings.environment() | {METRICS_FOLDER: folder}
-        self.child = Child("serving.worker", environment, [each.fileno() for each in listeners])
+        self.child = Child(module, environment, [each.fileno() for each in listeners])
         self.told: int | None = None
         self.plan: int | None = None
         self.newest = -1
@@ -136,11 +136,16 @@ class _Supervisor:
     """A process for each socket, one that stands ready, one that is about to take another's place, those that leave."""
 
     def __init__(
-        self, settings: Settings, listeners: Sequence[socket.socket], folder: str, stopping: list[int]
+        self,
+        settings: Settings,
+        listeners: Sequence[socket.socket],
+        folder: str,
+        stopping: list[int],
+        module: str,
     ) -> None:
         host, port = listeners[0].getsockname()[:2]
         self._settings = settings.model_copy(update={"host": host, "port": port})
-        self._listeners, self._folder, self._stopping = listeners, folder, stopping
+        self._listeners, self._folder, self._stopping, self._module = listeners, folder, stopping, module
         self._serving: list[_Process] = []
         self._ready: _Process | None = None
         self._successor: tuple[int, _Process] | None = None
@@ -186,7 +191,7 @@ class _Supervisor:
         ready, self._ready = self._ready, None
         if ready is not None and ready.child.status is None:
             return ready
-        return _Process(self._settings, self._listeners, self._folder)
+        return _Process(self._settings, self._listeners, self._folder, self._module)
 
     def _forget(self, process: _Process) -> int:
         """Leaves what a process that has ended counted; returns how it ended."""
@@ -231,7 +236,7 @@ class _Supervisor:
         if not settled or any(each.plan is None for each in self._serving):
             return  # What stands ready would take the processor from those that start.
         if self._ready is None and self._settings.standby:
-            self._ready = _Process(self._settings, self._listeners, self._folder)
+            self._ready = _Process(self._settings, self._listeners, self._folder, self._module)
         else:
             plans, newest = [each.plan or 0 for each in self._serving], max(each.newest for each in self._serving)
             if newest == self._untaken and time.monotonic() < self._take_up_again_s:

@@ -13,6 +13,7 @@ import signal
 import socket
 import ssl
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from threading import Event, Thread
 from typing import Any, Final
@@ -26,6 +27,7 @@ from config.logs import set_up_logs
 from config.settings import Settings
 from features.plan import Plan
 from serving.app import create_app
+from serving.feast import Others
 from serving.protocol import Limits, limited
 from store.plans import load_plan, watch_newest
 
@@ -46,7 +48,7 @@ _UVICORN: Final[dict[str, Any]] = {
 }
 
 
-def config(settings: Settings, plan: Plan, **options: Any) -> uvicorn.Config:
+def config(settings: Settings, plan: Plan, others: Others | None = None, **options: Any) -> uvicorn.Config:
     """How uvicorn serves the plan; `options` are more of uvicorn's."""
     if settings.tls_certificate is not None:
         # For an error that names the files; uvicorn's own would not.
@@ -57,7 +59,7 @@ def config(settings: Settings, plan: Plan, **options: Any) -> uvicorn.Config:
             message = f"HEADRACE_TLS_CERTIFICATE and HEADRACE_TLS_KEY can't be used: {files}: {error}"
             raise ValueError(message) from error
     return uvicorn.Config(
-        create_app(settings, plan),
+        create_app(settings, plan, others=others),
         http=limited(Limits.of(settings)),
         # Longer than load balancers and pools of clients keep idle connections: closed by us, one may be in use again.
         timeout_keep_alive=settings.idle_s,
@@ -71,12 +73,12 @@ def config(settings: Settings, plan: Plan, **options: Any) -> uvicorn.Config:
 class _Serving:
     """A plan, served on a socket that others may accept from too."""
 
-    def __init__(self, settings: Settings, plan: Plan, listener: socket.socket) -> None:
+    def __init__(self, settings: Settings, plan: Plan, listener: socket.socket, others: Others | None) -> None:
         self._settings, self._plan, self._listener = settings, plan, listener
         self._newest = plan.number
         self._leaves = Event()
         self._left_s: float | None = None
-        self._server = uvicorn.Server(config(settings, plan, callback_notify=self._tick))
+        self._server = uvicorn.Server(config(settings, plan, others, callback_notify=self._tick))
 
     def run(self) -> bool:
         """Serves until told to stop; returns whether it ever did."""
@@ -131,8 +133,11 @@ class _Serving:
             self._server.should_exit = True
 
 
-def main() -> None:
-    """Serves once told what, until stopped; what keeps it from that is said to who told it."""
+def main(others: Callable[[Settings], Others] | None = None) -> None:
+    """Serves once told what, until stopped; what keeps it from that is said to who told it.
+
+    `others` makes what answers Feast's call beyond the plan: see `serving.app.create_app`.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Until it serves, a Ctrl-C is for the parent alone to obey.
     keep_pandas_out()
     settings = Settings()
@@ -142,7 +147,8 @@ def main() -> None:
         return
     try:
         plan = load_plan(settings, number=order["plan"])
-        serving = _Serving(settings, plan, socket.socket(fileno=order["listener"]))
+        listener = socket.socket(fileno=order["listener"])
+        serving = _Serving(settings, plan, listener, others(settings) if others else None)
     except (ValueError, LookupError, OSError, RuntimeError, RedisError) as error:  # What a user can mend.
         say(error=str(error))
         sys.exit(1)

@@ -86,7 +86,7 @@ def serve(
 
     options = {"host": host, "port": port, "server_processes": processes}
     given = {name: value for name, value in options.items() if value is not None}
-    raise typer.Exit(run(read_settings().model_copy(update=given)))
+    raise typer.Exit(run(read_settings().model_copy(update=given), "headrace.server"))
 
 
 def accept_topic(topic: Annotated[str, typer.Argument(help="A topic that was deleted and made anew")]) -> None:

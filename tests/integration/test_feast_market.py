@@ -28,10 +28,11 @@ from config.settings import Settings
 from features.plan import Plan
 from headrace.embedded import EmbeddedBroker, EmbeddedRedis
 from headrace.feast import as_of
+from headrace.server import FeastAnswers
 from registry.apply import apply
 from store.connect import connect
 from tests.support.market.profiles import TYPES, item, kinds, pair, stock, today, trips
-from tests.support.served import SHARDS, Clock, Rows, listening, settings_of
+from tests.support.served import SHARDS, Clock, Rows, listening
 
 ROOT = Path(__file__).resolve().parents[2]
 N_ROWS = 1_000
@@ -291,7 +292,8 @@ def test_over_http(materialized: Market) -> None:
     sdk = materialized.store.get_online_features(
         materialized.store.get_feature_service("ranking_v1"), rows, full_feature_names=True
     ).to_dict()
-    with listening(settings_of(materialized.settings.redis_url.get_secret_value()), materialized.plan) as port:
+    settings = materialized.settings.model_copy(update={"requests_max": 10_000})
+    with listening(settings, materialized.plan, FeastAnswers(settings)) as port:
         http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
         body = {"service": "ranking_v1", "user_id": "u0", "item_ids": items}
         answer = http.post("/v1/features", json=body).json()
@@ -317,6 +319,15 @@ def test_over_http(materialized: Market) -> None:
         remote = remote_store(materialized.folder, port)
         same = remote.get_online_features(["item_profile:price", "stock:left", "user_acts:clicks_1h"], rows).to_dict()
         assert [same["price"], same["left"]] == [sdk["item_profile__price"], [3, 4, 3, 3]]
+        # On-demand views of users, which the plan does not know, and a service that was made in Feast.
+        spent = [{**row, "budget": 100.0} for row in rows]
+        computed = remote.get_online_features(["budgeted:affordable", "spending:a_click"], spent).to_dict()
+        assert computed["affordable"] == [100 / price for price in sdk["item_profile__price"]]
+        assert computed["a_click"] == [100 / clicks for clicks in sdk["user_acts__clicks_24h"]]
+        ordinary = remote.get_online_features(remote.get_feature_service("ordinary_v1"), spent).to_dict()
+        assert ordinary["affordable"] == computed["affordable"]
+        with pytest.raises(feast.errors.FeatureViewNotFoundException, match="nothing"):
+            remote.get_online_features(["nothing:at_all"], rows)
         http.close()
 
 

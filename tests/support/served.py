@@ -23,6 +23,7 @@ from headrace.embedded import free_port
 from registry.ordinary import declared
 from serving import worker
 from serving.app import create_app
+from serving.feast import Others
 from store.commit import initialise
 from store.connect import connect
 from store.keys import Keyspace
@@ -144,10 +145,10 @@ async def served(settings: Settings, plan: Plan, clock: Clock) -> AsyncIterator[
 
 
 @contextmanager
-def listening(settings: Settings, plan: Plan) -> Iterator[int]:
+def listening(settings: Settings, plan: Plan, others: Others | None = None) -> Iterator[int]:
     """The server as production runs it, but in a thread of this process; gives its port on 127.0.0.1."""
     port = free_port()
-    server = uvicorn.Server(worker.config(settings, plan, host="127.0.0.1", port=port))
+    server = uvicorn.Server(worker.config(settings, plan, others, host="127.0.0.1", port=port))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
