@@ -9,9 +9,15 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 
 from config.settings import Settings
+from features.definitions import compile_definitions
+from features.plan import Plan
+from features.program import Program
+from headrace import DeclarationError
 from headrace.embedded import EmbeddedRedis, free_port
+from registry.ordinary import declared
 from tests.support.docs import Reader, blocks
 from tests.support.kafka import RealKafka
 from tests.support.stack import project_copy, wait_for
@@ -70,6 +76,18 @@ def test_every_block_of_the_readme_runs(tmp_path: Path, real_kafka: RealKafka) -
         with Reader(folder, environment, places, before) as reader:
             for block in found:
                 reader.run(block)
+
+
+def test_ordinary_views_as_docs_show_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the catalogue's profiles the example is a plan, and its service can be read."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "feast.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "shown_in_docs.py").write_text(block)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plan = compile_definitions("shown_in_docs", "shown", 4, declared(Settings()).plan)
+    program = Program(plan, plan.service("ranking_v2").features)
+    assert {view.view for view in program.given} == {"item_profile", "user_profile"}
+    with pytest.raises(DeclarationError, match=r"item_profile:category, which no ordinary view has"):
+        compile_definitions("shown_in_docs", "shown", 4, Plan("shown", 4, (), (), (), ()))
 
 
 def clicks(port: int) -> int:
