@@ -86,7 +86,7 @@ def test_ordinary_views_as_docs_show_them(tmp_path: Path, monkeypatch: pytest.Mo
     plan = compile_definitions("shown_in_docs", "shown", 4, declared(Settings()).plan)
     program = Program(plan, plan.service("ranking_v2").features)
     assert {view.view for view in program.given} == {"item_profile", "user_profile"}
-    with pytest.raises(DeclarationError, match=r"item_profile:category, which no ordinary view has"):
+    with pytest.raises(DeclarationError, match="names item_profile, which no ordinary view has"):
         compile_definitions("shown_in_docs", "shown", 4, Plan("shown", 4, (), (), (), ()))
 
 
