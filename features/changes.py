@@ -117,7 +117,8 @@ class _Comparison:
                 return f"the stream reads topic {spec.topic} from its beginning"
             case ViewSpec():
                 own = list(features_of(spec))
-                return f"{len(own)} features of {' and '.join(spec.entities)}, {self._since(own)}"
+                since = "which others write" if spec.given else self._since(own)
+                return f"{len(own)} features of {' and '.join(spec.entities)}, {since}"
             case ServiceSpec():
                 return f"it serves {len(spec.features)} features"
             case _:
@@ -128,7 +129,11 @@ class _Comparison:
             case EventSpec():
                 return f"topic {spec.topic} is no longer read"
             case ViewSpec():
-                return "its rows are read by nobody, and go when Redis forgets them"
+                return (
+                    "its rows are deleted"
+                    if spec.given
+                    else "its rows are read by nobody, and go when Redis forgets them"
+                )
             case ServiceSpec():
                 return "who asks for it gets 404 from servers of this plan"
             case _:

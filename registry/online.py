@@ -67,6 +67,7 @@ class HeadraceOnlineStore(OnlineStore):
         self._client: redis.Redis | None = None
         self._readers: dict[tuple[str, tuple[str, ...]], Reader] = {}
         self._completeness: dict[str, Completeness] = {}
+        self._stores: dict[str, GivenStore] = {}
 
     def get_online_features(
         self,
@@ -242,7 +243,8 @@ class HeadraceOnlineStore(OnlineStore):
         return found
 
     def _given(self, config: RepoConfig) -> GivenStore:
-        return GivenStore(self._redis(config), config.project)
+        client = self._redis(config)
+        return self._stores.setdefault(config.project, GivenStore(client, config.project))
 
     def _now_ms(self) -> int:
         return _AS_OF_MS.get() or int(self._clock() * 1000)
@@ -265,7 +267,7 @@ class HeadraceOnlineStore(OnlineStore):
 
 
 def _parted(plan: Plan, features: list[str] | FeatureService) -> tuple[Any, list[str]]:
-    """What of the features the plan has, as a list or a service, ; and references of all others."""
+    """What of the features the plan has, as a list or a service; and references of all others."""
     views = {view.name for view in plan.views}
     if isinstance(features, FeatureService):
         projections = features.feature_view_projections
@@ -293,9 +295,12 @@ def _columns(entity_rows: list[dict[str, Any]] | Mapping[str, Any]) -> dict[str,
         return {key: [row[key] for row in entity_rows] for key in keys}
     plain = {key: values.val if isinstance(values, RepeatedValue) else values for key, values in entity_rows.items()}
     return {
-        key: [value.string_val if isinstance(value, Value) else value for value in values]
-        for key, values in plain.items()
+        key: [_id(value) if isinstance(value, Value) else value for value in values] for key, values in plain.items()
     }
+
+
+def _id(value: Value) -> Any:
+    return getattr(value, value.WhichOneof("val") or "string_val")
 
 
 def _must_be_enabled(registry: BaseRegistry, features: list[str] | FeatureService) -> None:
