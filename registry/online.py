@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
 from typing import Any, Final, Literal
 
 import click
 import redis
-from feast import FeatureService, FeatureView, RepoConfig
+from feast import FeatureService, FeatureStore, FeatureView, RepoConfig
 from feast.errors import FeatureNameCollisionError
 from feast.infra.online_stores.online_store import OnlineStore
 from feast.infra.registry.base_registry import BaseRegistry
@@ -68,6 +67,8 @@ class HeadraceOnlineStore(OnlineStore):
         self._readers: dict[tuple[str, tuple[str, ...]], Reader] = {}
         self._completeness: dict[str, Completeness] = {}
         self._stores: dict[str, GivenStore] = {}
+        self._own_registry: BaseRegistry | None = None
+        self._has_said = False
 
     def get_online_features(
         self,
@@ -164,7 +165,7 @@ class HeadraceOnlineStore(OnlineStore):
                 rows[key].append(value.string_val)
         if not entity_keys:
             return []
-        plan = plan_of(_registry_at(str(config.repo_path)), config.project)
+        plan = plan_of(self._registry(config), config.project)
         reader = self._reader(config, plan, [f"{table.name}__{name}" for name in names])
         read = reader.read(self._redis(config).mget, rows, self._now_ms(), full=False)
         return LazyResponse(rows, features_of(read, read.names)).by_row()
@@ -184,8 +185,8 @@ class HeadraceOnlineStore(OnlineStore):
                 "send events to Kafka (`headrace replay FILE`), not values to Feast"
             )
             raise NotOfferedError(msg)
-        if progress and config.repo_path:  # It is Feast that materializes.
-            _say_what_is_left_out(str(config.repo_path), config.project)
+        if progress:  # It is Feast that materializes.
+            self._say_what_is_left_out(config)
         store = self._given(config)
         store.declare(fields_of(table))
         for n_rows, _ in store.write(table.name, packed(table, data, self._clock())):
@@ -241,6 +242,24 @@ class HeadraceOnlineStore(OnlineStore):
             values = {} if outside else {name: column[at] for name, column in columns.items()}
             found.append((_EPOCH + timedelta(microseconds=int(rows.event_us[at])), values) if there else (None, None))
         return found
+
+    def _say_what_is_left_out(self, config: RepoConfig) -> None:
+        """Once."""
+        if self._has_said:
+            return
+        self._has_said = True
+        plan = registered_plan(self._registry(config), config.project, allow_cache=True)
+        if names := [view.name for view in plan.views if not view.given and len(view.entities) == 1] if plan else []:
+            click.echo(f"Left out are streaming views, whose rows their stream writes: {', '.join(names)}")
+
+    def _registry(self, config: RepoConfig) -> BaseRegistry:
+        if self._own_registry is None:
+            # A configuration made in Python is nowhere to be read; what is in a folder has paths from there.
+            folder = Path(str(config.repo_path))
+            in_folder = (folder / "feature_store.yaml").exists()
+            store = FeatureStore(repo_path=str(folder)) if in_folder else FeatureStore(config=config)
+            self._own_registry = store.registry
+        return self._own_registry
 
     def _given(self, config: RepoConfig) -> GivenStore:
         client = self._redis(config)
@@ -349,17 +368,3 @@ def _full_names(plan: Plan, features: list[str] | FeatureService) -> list[str]:
     projections = features.feature_view_projections
     names = full_names_of(plan, [f"{each.name}:{field.name}" for each in projections for field in each.features])
     return ordered_as_a_service(plan, names, features.name)
-
-
-@lru_cache(maxsize=1)  # Once a process.
-def _say_what_is_left_out(repo: str, project: str) -> None:
-    plan = registered_plan(_registry_at(repo), project, allow_cache=True)
-    if names := [view.name for view in plan.views if not view.given and len(view.entities) == 1] if plan else []:
-        click.echo(f"Left out are streaming views, whose rows their stream writes: {', '.join(names)}")
-
-
-@lru_cache(maxsize=8)
-def _registry_at(repo: str) -> BaseRegistry:
-    from feast import FeatureStore
-
-    return FeatureStore(repo_path=repo).registry

@@ -126,7 +126,9 @@ def test_the_first_plan_adds_everything_and_all_of_it_is_complete() -> None:
     said = changes(None, catalogue(), NOW_MS)
     assert {each.kind for each in said} == {"adds"}
     assert not stopped(said, ())
-    assert all("complete at once" in each.consequence for each in said if each.what == "view")
+    views = {each.name: each.consequence for each in said if each.what == "view"}
+    for spec in catalogue().views:
+        assert ("which others write" if spec.given else "complete at once") in views[spec.name]
 
 
 def test_nothing_is_said_of_what_is_applied() -> None:
