@@ -21,13 +21,13 @@ help: ## Say what there is
 demo: $(READY) ## Run the whole system with simulated shoppers; the address is printed first
 	@$(BIN)/headrace demo $(ARGS)
 
-# Much of the tests' time is waiting for processes that they start: two files of them run side by side, so a test is also
-# one beside another's load. ARGS="-n 0 -s" shows what they print.
+# Much of the tests' time is waiting for processes that they start: on two cores three files of them run side by side, so
+# a test is also one beside another's load. ARGS="-n 0 -s" shows what they print.
 # On a machine without Java or Redis 7 the tests that need them are left out, and it says so;
 # with CI=true or HEADRACE_CI=1 that is a failure.
 test: $(READY) ## Run the tests
 	@missing="$$($(BIN)/python -m tests.support.kafka)"; \
-	run="$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder"; \
+	run="$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder"; \
 	if [ -z "$$missing" ]; then exec $$run $(ARGS); fi; \
 	if [ "$$CI" = true ] || [ "$$HEADRACE_CI" = 1 ]; then \
 		echo "Nothing may be left out here, but $$missing." >&2; exit 1; \

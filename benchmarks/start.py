@@ -68,9 +68,8 @@ def run(options: Options, report: Report) -> None:
             ),
             "worker": partial(until_ready, [*command, "stream"], env, project.folder, _has_claimed),
         }
-        for (
-            start
-        ) in sides.values():  # Files that were never read, and loops that were never compiled, are not measured.
+        # Files that were never read, and loops that were never compiled, are not measured.
+        for start in () if options.quick else sides.values():
             start()
         found = alternate(sides, options)
     processor = {name: Series.of(took.processor_s for took in rounds) for name, rounds in found.items()}
@@ -105,7 +104,7 @@ def going_on(options: Options, report: Report) -> None:
 
 def _recovery_s(supervisor: int, probing: Prober, options: Options) -> float:
     say("a worker is killed")
-    time.sleep(options.pick(8.0, 4.0))  # Until another stands ready, as five kills in a minute leave time for.
+    time.sleep(options.pick(8.0, 0.5))  # Until another stands ready, as five kills in a minute leave time for.
     worker = int(Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()[0])
     began_s = time.monotonic()
     os.kill(worker, signal.SIGKILL)
@@ -116,7 +115,7 @@ def _recovery_s(supervisor: int, probing: Prober, options: Options) -> float:
 def _pause_s(project: Project, window: str, options: Options) -> float:
     """The longest time without a commit, from when a plan is applied until a while after it was taken up."""
     say(f"a plan with windows of {window} is applied")
-    time.sleep(options.pick(8.0, 4.0))
+    time.sleep(options.pick(8.0, 0.5))
     client, before = project.client, applied_plan(project.client, project.plan.project)
     if before is None:
         msg = "nothing is applied"

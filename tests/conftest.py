@@ -37,8 +37,21 @@ _create = httpx_transport.create_ssl_context  # type: ignore[attr-defined]  # pr
 httpx_transport.create_ssl_context = cache(_create)  # type: ignore[attr-defined]  # as above
 
 
+LONGEST = (
+    *("integration/test_evolution.py", "integration/test_kafka_changes.py", "integration/test_backfill.py"),
+    *("integration/test_topics_made_anew.py", "test_benchmarks.py", "integration/test_demo.py"),
+    *("integration/test_real_faults.py", "test_docs.py", "integration/test_sentinel.py", "test_store_connection.py"),
+    *("test_serving_processes.py", "integration/test_archive.py", "simulation/test_simulation.py", "test_tutorial.py"),
+    *("integration/test_cluster.py", "integration/test_compare.py", "properties/test_kernel.py"),
+    *("integration/test_training.py", "test_cli.py", "integration/test_faults.py", "test_registry.py"),
+)
+"""The files that take longest, from a minute and a half to 20 s, come first: nobody waits for one in the end."""
+
+
 @pytest.hookimpl(tryfirst=True)  # Before `-m` chooses.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     for item in items:
         if "real_kafka" in getattr(item, "fixturenames", ()):
             item.add_marker("kafka")

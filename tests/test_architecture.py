@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).parent.parent
 BELOW: dict[str, set[str]] = {
     "config": set(),
@@ -109,6 +111,11 @@ def test_nothing_below_the_command_line_looks_at_the_clock(package: str) -> None
 )
 def test_the_clock_check_finds_what_it_should(code: str, found: int) -> None:
     assert len([*clock_readings(ast.parse(code))]) == found
+
+
+def test_the_longest_test_files_are_there() -> None:
+    """One that was renamed must not silently come last."""
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).exists()] == []
 
 
 def test_every_package_is_there() -> None:

@@ -37,12 +37,12 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    plan, clock, port = catalogue(), Clock(), free_port()
+    plan, clock = catalogue(), Clock()
     with EmbeddedRedis() as redis:
         rows = Rows(plan, redis.url, clock)
         rows.write_all(random_events(3, users=4, items=10, n=200))
         app = serving.app.create_app(settings_of(redis.url), plan, clock=clock)
-        uvicorn_server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", ws="none"))
+        uvicorn_server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
         thread = threading.Thread(target=uvicorn_server.run)
         thread.start()
         try:
@@ -51,6 +51,7 @@ def server() -> Iterator[Server]:
                 assert thread.is_alive()
                 assert time.monotonic() < until
                 time.sleep(0.01)
+            port = uvicorn_server.servers[0].sockets[0].getsockname()[1]
             yield Server(f"http://127.0.0.1:{port}", plan, rows, redis)
         finally:
             uvicorn_server.should_exit = True

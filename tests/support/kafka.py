@@ -379,6 +379,14 @@ class KafkaCluster:
 
     def __enter__(self) -> Self:
         jars()
+        for _ in range(PORT_ATTEMPTS - 1):
+            try:
+                return self._start()
+            except PortTakenError:
+                self.nodes = [RealKafka() for _ in self.nodes]
+        return self._start()
+
+    def _start(self) -> Self:
         ports = [free_port() for _ in self.nodes]
         voters = ",".join(f"{number}@127.0.0.1:{port}" for number, port in enumerate(ports, 1))
         cluster_id = _cluster_id()

@@ -19,7 +19,6 @@ from config.settings import Settings
 from features.aggregations.base import Aggregation
 from features.definitions import compile_definitions
 from features.plan import Plan
-from headrace.embedded import free_port
 from registry.ordinary import declared
 from serving import worker
 from serving.app import create_app
@@ -147,14 +146,13 @@ async def served(settings: Settings, plan: Plan, clock: Clock) -> AsyncIterator[
 @contextmanager
 def listening(settings: Settings, plan: Plan, others: Others | None = None) -> Iterator[int]:
     """The server as production runs it, but in a thread of this process; gives its port on 127.0.0.1."""
-    port = free_port()
-    server = uvicorn.Server(worker.config(settings, plan, others, host="127.0.0.1", port=port))
+    server = uvicorn.Server(worker.config(settings, plan, others, host="127.0.0.1", port=0))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         wait_for("the server listens", lambda: server.started or not thread.is_alive())
         assert server.started
-        yield port
+        yield server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = True
         thread.join(60)

@@ -21,7 +21,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # it is there
 
 from config.settings import Settings
-from headrace.embedded import EmbeddedRedis, end, free_port, spawn
+from headrace.embedded import EmbeddedRedis, end, spawn
 from registry.apply import apply
 from store.commit import read_record
 from store.connect import connect
@@ -200,18 +200,18 @@ class Stack:
 
     def start_server(self, name: str = "server") -> str:
         """The HTTP server; returns its address once it is ready."""
-        port = free_port()
-        self.start(name, "-m", "headrace", "serve", "--port", str(port))
-        address = f"http://127.0.0.1:{port}"
+        self.start(name, "-m", "headrace", "serve", "--port", "0")
 
-        def ready() -> bool:
-            try:
-                return httpx.get(f"{address}/readyz", timeout=5).status_code == httpx.codes.OK
-            except httpx.HTTPError:
-                return False
+        def address() -> str | None:
+            port = re.search(r"server_starts .*\bport=(\d+)", self.log(name))
+            return f"http://127.0.0.1:{port[1]}" if port else None
 
-        wait_for("the server is ready", ready)
-        return address
+        wait_for("the server has a port", address)
+        url = str(address())
+        wait_for(
+            "the server is ready", lambda: httpx.get(f"{url}/readyz", timeout=5).is_success, passing=(httpx.HTTPError,)
+        )
+        return url
 
     def stop(self, name: str) -> None:
         """Has a process end well."""
