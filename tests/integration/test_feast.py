@@ -141,9 +141,10 @@ def store_at(folder: Path) -> feast.FeatureStore:
 
 @contextmanager
 def listening(app: Any) -> Iterator[str]:
-    """An app behind a port of 127.0.0.1; gives its address."""
+    """An app behind a port of 127.0.0.1; gives its address. However slow the machine, it closes no idle connection."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="on"))
+    options: Any = {"log_level": "error", "lifespan": "on", "timeout_keep_alive": 600}
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
