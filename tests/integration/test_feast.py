@@ -122,7 +122,9 @@ def peer(ours: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ht
             for at, id_ in enumerate(ids)
         ]
         provider.online_store.online_write_batch(store.config, views[view], rows, None)
-    with listening(get_app(store)) as address, httpx.Client(base_url=address, timeout=60) as http:
+    # After an error of its own, Feast's server closes the connection.
+    once = httpx.Limits(max_keepalive_connections=0)
+    with listening(get_app(store)) as address, httpx.Client(base_url=address, timeout=60, limits=once) as http:
         yield http
 
 
