@@ -143,6 +143,34 @@ def seconds_since(
     return _declare(kinds.SecondsSince, event, over, where=where, default=default, doc=doc)
 
 
+def first(
+    event: type[Event],
+    field: str,
+    *,
+    over: Over = (),
+    where: Condition | None = None,
+    default: float | str | None = None,
+    doc: str = "",
+) -> Declared:
+    """The earliest value of a field. Nothing seen: null.
+
+    Without windows, of all events since the entity was last forgotten (`forget_after`).
+    """
+    return _declare(kinds.First, event, over, field=field, where=where, default=default, doc=doc)
+
+
+def first_k(event: type[Event], field: str, k: int, *, where: Condition | None = None, doc: str = "") -> Declared:
+    """The k earliest distinct values of a text field, oldest first. Nothing seen: empty."""
+    return _declare(kinds.FirstK, event, (), field=field, k=k, where=where, doc=doc)
+
+
+def since_first(
+    event: type[Event], *, over: Over = (), where: Condition | None = None, default: float | None = None, doc: str = ""
+) -> Declared:
+    """Seconds since the earliest event. Nothing seen: null."""
+    return _declare(kinds.SinceFirst, event, over, where=where, default=default, doc=doc)
+
+
 def decayed(
     event: type[Event],
     field: str | None = None,

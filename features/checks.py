@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
-from features.aggregations import Distinct, Last, LastK, SecondsSince, TopK
+from features.aggregations import Distinct, First, FirstK, Last, LastK, SecondsSince, SinceFirst, TopK
 from features.aggregations.base import Aggregation
 from features.aggregations.decayed import Decayed
 from features.events import Event, Kind
@@ -21,6 +21,8 @@ _MANY_MAX: Final = 1000
 TEXTS_A_ROW_MAX: Final = 65_000
 """Of the 65,535 that the packed row can count."""
 _NUMBERS: Final[tuple[Kind, ...]] = ("int", "float", "bool")
+_WITHOUT_WINDOWS: Final = (Last, LastK, SecondsSince, First, FirstK, SinceFirst, Decayed)
+"""What may be declared over none."""
 
 
 class DeclarationError(ValueError):
@@ -85,12 +87,12 @@ def checked_options(place: str, kind: type[Aggregation], event: type[Event], opt
 
 
 def _check_fields(place: str, kind: type[Aggregation], event: type[Event], given: dict[str, Any]) -> None:
-    """`field` and `by`; of `last`, also the field's kind becomes an option."""
+    """`field` and `by`; of `last` and `first`, also the field's kind becomes an option."""
     if "of" in given:
         check_event(f"{place}: of", given["of"])
-    if kind is Last:
+    if kind in (Last, First):
         given["kind"] = field_kind(place, event, "field", given.get("field"))
-    elif kind in (LastK, TopK):
+    elif kind in (LastK, FirstK, TopK):
         field_kind(place, event, "field", given.get("field"), "str")
     elif "field" in given:
         field_kind(place, event, "field", given["field"], *(() if kind is Distinct else _NUMBERS))
@@ -104,7 +106,7 @@ def _check_windows(place: str, kind: type[Aggregation], over: tuple[Any, ...]) -
         check_duration(f"{place}: over", Window.parse, window)
     if len(set(over)) < len(over):
         raise mistake(place, f"over={list(over)} names a window twice", "name each once")
-    if not over and kind not in (Last, LastK, SecondsSince, Decayed):
+    if not over and kind not in _WITHOUT_WINDOWS:
         raise mistake(place, "over=[] names no window", "name one, such as over='24h', or over='all'")
 
 

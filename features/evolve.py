@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from features.aggregations.base import Aggregation, Slot
 from features.kernel import Rows, merge
 from features.layout import Family, TableLayout, family_of, locate, view_of
-from features.partials import Decay, Seen
+from features.partials import Decay, Earliest, Seen
 from features.plan import Feature, FeatureSpec, History, Known, Plan, ViewSpec, arguments, features_of
 from features.times import Window, hop_ms
 
@@ -386,7 +386,11 @@ class _Placed(NamedTuple):
         layout = self.family.tables[column[0]]
         placed = list(zip(layout.partials, layout.slices, strict=True))
         mine = next(measure for (_, measure), each in placed if each.start <= column[1] < each.stop)
-        times = (each.start for (partial, measure), each in placed if measure == mine and partial.physical[0] == "time")
+        times = (
+            each.start
+            for (partial, measure), each in placed
+            if measure == mine and partial.physical[0] == "time" and not isinstance(partial, Earliest)
+        )
         return next(((column[0], time) for time in times), None)
 
 

@@ -16,6 +16,9 @@ from features.loops import compiled
 from features.partials import (
     AnyPartial,
     Decay,
+    EarliestNumber,
+    EarliestText,
+    FirstSeen,
     Greatest,
     LatestNumber,
     LatestText,
@@ -35,6 +38,7 @@ tail_of: Final = compiled(tail_ticks)
 """The window rule, `features.times.tail_ticks`, for loops."""
 NEVER_MS: Final = 1 << 62
 _TALLY, _TOTAL, _LEAST, _GREATEST, _MOMENTS, _SEEN, _SEEN_TICK, _NUMBER, _TEXT, _DECAY = range(10)
+_FIRST_SEEN, _FIRST_NUMBER, _FIRST_TEXT = range(10, 13)
 _OPS: Final[dict[type[AnyPartial], int]] = {
     Tally: _TALLY,
     Total: _TOTAL,
@@ -46,6 +50,9 @@ _OPS: Final[dict[type[AnyPartial], int]] = {
     LatestNumber: _NUMBER,
     LatestText: _TEXT,
     Decay: _DECAY,
+    FirstSeen: _FIRST_SEEN,
+    EarliestNumber: _FIRST_NUMBER,
+    EarliestText: _FIRST_TEXT,
 }
 
 
@@ -70,7 +77,7 @@ def begin(operation: Ints, into: Ints, into_floats: Floats, at: int, time_ms: in
         into[c, at] = time_ms // TICK_MS
     else:
         into[c, at] = time_ms
-    if op in (_MOMENTS, _NUMBER, _TEXT, _DECAY):
+    if op in (_MOMENTS, _NUMBER, _TEXT, _DECAY, _FIRST_NUMBER, _FIRST_TEXT):
         into[c + 1, at] = value
     if op == _MOMENTS:
         into_floats[c + 2, at] = 0.0
@@ -117,6 +124,8 @@ def fold(  # noqa: PLR0912  # a list of cases, one an operation
             slot = slots[at]
             if slot >= 0 and (of[at] > to[slot] or (of[at] == to[slot] and text[at] > to_text[slot])):
                 to[slot], to_text[slot] = of[at], text[at]
+    elif op >= _FIRST_SEEN:
+        _fold_earliest(op, c, into, into_floats, slots, table, floats)
     else:
         _fold_decayed(c, operation[2], into, into_floats, slots, table, floats)
 
@@ -136,6 +145,23 @@ def _fold_moments(c: int, into: Ints, into_floats: Floats, slots: Ints, table: I
             into_floats[c + 1, to] += apart * (n / total)
             into_floats[c + 2, to] += floats[c + 2, at] + apart * apart * (n / total) * into[c, to]
         into[c, to] = total
+
+
+@compiled
+def _fold_earliest(op: int, c: int, into: Ints, into_floats: Floats, slots: Ints, table: Ints, floats: Floats) -> None:
+    """The earlier of two times, none (-1) being later than all; of equal ones the smaller value."""
+    for at in range(len(slots)):
+        to = slots[at]
+        if to < 0 or table[c, at] < 0:
+            continue
+        earlier = into[c, to] < 0 or table[c, at] < into[c, to]
+        if table[c, at] == into[c, to]:
+            earlier |= op == _FIRST_NUMBER and floats[c + 1, at] < into_floats[c + 1, to]
+            earlier |= op == _FIRST_TEXT and table[c + 1, at] < into[c + 1, to]
+        if earlier:
+            into[c, to] = table[c, at]
+            if op != _FIRST_SEEN:
+                into[c + 1, to] = table[c + 1, at]
 
 
 @compiled

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from features.aggregations.base import Aggregation, Measure, Slot, Table
 from features.fold import operations
-from features.partials import DTYPES, AnyPartial, LatestText, Physical, Seen
+from features.partials import DTYPES, AnyPartial, Earliest, EarliestText, LatestText, Physical, Seen
 from features.plan import Plan, ViewSpec, digest, features_of
 from features.times import MINUTE_MS, duration_ms, hop_ms
 
@@ -84,8 +84,13 @@ class TableLayout:
 
     @cached_property
     def recency(self) -> NDArray[np.int64]:
-        """int64[…]: the columns that say when a bucket was seen."""
-        return np.array([index for index, kind in enumerate(self.physical) if kind in ("time", "tick")], np.int64)
+        """int64[…]: the columns that say when a bucket was seen; those that say when first as their complement."""
+        times = [
+            ~place.start if isinstance(partial, Earliest) else place.start
+            for (partial, _), place in zip(self.partials, self.slices, strict=True)
+            if partial.physical[0] in ("time", "tick")
+        ]
+        return np.array(times, np.int64)
 
     @cached_property
     def ageing(self) -> NDArray[np.int64]:
@@ -227,7 +232,7 @@ class Bundle:
             for partial, measure in layout.partials:
                 if layout.table.bucket == "text":
                     found[measure.event, str(layout.table.by)] = None
-                if isinstance(partial, LatestText):
+                if isinstance(partial, LatestText | EarliestText):
                     found[measure.event, str(measure.field)] = None
         return tuple(found)
 

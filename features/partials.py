@@ -98,6 +98,30 @@ class LatestText:
 
 
 @dataclass(frozen=True)
+class FirstSeen:
+    """The time of the earliest event; -1 for none."""
+
+    physical: ClassVar[tuple[Physical, ...]] = ("time",)
+    empty: ClassVar[tuple[float, ...]] = (-1,)
+
+
+@dataclass(frozen=True)
+class EarliestNumber:
+    """(time, value) of the earliest event; of equal times, the smaller value."""
+
+    physical: ClassVar[tuple[Physical, ...]] = ("time", "float")
+    empty: ClassVar[tuple[float, ...]] = (-1, np.inf)
+
+
+@dataclass(frozen=True)
+class EarliestText:
+    """(time, text) of the earliest event; of equal times, the smaller text."""
+
+    physical: ClassVar[tuple[Physical, ...]] = ("time", "text")
+    empty: ClassVar[tuple[float, ...]] = (-1, -1)
+
+
+@dataclass(frozen=True)
 class Decay:
     """(time, amplitude): the exponentially decayed sum as it stood at the time of the latest event; -0.0 for none."""
 
@@ -106,7 +130,8 @@ class Decay:
     empty: ClassVar[tuple[float, ...]] = (-1, -0.0)
 
 
-AnyPartial = Tally | Total | Least | Greatest | Moments | Seen | SeenTick | LatestNumber | LatestText | Decay
+Earliest = FirstSeen | EarliestNumber | EarliestText
+AnyPartial = Tally | Total | Least | Greatest | Moments | Seen | SeenTick | LatestNumber | LatestText | Decay | Earliest
 
 
 def any_event(partial: AnyPartial, totals: NDArray[np.float64]) -> NDArray[np.bool_]:

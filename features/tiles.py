@@ -223,9 +223,9 @@ def _meet(  # noqa: PLR0913, PLR0917  # as above
         operations: int64[partials, 3].
         empty: int64[columns].
         ageing: int64[windows, 3], shortest first: width and hop in ms, hop in ticks; of a table without starts, the
-            window beyond which entries are forgotten by the first of their columns, if there is one.
-        recency: int64[…], the columns that say when a bucket was seen.
-        bound: how many buckets a row keeps, those seen latest; 0 for all.
+            window beyond which entries are forgotten that were seen last before it, in ticks, if there is one.
+        recency: int64[…], the columns that say when a bucket was seen; of one that says when first, its complement.
+        bound: how many buckets a row keeps, those seen latest, or where that is first, earliest; 0 for all.
         lines: int64[lines, entries], in any order: state and what has arrived.
         n_rows: how many rows there are.
         now_ms: see `features.kernel.merge`.
@@ -237,12 +237,7 @@ def _meet(  # noqa: PLR0913, PLR0917  # as above
     n_lines, has_starts, has_buckets, n_columns = shape[0], shape[1], shape[2], shape[3]
     columns = lines[n_lines - n_columns :]
     starts = lines[1].copy() if has_starts else lines[0]
-    if has_starts:
-        held = _age(starts, ageing, now_ms)
-    else:
-        held = np.ones(len(starts), np.bool_)
-        for tail in tails_of(ageing, now_ms):
-            held &= columns[0] >= tail
+    held = _age(starts, ageing, now_ms) if has_starts else _seen(columns, recency, tails_of(ageing, now_ms))
     major = (lines[1 + has_starts] if has_buckets else starts).view(np.uint64)
     minor = starts.view(np.uint64)
     order = _by_row(lines[0], held, n_rows)
@@ -294,6 +289,19 @@ def _age(starts: Ints, ageing: Ints, now_ms: int) -> Mask:
             starts[entry] -= starts[entry] % ageing[window, 2]
         else:
             held[entry] = False
+    return held
+
+
+@compiled
+def _seen(columns: Ints, recency: Ints, tails: Ints) -> Mask:
+    """Which entries were seen since the tail, if there is one.
+
+    Of two that are kept side by side, as while history is added, either may have seen it last.
+    """
+    held = np.full(columns.shape[1], len(tails) == 0)
+    for tail in tails:
+        for column in recency:
+            held |= columns[column] >= tail
     return held
 
 
@@ -353,7 +361,7 @@ def _is_before(one: int, other: int, major: Keys, minor: Keys) -> bool:
 
 @compiled
 def _bounded(lines: Ints, buckets: Keys, columns: Ints, recency: Ints, bound: int) -> tuple[Ints, Ints, int]:
-    """Entries of the `bound` buckets a row that were seen latest, and the others: see `_meet`."""
+    """Entries of the `bound` buckets a row that are kept, and the others: see `_meet`."""
     n = lines.shape[1]
     groups = np.empty(n, np.int64)
     rows, keys, seen = np.empty(n, np.int64), np.empty(n, np.uint64), np.zeros(n, np.uint64)
@@ -365,8 +373,13 @@ def _bounded(lines: Ints, buckets: Keys, columns: Ints, recency: Ints, bound: in
         group = n_groups - 1
         groups[entry] = group
         for column in recency:
-            # Never is -1, before all times.
-            seen[group] = max(seen[group], np.uint64(columns[column, entry] + 1))
+            if column < 0:
+                # The earlier it was, the longer it is kept; of equal times, the smaller.
+                seen[group] = max(seen[group], ~np.uint64(columns[~column, entry]))
+                keys[group] = ~buckets[entry]
+            else:
+                # Never is -1, before all times.
+                seen[group] = max(seen[group], np.uint64(columns[column, entry] + 1))
     evicted = np.zeros(n_groups, np.bool_)
     order, scratch = np.arange(n_groups), np.empty(n_groups, np.int64)
     first = n_evicted = 0

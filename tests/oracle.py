@@ -53,6 +53,7 @@ def expected(
     if field is not None:
         inside = [event for event in inside if event.get(field) is not None]
     values = [event[field] for event in inside] if field is not None else [1.0] * len(inside)
+    oldest = sorted(inside, key=lambda event: (event["t"], event[str(field)] if field else 0))
     newest = sorted(inside, key=lambda event: (event["t"], event[str(field)] if field else 0), reverse=True)
     match agg:
         case "count":
@@ -78,6 +79,12 @@ def expected(
             return list(dict.fromkeys(event[str(field)] for event in newest))[:k]
         case "seconds_since":
             return max(0.0, (query_ms - newest[0]["t"]) / 1000) if newest else None
+        case "first":
+            return oldest[0][str(field)] if oldest else None
+        case "first_k":
+            return list(dict.fromkeys(event[str(field)] for event in oldest))[:k]
+        case "since_first":
+            return max(0.0, (query_ms - oldest[0]["t"]) / 1000) if oldest else None
         case "decayed":
             return math.fsum(
                 value * 2 ** (-(query_ms - event["t"]) / 1000 / seconds(half_life))

@@ -4,6 +4,8 @@ from features.aggregations.base import Aggregation, Measure, Slot, SlotTotals, T
 from features.aggregations.count import Count
 from features.aggregations.decayed import Decayed
 from features.aggregations.distinct import Distinct
+from features.aggregations.first import First
+from features.aggregations.first_k import FirstK
 from features.aggregations.last import Last
 from features.aggregations.last_k import LastK
 from features.aggregations.max import Max
@@ -11,11 +13,29 @@ from features.aggregations.mean import Mean
 from features.aggregations.min import Min
 from features.aggregations.ratio import Ratio
 from features.aggregations.seconds_since import SecondsSince
+from features.aggregations.since_first import SinceFirst
 from features.aggregations.std import Std
 from features.aggregations.sum import Sum
 from features.aggregations.top_k import TopK
 
-AnyAggregation = Count | Sum | Mean | Min | Max | Std | Ratio | Distinct | Last | LastK | SecondsSince | Decayed | TopK
+AnyAggregation = (
+    Count
+    | Sum
+    | Mean
+    | Min
+    | Max
+    | Std
+    | Ratio
+    | Distinct
+    | Last
+    | LastK
+    | SecondsSince
+    | First
+    | FirstK
+    | SinceFirst
+    | Decayed
+    | TopK
+)
 
 __all__ = [
     "Aggregation",
@@ -23,6 +43,8 @@ __all__ = [
     "Count",
     "Decayed",
     "Distinct",
+    "First",
+    "FirstK",
     "Last",
     "LastK",
     "Max",
@@ -31,6 +53,7 @@ __all__ = [
     "Min",
     "Ratio",
     "SecondsSince",
+    "SinceFirst",
     "Slot",
     "SlotTotals",
     "Std",

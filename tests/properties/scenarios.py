@@ -142,6 +142,10 @@ def plain(over: Sequence[str]) -> list[Aggregation]:
         *every_aggregation(windows),
         kinds.Last(name="last_price", event="Click", field="price", kind="float", over=windows),
         kinds.Last(name="latest", event="Click", field="price", kind="float"),
+        kinds.First(name="first_price", event="Click", field="price", kind="float", over=windows),
+        kinds.First(name="earliest", event="Click", field="price", kind="float"),
+        kinds.First(name="first_item", event="Click", field="item_id", kind="str"),
+        kinds.SinceFirst(name="known", event="Click"),
         kinds.Decayed(name="spent", event="Click", field="price", half_life="2d"),
         kinds.Distinct(name="prices", event="Click", field="price", over=windows),
         kinds.Ratio(name="ratio", event="Click", of="Like", over=windows, prior=0.25, strength=3.0),
@@ -161,6 +165,9 @@ def conditional(over: Sequence[str]) -> list[Aggregation]:
             kinds.LastK(name=f"last_k_{name}", event="Like", field="item_id", k=2, where=where),
             kinds.Last(name=f"last_{name}", event="Like", field="item_id", kind="str", where=where),
             kinds.SecondsSince(name=f"since_{name}", event="Click", where=where),
+            kinds.First(name=f"first_{name}", event="Like", field="item_id", kind="str", where=where, **common),
+            kinds.FirstK(name=f"first_k_{name}", event="Like", field="item_id", k=2, where=where),
+            kinds.SinceFirst(name=f"since_first_{name}", event="Click", where=where, **common),
         ]
     dear, cheap = CONDITIONS["dear"][0], CONDITIONS["not_dear"][0]
     found.append(
@@ -220,7 +227,7 @@ def run(state: State, step: Step) -> None:
 def is_tiled(spec: Aggregation) -> bool:
     """Whether it keeps tiles: `last`, `last_k`, `distinct`, … keep times instead, `all` neither."""
     untiled = kinds.Last | kinds.LastK | kinds.SecondsSince | kinds.Decayed | kinds.Distinct
-    return not isinstance(spec, untiled) and spec.over != ("all",)
+    return not isinstance(spec, untiled) and spec.over not in ((), ("all",))
 
 
 def has_begun(spec: Aggregation, event: OracleEvent, query_ms: int) -> bool:

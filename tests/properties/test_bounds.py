@@ -53,6 +53,21 @@ def test_last_k_is_exact_whatever_fell_out(k: int, n_values: int, seed: int) -> 
     assert state.evicted == 0
 
 
+@given(k=st.integers(1, 40), n_values=st.sampled_from([1, 5, 100, 3_000]), seed=st.integers(0, 1 << 32))
+def test_first_k_is_exact_whatever_fell_out(k: int, n_values: int, seed: int) -> None:
+    """The same of the k earliest, also when what was first arrives last.
+
+    A table that kept those seen latest would have dropped them.
+    """
+    rng = random.Random(seed)
+    events = events_of(300, n_values, rng)
+    state = State(plan_of(kinds.FirstK(name="met", field="item_id", k=k, **CLICK)), packed=True)
+    for batch in shuffled_batches(events, rng):
+        state.merge(batches_of(batch), rng.randint(BASE_MS - DAY_MS, BASE_MS))
+    assert state.values(BASE_MS)["met"] == [oracle.expected("first_k", events, BASE_MS, "all", "item_id", k)]
+    assert state.evicted == 0
+
+
 TILED_OR_NOT = [("1h",), ("10m", "24h"), ("1h", "all"), ("all",)]
 
 

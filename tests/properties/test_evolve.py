@@ -59,6 +59,10 @@ def twins(over: list[str]) -> list[Aggregation]:
         kinds.Mean(name="other_mean", event="Click", field="price", over=windows),
         kinds.Std(name="other_std", event="Click", field="price", over=windows),
         kinds.LastK(name="last_k", event="Click", field="item_id", k=5),
+        kinds.FirstK(name="first_k", event="Click", field="item_id", k=5),
+        kinds.First(name="other_first", event="Click", field="item_id", kind="str", over=windows),
+        kinds.SinceFirst(name="known", event="Click", over=("all",)),
+        kinds.SecondsSince(name="idle", event="Click"),
         kinds.Decayed(name="decayed_30m", event="Click", half_life="20m"),
         kinds.Count(name="other_by", event="Click", over=windows, by="category", buckets=32),
         kinds.Count(name="other_by_ever", event="Click", over=("all",), by="category", buckets=64),
@@ -233,6 +237,23 @@ def test_history_is_added_while_events_go_on_and_then_nothing_is_missing(data: s
         for name in set(chosen) & begins_ms.keys():
             at_ms = begins_ms[name]
             assert at_ms is None or at_ms > world.taken_ms[plan.number] - DAY_MS
+
+
+def test_distinct_values_stay_while_history_is_added_beside_them() -> None:
+    """While it is filled there are two of one table: an entry is forgotten once both have not seen it for the window.
+
+    By the time of the first of them alone, all that only the second knows would be gone with the next merge.
+    """
+    world, event = World(), {"contract": "Click", "row": 0, "t": BASE_MS, "price": None, "category": None}
+    world.apply(plan_of(kinds.Count(name="n", event="Click", over=("1h",))), BASE_MS)
+    more = kinds.Distinct(name="items", event="Click", field="item_id", over=("1h",))
+    plan = world.apply(plan_of(*world.plans[0].views[0].aggregations, more), BASE_MS)
+    filled = backfilling(plan, ["view__items_1h"], History(1))
+    world.plans += [filled, backfilled(filled, {})]
+    events = [{**event, "t": BASE_MS + at, "item_id": name} for at, name in enumerate("ab")]
+    world.fill(filled, events[:1], BASE_MS + 2)
+    world.merge(filled, events[1:], BASE_MS + 2)
+    world.check(world.plans[-1], events, BASE_MS + 3, {"view__items_1h"})
 
 
 def _unchanged(older: Plan, newer: Plan, plans: list[Plan]) -> set[str]:

@@ -199,12 +199,14 @@ def test_rows_never_seen_read_as_documented() -> None:
         "decayed_24h": 0.0,
         "spent": 0.0,
         "last_k_1h": [],
+        "first_k": [],
         "top_k_1h": [],
         "ratio_1h": 0.25,
     }
     got = {name: value for name, (_, value) in state.values(BASE_MS).items()}
     nulls = ("mean_1h", "min_1h", "max_1h", "std_1h", "last_1h", "last_price_1h", "latest", "seconds_since_1h")
-    assert got == documented | dict.fromkeys(nulls)
+    of_first = ("first_1h", "first_price_1h", "earliest", "first_item", "since_first_1h", "known")
+    assert got == documented | dict.fromkeys((*nulls, *of_first))
 
 
 def test_buckets_never_seen_read_as_documented() -> None:
