@@ -187,6 +187,42 @@ def decayed(
     )
 
 
+def rate(  # noqa: PLR0913  # as ratio
+    event: type[Event],
+    of: type[Event],
+    field: str | None = None,
+    *,
+    half_life: str,
+    prior: float,
+    strength: float,
+    where: Condition | None = None,
+    of_where: Condition | None = None,
+    by: str | None = None,
+    buckets: int = DEFAULT_BUCKETS,
+    doc: str = "",
+) -> Declared:
+    """A smoothed rate of decayed sums, (events, or a field's sum, + prior * strength) / (events `of` + strength)."""
+    options = {"prior": prior, "strength": strength, "where": where, "of_where": of_where, "doc": doc}
+    return _declare(kinds.Rate, event, (), field=field, of=of, half_life=half_life, by=by, buckets=buckets, **options)
+
+
+def delta(
+    event: type[Event],
+    field: str | None = None,
+    *,
+    over: str,
+    before: str | None = None,
+    where: Condition | None = None,
+    doc: str = "",
+) -> Declared:
+    """Events in a window, or the sum of a field, less those of as wide a window that ended `before` ago.
+
+    By default of the window right before it. Nothing seen: 0.
+    """
+    before = over if before is None else before
+    return _declare(kinds.Delta, event, over, field=field, before=before, where=where, doc=doc)
+
+
 def top_k(
     event: type[Event],
     field: str,

@@ -10,18 +10,20 @@ from typing import Any, Final
 from features.aggregations import Distinct, First, FirstK, Last, LastK, SecondsSince, SinceFirst, TopK
 from features.aggregations.base import Aggregation
 from features.aggregations.decayed import Decayed
+from features.aggregations.rate import Rate as DecayedRate
 from features.events import Event, Kind
 from features.expectations import Expectation, Rate, per_second
 from features.expressions import Condition, values_of
-from features.times import Window, duration_ms
+from features.times import WINDOW_MS_MAX, Window, duration_ms
 
 _NAME: Final = re.compile(r"[a-z](?:_?[a-z0-9])*")
 _NAME_LENGTH_MAX: Final = 64
 _MANY_MAX: Final = 1000
+_STEPS_MAX: Final = 2_500
 TEXTS_A_ROW_MAX: Final = 65_000
 """Of the 65,535 that the packed row can count."""
 _NUMBERS: Final[tuple[Kind, ...]] = ("int", "float", "bool")
-_WITHOUT_WINDOWS: Final = (Last, LastK, SecondsSince, First, FirstK, SinceFirst, Decayed)
+_WITHOUT_WINDOWS: Final = (Last, LastK, SecondsSince, First, FirstK, SinceFirst, Decayed, DecayedRate)
 """What may be declared over none."""
 
 
@@ -68,6 +70,8 @@ def checked_options(place: str, kind: type[Aggregation], event: type[Event], opt
     given = {name: value for name, value in options.items() if value is not None}
     _check_fields(place, kind, event, given)
     _check_windows(place, kind, given["over"])
+    if "before" in given:
+        _check_before(place, given["over"], given["before"])
     if "half_life" in given:
         check_duration(f"{place}: half_life", duration_ms, given["half_life"])
     for name in ("k", "buckets"):
@@ -78,7 +82,7 @@ def checked_options(place: str, kind: type[Aggregation], event: type[Event], opt
         if name in given:
             _check_condition(place, name, given["of"] if name == "of_where" else event, given[name])
     if "of" in given:
-        given |= {"of": given["of"].__name__, **_checked_prior(place, given["prior"], given["strength"])}
+        given |= {"of": given["of"].__name__, **_checked_prior(place, given)}
     if "default" in given:
         given["default"] = checked_default(
             place, given["default"], is_text=given.get("kind") == "str", is_map="by" in given
@@ -110,17 +114,29 @@ def _check_windows(place: str, kind: type[Aggregation], over: tuple[Any, ...]) -
         raise mistake(place, "over=[] names no window", "name one, such as over='24h', or over='all'")
 
 
-def _checked_prior(place: str, prior: object, strength: object) -> dict[str, float]:
+def _check_before(place: str, over: tuple[str, ...], before: object) -> None:
+    """Of two windows, one `before` the other: there must be a tile for each step of both and what is between them."""
+    check_duration(f"{place}: before", duration_ms, before)
+    if len(over) > 1 or Window.parse(over[0]).unbounded:
+        raise mistake(place, f"over={list(over)} of a delta", "name one window, such as over='1h', before='24h'")
+    window, reach_ms = Window.parse(over[0]), duration_ms(str(before)) + Window.parse(over[0]).width_ms
+    if reach_ms > WINDOW_MS_MAX:
+        raise mistake(place, f"before={before!r} and over={over[0]!r} are longer than 90d", "use shorter ones")
+    if reach_ms > _STEPS_MAX * window.hop_ms:
+        wrong = f"before={before!r} would keep {reach_ms // window.hop_ms:,} tiles of {window.hop_ms // 1000} s"
+        raise mistake(place, wrong, f"use a shorter one, or a longer window: at most {_STEPS_MAX:,}")
+
+
+def _checked_prior(place: str, given: dict[str, Any]) -> dict[str, float]:
+    """The prior of a share, from 0 to 1; of a field's sum, any number."""
+    prior, strength, is_share = given["prior"], given["strength"], "field" not in given
+    right = f"use a prior {'from 0 to 1' if is_share else 'that is finite'} and a strength above 0"
     for name, value in (("prior", prior), ("strength", strength)):
         if not _is_number(value):
-            raise mistake(
-                place, f"{name}={value!r} is no finite number", "use a prior from 0 to 1 and a strength above 0"
-            )
-    checked = {"prior": float(prior), "strength": float(strength)}  # type: ignore[arg-type]  # numbers: see above
-    if not (checked["strength"] > 0 and 0 <= checked["prior"] <= 1):
-        raise mistake(
-            place, f"prior={prior!r}, strength={strength!r}", "use a prior from 0 to 1 and a strength above 0"
-        )
+            raise mistake(place, f"{name}={value!r} is no finite number", right)
+    checked = {"prior": float(prior), "strength": float(strength)}
+    if not (checked["strength"] > 0 and (0 <= checked["prior"] <= 1 or not is_share)):
+        raise mistake(place, f"prior={prior!r}, strength={strength!r}", right)
     return checked
 
 

@@ -20,7 +20,7 @@ from features.kernel import Rows, merge
 from features.layout import Family, TableLayout, family_of, locate, view_of
 from features.partials import Decay, Earliest, Seen
 from features.plan import Feature, FeatureSpec, History, Known, Plan, ViewSpec, arguments, features_of
-from features.times import Window, hop_ms
+from features.times import Window
 
 Column = tuple[int, int]
 """A table of a family, and a column of it."""
@@ -212,7 +212,7 @@ def span_ms(feature: Feature) -> int | None:
     assert isinstance(spec, Aggregation)  # noqa: S101  # for the type checker: only these keep state
     assert window is not None  # noqa: S101  # as above
     if not window.unbounded:
-        return window.width_ms + hop_ms(window.width_ms)
+        return spec.reach(window).width_ms + window.hop_ms
     half_lives = [slot.partial.half_life_ms for slot in spec.slots() if isinstance(slot.partial, Decay)]
     return _HALF_LIVES * max(half_lives) if half_lives else None
 
@@ -291,16 +291,17 @@ class _Lacks:
         self._taken_ms = taken_ms | {number: now_ms}
         self._names: dict[str, dict[Window, str]] = {}
         for feature in features_of(before) if before else ():
-            if feature.window is not None:
-                self._names.setdefault(feature.spec.name, {})[feature.window] = feature.full_name
+            if isinstance(feature.spec, Aggregation) and feature.window is not None:
+                reach = feature.spec.reach(feature.window)
+                self._names.setdefault(feature.spec.name, {})[reach] = feature.full_name
 
     def of_view(self, view: ViewSpec, sources: Sources) -> Iterator[tuple[str, tuple[Known, ...]]]:
         """The features that lack something, by full name."""
         for feature in features_of(view):
             spec, window = feature.spec, feature.window
             if isinstance(spec, Aggregation) and window is not None:
-                slots = zip(spec.slots(), sources[spec], strict=True)
-                every = dict.fromkeys(known for slot, source in slots for known in self._of_slot(slot, source, window))
+                slots, reach = zip(spec.slots(), sources[spec], strict=True), spec.reach(window)
+                every = dict.fromkeys(known for slot, source in slots for known in self._of_slot(slot, source, reach))
                 if every and not self._is_complete(every, span_ms(feature)):
                     yield feature.full_name, tuple(every)
 

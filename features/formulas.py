@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 
 
 class Formula(IntEnum):
-    """How a number follows from the columns x, y, z of an aggregation's partials, and its constants p and q."""
+    """How a number follows from the columns x, y, z of an aggregation's partials, and its constants p, q and r."""
 
     TOTAL = 0
     """x"""
@@ -37,6 +37,10 @@ class Formula(IntEnum):
     """Seconds since time x, null where that is outside the window"""
     LATEST = 7
     """y, null where its time x is outside the window"""
+    RATE = 8
+    """(a + p * q) / (b + q), of two sums with half-life r ms as `DECAYED` has them"""
+    DELTA = 9
+    """x, less what it is over the windows of index q without those of index p"""
 
 
 class Numeric(NamedTuple):
@@ -50,24 +54,30 @@ class Numeric(NamedTuple):
     second: tuple[int, int]
     window_index: int
     window: Window
-    constants: tuple[float, float]
+    constants: tuple[float, float, float]
     default: float | None
 
 
 def formulas(numerics: Iterable[Numeric]) -> tuple[Ints, Floats]:
-    """Numeric features as `finish` takes them: int64[features, 8] and float64[features, 3]."""
+    """Numeric features as `finish` takes them: int64[features, 8] and float64[features, 4]."""
     plain, constants = [], []
     for each in numerics:
         window_ms = (each.window.width_ms, hop_ms(each.window.width_ms))
         plain.append((each.formula, *each.first, *each.second, each.window_index, *window_ms))
         constants.append((*each.constants, np.nan if each.default is None else each.default))
-    return np.array(plain, np.int64).reshape(-1, 8), np.array(constants, np.float64).reshape(-1, 3)
+    return np.array(plain, np.int64).reshape(-1, 8), np.array(constants, np.float64).reshape(-1, 4)
 
 
 @compiled
 def _ratio(first: float, second: float, p: float, q: float) -> float:
     """Exactly the prior where there is nothing."""
     return p if first == 0 and second == 0 else (first + p * q) / (second + q)
+
+
+@compiled
+def _decayed(amplitude: float, at_ms: float, now_ms: int, half_life_ms: float) -> float:
+    """An exponentially decayed sum at a time."""
+    return amplitude * 2.0 ** ((at_ms - now_ms) / half_life_ms) if amplitude else 0.0
 
 
 @compiled
@@ -82,10 +92,33 @@ def _value(totals: Floats, formula: int, x: int, y: int, z: int, p: float, begin
     elif formula == Formula.STD:
         value = np.sqrt(totals[z] / first) if first else np.nan
     elif formula == Formula.DECAYED:
-        value = second * 2.0 ** ((first - now_ms) / p) if second else 0.0
+        value = _decayed(second, first, now_ms, p)
     elif first >= begin_ms:
         value = second if formula == Formula.LATEST else max(now_ms - first, 0) / 1000
     return value
+
+
+@compiled
+def _rates(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objects
+    totals: Floats,
+    x: int,
+    y: int,
+    other_x: int,
+    other_y: int,
+    constants: tuple[float, float, float],
+    now_ms: Ints,
+    rows: Ints,
+    values: Floats,
+) -> None:
+    """Rates of two decayed sums, whose times and amplitudes are at these places among the totals."""
+    p, q, half_life_ms = constants
+    row_ms = now_ms[0]
+    for at in range(len(values)):
+        if len(now_ms) > 1:
+            row_ms = now_ms[rows[at] if len(rows) else at]
+        first = _decayed(totals[y + at], totals[x + at], row_ms, half_life_ms)
+        second = _decayed(totals[other_y + at], totals[other_x + at], row_ms, half_life_ms)
+        values[at] = _ratio(first, second, p, q)
 
 
 @compiled
@@ -111,7 +144,7 @@ def _finish_one(
     values: Floats,
 ) -> int:
     formula, table, column, other_table, other_column, window, width_ms, hop_ms = plain
-    p, q, default = constants
+    p, q, r, default = constants
     place = other_place = 0
     for each in range(max(table, other_table)):
         size = shapes[each, 3] * shapes[each, 4] * n_groups[each]
@@ -130,6 +163,13 @@ def _finish_one(
     elif formula == Formula.RATIO:
         for at in range(len(values)):
             values[at] = _ratio(totals[np.uint64(x + at)], totals[np.uint64(y + at)], p, q)
+    elif formula == Formula.DELTA:
+        begin, end = x + (int(q) - window) * n, x + (int(p) - window) * n
+        for at in range(len(values)):
+            values[at] = totals[x + at] - (totals[begin + at] - totals[end + at]) + 0.0
+    elif formula == Formula.RATE:
+        other = other_place + other_column * step
+        _rates(totals, x, y, other, other + step, (p, q, r), now_ms, rows, values)
     else:
         row_ms, begin_ms = now_ms[0], tail_of(now_ms[0], width_ms, hop_ms) * TICK_MS
         for at in range(len(values)):
@@ -196,7 +236,7 @@ def look_ups(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not objec
     Args:
         keys: int64[lookups], which of the `wanted` texts each looks for.
         plain: int64[lookups, 8], the maps' formulas, see `formulas`; SINCE stands for a list.
-        constants: float64[lookups, 3], as above.
+        constants: float64[lookups, 4], as above.
         nothing: float64[lookups], the number of a text that is not in the map.
         totals: of the owners' bundle, as `fold_tables` gives them, like the next two.
         n_groups: int64[tables].

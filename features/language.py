@@ -40,7 +40,7 @@ from features.plan import (
     digest,
     features_of,
 )
-from features.times import duration_ms, hop_ms
+from features.times import duration_ms
 from features.types import Array, BoolArray
 
 __all__ = ["DeclarationError", "Entity", "View", "cross", "derived", "given", "service", "view"]
@@ -372,8 +372,8 @@ class View:
             if kept_ms is None and spec.windows[-1].unbounded:
                 right = f'declare Entity("{entity.name}", …, forget_after="90d")'
                 raise mistake(place, "has no window, so its row would never expire", right)
-            for window in spec.windows:
-                if kept_ms is not None and not window.unbounded and kept_ms < window.width_ms + hop_ms(window.width_ms):
+            for window in map(spec.reach, spec.windows):
+                if kept_ms is not None and not window.unbounded and kept_ms < window.width_ms + window.hop_ms:
                     wrong = f"window {window.name} is longer than {entity.name} is kept"
                     raise mistake(place, wrong, f"raise forget_after={entity.forget_after!r}")
 

@@ -18,7 +18,7 @@ from features.aggregations.base import Aggregation, Measure, Slot, Table
 from features.fold import operations
 from features.partials import DTYPES, AnyPartial, Earliest, EarliestText, LatestText, Physical, Seen
 from features.plan import Plan, ViewSpec, digest, features_of
-from features.times import MINUTE_MS, duration_ms, hop_ms
+from features.times import MINUTE_MS, duration_ms
 
 _ROW_FORMAT: Final = 2
 """Of what `store.codec` writes: whoever changes that counts on."""
@@ -98,7 +98,7 @@ class TableLayout:
         windows = self.table.windows
         if not self.table.starts:
             windows = windows[-1:] if len(self.recency) and not windows[-1].unbounded else ()
-        ageing = [(each.width_ms, hop_ms(each.width_ms), each.hop_ticks) for each in windows]
+        ageing = [(each.width_ms, each.hop_ms, each.hop_ticks) for each in windows]
         return np.array(ageing, np.int64).reshape(-1, 3)
 
     @cached_property
@@ -252,7 +252,7 @@ class Bundle:
             np.concatenate([each.is_float for each in layouts]),
             np.array(
                 [
-                    (window.width_ms, hop_ms(window.width_ms))
+                    (window.width_ms, window.hop_ms)
                     for each in layouts
                     for window in each.table.windows[: each.totals_shape[1]]
                 ],
@@ -372,5 +372,5 @@ def _with_recency(
 
 
 def _retention_ms(spec: Aggregation, forget_ms: int) -> int:
-    longest = spec.windows[-1]
-    return forget_ms if longest.unbounded else longest.width_ms + hop_ms(longest.width_ms) + MINUTE_MS
+    longest = spec.reach(spec.windows[-1])
+    return forget_ms if longest.unbounded else longest.width_ms + longest.hop_ms + MINUTE_MS

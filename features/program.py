@@ -499,7 +499,7 @@ class _Stage:
             return None
         table, partial = slots[0]
         place = (table, self.bundle.tables[table].slices[partial].start)
-        return Numeric(Formula.SINCE, place, place, 0, feature.window, (0.0, 0.0), None), 0.0
+        return Numeric(Formula.SINCE, place, place, 0, feature.window, (0.0, 0.0, 0.0), None), 0.0
 
 
 class _LookUps:

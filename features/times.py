@@ -7,7 +7,7 @@ every tile starts on a multiple of it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 TICK_MS: Final = 5_000
@@ -57,10 +57,15 @@ def tail_ticks(now_ms: int, width_ms: int, step_ms: int) -> int:
 
 @dataclass(frozen=True, order=True)
 class Window:
-    """A declared window: a width in milliseconds (`FOREVER` for `all`) and the name that features carry."""
+    """A declared window: a width in milliseconds (`FOREVER` for `all`) and the name that features carry.
+
+    One that is declared by another, as what `delta` compares with, moves by that one's step, which is in its name.
+    """
 
     width_ms: int
     name: str
+    step_ms: int = field(default=0, repr=False)
+    """The step by which its start moves, if that is not the one of its width."""
 
     @classmethod
     def parse(cls, name: str) -> Window:
@@ -82,11 +87,21 @@ class Window:
         """Whether this is `all`."""
         return self.width_ms == FOREVER
 
+    @classmethod
+    def stepping(cls, width_ms: int, step_ms: int) -> Window:
+        """A window whose start moves by a step that is not the one of its width."""
+        return cls(width_ms, f"{width_ms // 1000}s/{step_ms // 1000}s", step_ms)
+
+    @property
+    def hop_ms(self) -> int:
+        """The step by which the window's start moves."""
+        return self.step_ms or hop_ms(self.width_ms)
+
     @property
     def hop_ticks(self) -> int:
-        """The step by which the window's start moves, in ticks."""
-        return FOREVER if self.unbounded else hop_ms(self.width_ms) // TICK_MS
+        """As `hop_ms`, in ticks."""
+        return FOREVER if self.unbounded else self.hop_ms // TICK_MS
 
     def tail_ticks(self, now_ms: int) -> int:
         """The first tick inside the window at `now_ms`: see the function of this name."""
-        return tail_ticks(now_ms, self.width_ms, hop_ms(self.width_ms))
+        return tail_ticks(now_ms, self.width_ms, self.hop_ms)

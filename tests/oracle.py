@@ -17,12 +17,15 @@ OracleEvent = Mapping[str, Any]
 
 
 def seconds(text: str) -> int:
-    """The length of a duration."""
+    """The length of a duration; of a window that says its step, without it."""
+    text = text.partition("/")[0]
     return int(text[:-1]) * UNIT_S[text[-1]]
 
 
 def hop_ms(window: str) -> int:
-    """The largest step at most a tenth of the window."""
+    """The largest step at most a tenth of the window, or the one that it says."""
+    if "/" in window:
+        return seconds(window.partition("/")[2]) * 1000
     return max(step for step in LADDER_S if step <= seconds(window) / 10) * 1000
 
 
@@ -47,8 +50,10 @@ def expected(
     field: str | None = None,
     k: int = 0,
     half_life: str = "1h",
+    before: str = "",
 ) -> Any:
     """The value that the window rule gives."""
+    events = list(events)
     inside = within(events, window, query_ms)
     if field is not None:
         inside = [event for event in inside if event.get(field) is not None]
@@ -79,6 +84,14 @@ def expected(
             return list(dict.fromkeys(event[str(field)] for event in newest))[:k]
         case "seconds_since":
             return max(0.0, (query_ms - newest[0]["t"]) / 1000) if newest else None
+        case "delta":
+            hop, ago_ms = hop_ms(window), query_ms - seconds(before) * 1000
+            begin_ms, end_ms = tail_ms(window, ago_ms), ago_ms // hop * hop
+            earlier = [event for event in events if begin_ms <= event["t"] < end_ms]
+            if field is None:
+                return len(inside) - len(earlier)
+            gone = [event[field] for event in earlier if event.get(field) is not None]
+            return math.fsum(values) - math.fsum(gone)
         case "first":
             return oldest[0][str(field)] if oldest else None
         case "first_k":

@@ -508,6 +508,17 @@ AGGREGATIONS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "prior text": (lambda: agg.ratio(Click, Like, over="1h", prior="1", strength=2), ["prior='1'", "0 to 1"]),  # type: ignore[arg-type]  # on purpose
     "strength 0": (lambda: agg.ratio(Click, Like, over="1h", prior=0.1, strength=0), ["strength=0", "above 0"]),
     "strength infinite": (lambda: agg.ratio(Click, Like, over="1h", prior=0.1, strength=INF), ["strength=inf"]),
+    "prior of a field": (
+        lambda: agg.rate(Click, Like, "price", half_life="1h", prior=INF, strength=2),
+        ["prior=inf", "finite"],
+    ),
+    "prior of a rate": (lambda: agg.rate(Click, Like, half_life="1h", prior=2, strength=2), ["prior=2", "0 to 1"]),
+    "delta of two": (lambda: agg.delta(Click, over=["1h", "2h"]), ["over=['1h', '2h']", "one window"]),  # type: ignore[arg-type]  # on purpose
+    "delta of all": (lambda: agg.delta(Click, over="all", before="1h"), ["over=['all']", "one window"]),
+    "delta before soon": (lambda: agg.delta(Click, over="1h", before="soon"), ["before", "'soon'", "'24h'"]),
+    "delta too long": (lambda: agg.delta(Click, over="60d"), ["before='60d'", "90d"]),
+    "delta too fine": (lambda: agg.delta(Click, over="10m", before="7d"), ["10,090 tiles of 60 s", "2,500"]),
+    "first_k of number": (lambda: agg.first_k(Click, "price", 3), ["field='price' is float", "str"]),
     "default text": (lambda: agg.mean(Click, "price", over="1h", default="0"), ["default='0'", "number"]),  # type: ignore[arg-type]  # on purpose
     "default number": (lambda: agg.last(Click, "category", default=0), ["default=0", "text"]),
     "default bool": (lambda: agg.mean(Click, "price", over="1h", default=True), ["default=True", "number"]),

@@ -74,7 +74,7 @@ def edges_ms(bundle: Bundle, rows: Rows, row: int) -> Iterator[int]:
 
 def leaves_ms(window: str, start_ms: int) -> int:
     """The first time at which a window begins after a tile's start."""
-    low, high = start_ms, start_ms + 2 * oracle.seconds(window) * 1000
+    low, high = start_ms, start_ms + oracle.seconds(window) * 1000 + oracle.hop_ms(window)
     assert oracle.tail_ms(window, high) > start_ms
     while low < high:
         middle = (low + high) // 2

@@ -3,6 +3,7 @@
 from features.aggregations.base import Aggregation, Measure, Slot, SlotTotals, Table
 from features.aggregations.count import Count
 from features.aggregations.decayed import Decayed
+from features.aggregations.delta import Delta
 from features.aggregations.distinct import Distinct
 from features.aggregations.first import First
 from features.aggregations.first_k import FirstK
@@ -11,6 +12,7 @@ from features.aggregations.last_k import LastK
 from features.aggregations.max import Max
 from features.aggregations.mean import Mean
 from features.aggregations.min import Min
+from features.aggregations.rate import Rate
 from features.aggregations.ratio import Ratio
 from features.aggregations.seconds_since import SecondsSince
 from features.aggregations.since_first import SinceFirst
@@ -34,6 +36,8 @@ AnyAggregation = (
     | FirstK
     | SinceFirst
     | Decayed
+    | Rate
+    | Delta
     | TopK
 )
 
@@ -42,6 +46,7 @@ __all__ = [
     "AnyAggregation",
     "Count",
     "Decayed",
+    "Delta",
     "Distinct",
     "First",
     "FirstK",
@@ -51,6 +56,7 @@ __all__ = [
     "Mean",
     "Measure",
     "Min",
+    "Rate",
     "Ratio",
     "SecondsSince",
     "SinceFirst",

@@ -134,6 +134,10 @@ class Aggregation(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", omi
         """Declared windows, shortest first; `all` where none is declared."""
         return _windows(self.over or (ALL,))
 
+    def reach(self, window: Window) -> Window:
+        """The window whose events its number over `window` takes: that one itself, unless it looks further back."""
+        return window
+
     @property
     def measure(self) -> Measure:
         """The events that it is about."""
@@ -167,9 +171,9 @@ class Aggregation(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", omi
         raise NotImplementedError
 
     @property
-    def constants(self) -> tuple[float, float]:
-        """The constants p and q of its formula."""
-        return 0.0, 0.0
+    def constants(self) -> tuple[float, float, float]:
+        """The constants p, q and r of its formula."""
+        return 0.0, 0.0, 0.0
 
     def values(self, slots: tuple[SlotTotals, ...], now_ms: NDArray[np.int64]) -> Sequence[Values]:
         """The feature over each of its windows, shortest first, for all rows: of one that has no formula.

@@ -32,6 +32,6 @@ class Decayed(Aggregation, frozen=True, kw_only=True, tag="decayed"):
         return (Slot(by_bucket if self.by else LATEST, Decay(duration_ms(self.half_life)), self.measure),)
 
     @property
-    def constants(self) -> tuple[float, float]:
+    def constants(self) -> tuple[float, float, float]:
         """See `Aggregation.constants`."""
-        return duration_ms(self.half_life), 0.0
+        return duration_ms(self.half_life), 0.0, 0.0

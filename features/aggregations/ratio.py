@@ -47,6 +47,6 @@ class Ratio(Aggregation, frozen=True, kw_only=True, tag="ratio"):
         return tuple(Slot(tiles, Tally(), replace(measure, origin=self.origin)) for measure in self.counted)
 
     @property
-    def constants(self) -> tuple[float, float]:
+    def constants(self) -> tuple[float, float, float]:
         """See `Aggregation.constants`."""
-        return self.prior, self.strength
+        return self.prior, self.strength, 0.0

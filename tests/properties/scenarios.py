@@ -149,6 +149,11 @@ def plain(over: Sequence[str]) -> list[Aggregation]:
         kinds.Decayed(name="spent", event="Click", field="price", half_life="2d"),
         kinds.Distinct(name="prices", event="Click", field="price", over=windows),
         kinds.Ratio(name="ratio", event="Click", of="Like", over=windows, prior=0.25, strength=3.0),
+        kinds.Rate(name="rate", event="Click", of="Like", half_life="6h", prior=0.25, strength=3.0),
+        kinds.Rate(name="worth", event="Click", field="price", of="Like", half_life="2d", prior=-2.0, strength=0.5),
+        kinds.Delta(name="delta", event="Click", over=("1h",), before="24h"),
+        kinds.Delta(name="pace", event="Click", over=("10m",), before="10m"),
+        kinds.Delta(name="trend", event="Click", field="price", over=("7d",), before="1h"),
     ]
 
 
@@ -193,6 +198,7 @@ def by_bucket(over: Sequence[str]) -> list[Aggregation]:
         kinds.Count(name="by_item", over=windows, **{**common, "by": "item_id"}),
         kinds.Decayed(name="decayed", half_life="6h", **common),
         kinds.Decayed(name="spent", field="price", half_life="3d", **{**common, "event": "Like"}),
+        kinds.Rate(name="rate", of="Like", half_life="6h", prior=0.5, strength=3.0, **common),
     ]
 
 
@@ -226,7 +232,7 @@ def run(state: State, step: Step) -> None:
 
 def is_tiled(spec: Aggregation) -> bool:
     """Whether it keeps tiles: `last`, `last_k`, `distinct`, … keep times instead, `all` neither."""
-    untiled = kinds.Last | kinds.LastK | kinds.SecondsSince | kinds.Decayed | kinds.Distinct
+    untiled = kinds.Last | kinds.LastK | kinds.SecondsSince | kinds.Decayed | kinds.Rate | kinds.Distinct
     return not isinstance(spec, untiled) and spec.over not in ((), ("all",))
 
 
@@ -273,10 +279,17 @@ def _number(spec: Aggregation, events: Sequence[OracleEvent], query_ms: int, win
         trials = [e for e in events if e["contract"] == spec.of and holds(spec.of_where, e)]
         n_hits, n_trials = (len(oracle.within(each, window, query_ms)) for each in (hits, trials))
         return (n_hits + spec.prior * spec.strength) / (n_trials + spec.strength)
+    if isinstance(spec, kinds.Rate):
+        trials = [e for e in events if e["contract"] == spec.of and holds(spec.of_where, e)]
+        both = ((hits, spec.field), (trials, None))
+        a, b = (
+            oracle.expected("decayed", *(of, query_ms, "all", field), half_life=spec.half_life) for of, field in both
+        )
+        return (a + spec.prior * spec.strength) / (b + spec.strength)
     values = [e["price"] for e in oracle.within(hits, window, query_ms) if e["price"] is not None]
     if isinstance(spec, kinds.Std):
         return exact_std(values)
-    options = {name: getattr(spec, name) for name in ("k", "half_life") if hasattr(spec, name)}
+    options = {name: getattr(spec, name) for name in ("k", "half_life", "before") if hasattr(spec, name)}
     tag = str(type(spec).__struct_config__.tag)
     return oracle.expected(tag, hits, query_ms, window, spec.field, **options)
 

@@ -55,6 +55,7 @@ def twins(over: list[str]) -> list[Aggregation]:
     windows = tuple(over)
     return [
         kinds.Count(name="other_count", event="Click", over=windows),
+        kinds.Delta(name="other_delta", event="Click", over=("5m",), before="1h"),
         kinds.Count(name="third_count", event="Click", over=windows),
         kinds.Mean(name="other_mean", event="Click", field="price", over=windows),
         kinds.Std(name="other_std", event="Click", field="price", over=windows),
@@ -79,6 +80,8 @@ def declarations(draw: st.DrawFn, before: Plan | None) -> Plan:
     for spec in before.views[0].aggregations if before else ():
         fate = draw(st.sampled_from(["keep", "keep", "keep", "widen", "drop"]))
         over = tuple(draw(window_sets)) if fate == "widen" and spec.over else spec.over
+        if isinstance(spec, kinds.Delta):
+            over = spec.over  # It has one, and no end of time.
         if fate != "drop":
             kept.append(msgspec.structs.replace(spec, over=over, origin=""))
     names = {spec.name for spec in kept}
@@ -151,9 +154,10 @@ class World:
             for row, got in enumerate(to_python(values, feature.value_type)):
                 of_row = [event for event in seen if event["row"] == row]
                 want = brute(feature.spec, of_row, query_ms, feature.window.name)
-                if isinstance(feature.spec, kinds.Decayed) and feature.spec.by:  # What has faded may be gone.
-                    faint = 2.0**-60 * scale_of(of_row)
-                    want = {name: value for name, value in want.items() if name in got or abs(value) > faint}
+                if isinstance(feature.spec, kinds.Decayed | kinds.Rate) and feature.spec.by:
+                    # What has faded may be gone.
+                    faint, nothing = 2.0**-50 * scale_of(of_row), feature.spec.without_events
+                    want = {name: value for name, value in want.items() if name in got or abs(value - nothing) > faint}
                 assert agree(got, want, scale_of(of_row)), (plan.number, full_name, row, got, want)
 
 

@@ -202,6 +202,11 @@ def test_rows_never_seen_read_as_documented() -> None:
         "first_k": [],
         "top_k_1h": [],
         "ratio_1h": 0.25,
+        "rate": 0.25,
+        "worth": -2.0,
+        "delta_1h": 0,
+        "pace_10m": 0,
+        "trend_7d": 0.0,
     }
     got = {name: value for name, (_, value) in state.values(BASE_MS).items()}
     nulls = ("mean_1h", "min_1h", "max_1h", "std_1h", "last_1h", "last_price_1h", "latest", "seconds_since_1h")
@@ -222,7 +227,7 @@ def test_buckets_never_seen_read_as_documented() -> None:
     stands_for = {name: spec.without_events for name, spec in specs.items() if isinstance(spec, kinds.Aggregation)}
     null = {name for name, nothing in stands_for.items() if np.isnan(nothing)}
     assert null == {"mean_1h", "min_1h", "max_1h", "std_1h"}
-    assert stands_for.pop("ratio_1h") == 0.25
+    assert (stands_for.pop("ratio_1h"), stands_for.pop("rate")) == (0.25, 0.5)
     assert all(nothing == 0 for name, nothing in stands_for.items() if name not in null)
 
 
