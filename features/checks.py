@@ -116,9 +116,9 @@ def _check_windows(place: str, kind: type[Aggregation], over: tuple[Any, ...]) -
 
 def _check_before(place: str, over: tuple[str, ...], before: object) -> None:
     """Of two windows, one `before` the other: there must be a tile for each step of both and what is between them."""
-    check_duration(f"{place}: before", duration_ms, before)
     if len(over) > 1 or Window.parse(over[0]).unbounded:
         raise mistake(place, f"over={list(over)} of a delta", "name one window, such as over='1h', before='24h'")
+    check_duration(f"{place}: before", duration_ms, before)
     window, reach_ms = Window.parse(over[0]), duration_ms(str(before)) + Window.parse(over[0]).width_ms
     if reach_ms > WINDOW_MS_MAX:
         raise mistake(place, f"before={before!r} and over={over[0]!r} are longer than 90d", "use shorter ones")
