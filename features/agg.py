@@ -9,13 +9,15 @@ for which a condition holds; `by` splits by a text field into at most `buckets` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 from features import aggregations as kinds
 from features.aggregations.base import DEFAULT_BUCKETS, Aggregation
+from features.checks import checked_edges, checked_shares
 from features.events import Event
-from features.expressions import Condition
-from features.language import Declared
+from features.expressions import Condition, col
+from features.language import Declared, Group
 
 Over = str | Sequence[str]
 
@@ -111,8 +113,80 @@ def std(
     return _declare(kinds.Std, event, over, field=field, where=where, by=by, buckets=buckets, default=default, doc=doc)
 
 
-def distinct(event: type[Event], field: str, *, over: Over, where: Condition | None = None, doc: str = "") -> Declared:
-    """How many distinct values: exact up to 64, within 5 % (one standard error) above. Nothing seen: 0."""
+def quantile(
+    event: type[Event],
+    field: str,
+    q: Sequence[float],
+    *,
+    over: Over,
+    where: Condition | None = None,
+    default: float | None = None,
+    doc: str = "",
+) -> Group:
+    """Quantiles of a field, each within 1 % of itself. Nothing seen: null.
+
+    Features are named by the percentage: of `price` with `q=[0.5, 0.999]`, `price_p50_24h` and `price_p99_9_24h`, which
+    `price["p50"]["24h"]` names in the view. The value of one is that at rank floor(q * (n - 1)). Numbers of less than
+    1e-12 count as 0, those over 1e38 as that.
+    """
+    options: dict[str, Any] = {"field": field, "where": where, "default": default, "doc": doc}
+    shares = checked_shares(f"quantile of {field}", q)
+    names = [f"p{100 * each:g}".replace(".", "_") for each in shares]
+    every = zip(names, shares, strict=True)
+    return Group({name: _declare(kinds.Quantile, event, over, q=each, **options) for name, each in every})
+
+
+def histogram(
+    event: type[Event],
+    field: str,
+    edges: Sequence[float],
+    *,
+    over: Over,
+    where: Condition | None = None,
+    doc: str = "",
+) -> Group:
+    """How many values of a field are below the first edge, from each edge to the next, and from the last on.
+
+    Each is a count with a condition: of `price` with two edges, `price_bin0_24h` to `price_bin2_24h`, which
+    `price["bin0"]["24h"]` names in the view. Nothing seen: 0.
+    """
+    edges = checked_edges(f"histogram of {field}", edges)
+    inner = [((col(field) >= low) & (col(field) < high), f"{low:g} to {high:g}") for low, high in pairwise(edges)]
+    bins = [(col(field) < edges[0], f"below {edges[0]:g}"), *inner, (col(field) >= edges[-1], f"from {edges[-1]:g}")]
+    members, given = {}, cast("object", where)
+    for number, (inside, text) in enumerate(bins):
+        # What is no condition is for the view's check to refuse.
+        both = inside if given is None else given & inside if isinstance(given, Condition) else given
+        described = f"{doc}: {text}" if doc else text
+        members[f"bin{number}"] = _declare(kinds.Count, event, over, field=field, where=both, doc=described)
+    return Group(members)
+
+
+def entropy(
+    event: type[Event],
+    *,
+    by: str,
+    over: Over,
+    where: Condition | None = None,
+    buckets: int = DEFAULT_BUCKETS,
+    default: float | None = None,
+    doc: str = "",
+) -> Declared:
+    """Shannon's entropy, in nats, of a text field's values, of the `buckets` seen latest: 0 if all are the same.
+
+    Nothing seen: null.
+    """
+    options = {"field": by, "where": where, "buckets": buckets, "default": default, "doc": doc}
+    return Declared(kinds.Entropy, event, {"over": _windows(over), **options})
+
+
+def distinct(
+    event: type[Event], field: str | Sequence[str], *, over: Over, where: Condition | None = None, doc: str = ""
+) -> Declared:
+    """How many distinct values: exact up to 64, within 5 % (one standard error) above. Nothing seen: 0.
+
+    Of several fields (`["item_id", "size"]`), how many combinations, of events that have them all.
+    """
     return _declare(kinds.Distinct, event, over, field=field, where=where, doc=doc)
 
 

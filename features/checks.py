@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
-from features.aggregations import Distinct, First, FirstK, Last, LastK, SecondsSince, SinceFirst, TopK
+from features.aggregations import Distinct, Entropy, First, FirstK, Last, LastK, SecondsSince, SinceFirst, TopK
 from features.aggregations.base import Aggregation
 from features.aggregations.decayed import Decayed
 from features.aggregations.rate import Rate as DecayedRate
@@ -96,8 +96,15 @@ def _check_fields(place: str, kind: type[Aggregation], event: type[Event], given
         check_event(f"{place}: of", given["of"])
     if kind in (Last, First):
         given["kind"] = field_kind(place, event, "field", given.get("field"))
-    elif kind in (LastK, FirstK, TopK):
-        field_kind(place, event, "field", given.get("field"), "str")
+    elif kind in (LastK, FirstK, TopK, Entropy):
+        field_kind(place, event, "by" if kind is Entropy else "field", given.get("field"), "str")
+    elif kind is Distinct and isinstance(given["field"], list | tuple):
+        fields = given["field"]
+        if len(fields) < 2 or len(set(map(str, fields))) < len(fields):  # a pair
+            raise mistake(place, f"field={list(fields)!r}", "name one field, or several in a list, each once")
+        for each in fields:
+            field_kind(place, event, "field", each)
+        given["field"] = "+".join(fields)
     elif "field" in given:
         field_kind(place, event, "field", given["field"], *(() if kind is Distinct else _NUMBERS))
     if "by" in given:
@@ -138,6 +145,23 @@ def _checked_prior(place: str, given: dict[str, Any]) -> dict[str, float]:
     if not (checked["strength"] > 0 and (0 <= checked["prior"] <= 1 or not is_share)):
         raise mistake(place, f"prior={prior!r}, strength={strength!r}", right)
     return checked
+
+
+def checked_shares(place: str, q: object) -> list[float]:
+    """The shares of quantiles."""
+    if not isinstance(q, list | tuple) or not q or not all(_is_number(each) and 0 <= each <= 1 for each in q):
+        raise mistake(place, f"q={q!r}", "name shares from 0 to 1 in a list, such as q=[0.5, 0.9]")
+    return [float(each) for each in q]
+
+
+def checked_edges(place: str, edges: object) -> list[float]:
+    """The edges between bins."""
+    right = "name numbers that rise in a list, such as edges=[10, 50]"
+    if not isinstance(edges, list | tuple) or not edges or not all(map(_is_number, edges)):
+        raise mistake(place, f"edges={edges!r}", right)
+    if list(edges) != sorted(set(edges)):
+        raise mistake(place, f"edges={edges!r} do not rise", right)
+    return [float(each) for each in edges]
 
 
 def checked_default(place: str, default: object, *, is_text: bool = False, is_map: bool = False) -> float | str:

@@ -24,6 +24,7 @@ from features.formulas import Numeric, formulas
 from features.layout import Bundle, Family
 from features.partials import any_event
 from features.plan import Feature
+from features.quantiles import cells
 from features.rows import Entries, Events, Ints, Rows
 from features.texts import hash64, unify
 from features.tiles import latest, merge_tables
@@ -132,19 +133,32 @@ class Batch:
 
     def _bucket(self, name: str, by: str, kind: str, number: int) -> None:
         """The bucket of each event of a contract, and whether it has one."""
-        span, column = self._spans[name], self._events[name].fields.get(by)
+        span, known = self._spans[name], self._events[name].fields
+        columns = [known[field] for field in by.split("+") if field in known]
         buckets, has_bucket = self.buckets[number, span], self.has_bucket[number, span]
         if kind == "text" and (name, by) in self._codes:
             buckets[:] = self._codes[name, by]
             has_bucket[:] = buckets >= 0
-        elif kind == "hash" and column is not None:
-            texts = column if isinstance(column, pa.Array) else _as_texts(column)
+        elif kind == "hash" and len(columns) == by.count("+") + 1:
+            texts = _together([each if isinstance(each, pa.Array) else _as_texts(each) for each in columns])
             buckets[:] = hash64(texts.fill_null("")).view(np.int64)
             has_bucket[:] = ~np.asarray(pc.is_null(texts))
+        elif kind == "log" and columns:
+            (numbers,) = columns
+            buckets[:] = cells(numbers)
+            has_bucket[:] = ~np.isnan(numbers)
 
 
 def _as_texts(numbers: NDArray[np.float64]) -> pa.StringArray:
     return pc.cast(pa.array(numbers + 0.0, from_pandas=True), pa.string())
+
+
+def _together(columns: list[pa.StringArray]) -> pa.StringArray:
+    """One text of several, each with its length, so that no two of other parts are the same; null where one is."""
+    if len(columns) == 1:
+        return columns[0]
+    words = (word for part in columns for word in (pc.binary_length(part).cast(pa.string()), ":", part))
+    return pc.binary_join_element_wise(*words, "")
 
 
 Wanted = tuple[Feature, list[tuple[int, int]]]
@@ -168,7 +182,7 @@ class Evaluator:
         self._features: dict[str, tuple[Aggregation, int, list[tuple[int, int]]]] = {}
         self._maps: dict[str, tuple[Any, Any]] = {}
         numbers: dict[str, Numeric] = {}
-        counted: list[str] = []
+        computed: list[str] = []
         for feature, slots in features:
             spec, name = feature.spec, feature.full_name
             assert isinstance(spec, Aggregation)  # noqa: S101  # for the type checker: slots_of has no others
@@ -181,10 +195,10 @@ class Evaluator:
                     numbers[name] = number
                 else:
                     self._maps[name] = formulas([number._replace(default=None)])
-            elif spec.value_type == "int":
-                counted.append(name)
-        self.names = (*numbers, *counted)
-        self._counted = tuple(counted)
+            elif spec.value_type in ("int", "float"):
+                computed.append(name)
+        self.names = (*numbers, *computed)
+        self._computed = tuple(computed)
         self._row_of = {name: row for row, name in enumerate(self.names)}
         self._formulas = formulas(numbers.values())
 
@@ -194,12 +208,12 @@ class Evaluator:
 
     def write(self, totals: Totals, now_ms: Ints, block: NDArray[np.float64]) -> int:
         """Writes the numbers at `now_ms` into the block; returns how many are null as float64 has no such number."""
-        beyond = totals.finish(self._formulas, now_ms, block[: len(self.names) - len(self._counted)])
-        for name in self._counted:
+        beyond = totals.finish(self._formulas, now_ms, block[: len(self.names) - len(self._computed)])
+        for name in self._computed:
             spec, window, slots = self._features[name]
             parts = tuple(totals.slot(*slot) for slot in slots)
-            counts = fill_default(spec.values(parts, now_ms)[window], spec.default)
-            block[self._row_of[name]] = counts  # type: ignore[assignment]  # of an aggregation whose type is int
+            values = fill_default(spec.values(parts, now_ms)[window], spec.default)
+            block[self._row_of[name]] = values  # type: ignore[assignment]  # of an aggregation that is a number
         return beyond
 
     def value(self, name: str, totals: Totals, now_ms: Ints, block: NDArray[np.float64]) -> Values:

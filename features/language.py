@@ -122,6 +122,10 @@ class Handle(Operand):
         if self.view is not None:
             yield self.view
 
+    def each(self) -> Iterator[Handle]:
+        """What is declared by it: itself, or several."""
+        return iter((self,))
+
     def spec(self) -> FeatureSpec:
         """The feature as plain data."""
         raise NotImplementedError
@@ -160,6 +164,32 @@ class Declared(Handle):
         """The contracts that it reads."""
         other = self.options.get("of")
         return (self.event,) if other is None else (self.event, other)
+
+
+class Group(Handle):
+    """Several aggregations declared in one; index it to name one of them: `price["p90"]["24h"]`."""
+
+    def __init__(self, members: Mapping[str, Declared]) -> None:
+        super().__init__()
+        self.members = dict(members)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        super().__set_name__(owner, name)
+        for member, declared in self.members.items():
+            declared.name = f"{name}_{member}"
+
+    def __getitem__(self, member: str) -> Declared:
+        if member not in self.members:
+            raise mistake(self.place, f"has no {member!r}", f"it has: {', '.join(self.members)}")
+        return self.members[member]
+
+    def resolve(self) -> str | At | Contains:
+        """See `Operand.resolve`."""
+        raise mistake(self.place, "is several features", f'name one of them: {self.name}["{next(iter(self.members))}"]')
+
+    def each(self) -> Iterator[Handle]:
+        """See `Handle.each`."""
+        return iter(self.members.values())
 
 
 class Windowed(Operand):
@@ -302,10 +332,11 @@ class View:
                 f"crosses {entities[0].name} with itself",
                 "name two entities; features of one go into a @view",
             )
-        self.handles = [value for value in vars(declared).values() if isinstance(value, Handle)]
+        named = [value for value in vars(declared).values() if isinstance(value, Handle)]
+        self.handles = [handle for value in named for handle in value.each()]
         if not self.handles:
             raise mistake(self.name, "declares no feature", 'add one, such as clicks = agg.count(Click, over="1h")')
-        for handle in self.handles:
+        for handle in (*named, *self.handles):
             handle.view = self
         self.spec = ViewSpec(
             name=self.name,
@@ -462,6 +493,8 @@ def _members(place: str, member: object) -> list[str]:
         if next(iter(member.views()), None) is None:
             right = "declare it as an attribute of a class with @view or @cross"
             raise mistake(place, "is given a feature of no view", right)
+        if isinstance(member, Group):
+            return [full_name for each in member.members.values() for full_name in _members(place, each)]
         if isinstance(member, Declared) and member.over:
             return [str(member[window].resolve()) for window in member.over]
         return [str(member.resolve())]

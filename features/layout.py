@@ -202,7 +202,7 @@ class Bundle:
         for layout in self.tables:
             for _, measure in layout.partials:
                 conditions = () if measure.where is None else measure.where.fields()
-                names = (measure.field, layout.table.by, *sorted(conditions))
+                names = (measure.field, *(layout.table.by or "").split("+"), *sorted(conditions))
                 found[measure.event].update(dict.fromkeys(name for name in names if name))
         return {name: tuple(fields) for name, fields in found.items()}
 
@@ -214,9 +214,9 @@ class Bundle:
 
     @cached_property
     def bucketed(self) -> dict[tuple[str, str], int]:
-        """Every field that tables have buckets by, as texts or as hashes, numbered."""
+        """Every field that tables have buckets by, as texts, hashes or logarithmic cells, numbered."""
         kinds = ((str(each.table.by), str(each.table.bucket)) for each in self.tables)
-        every = dict.fromkeys((by, kind) for by, kind in kinds if kind in ("text", "hash"))
+        every = dict.fromkeys((by, kind) for by, kind in kinds if kind in ("text", "hash", "log"))
         return {by_kind: number for number, by_kind in enumerate(every)}
 
     @cached_property

@@ -16,6 +16,10 @@ UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 OracleEvent = Mapping[str, Any]
 
 
+class About(float):
+    """A number that may be answered within 1 %."""
+
+
 def seconds(text: str) -> int:
     """The length of a duration; of a window that says its step, without it."""
     text = text.partition("/")[0]
@@ -42,7 +46,7 @@ def within(events: Iterable[OracleEvent], window: str, query_ms: int) -> list[Or
     return [event for event in events if event["t"] >= tail_ms(window, query_ms)]
 
 
-def expected(
+def expected(  # noqa: PLR0917  # every option of every aggregation
     agg: str,
     events: Iterable[OracleEvent],
     query_ms: int,
@@ -50,11 +54,15 @@ def expected(
     field: str | None = None,
     k: int = 0,
     half_life: str = "1h",
+    q: float = 0.5,
     before: str = "",
 ) -> Any:
     """The value that the window rule gives."""
     events = list(events)
     inside = within(events, window, query_ms)
+    if field is not None and "+" in field:
+        parts = [[event.get(name) for name in field.split("+")] for event in inside]
+        inside = [{"t": 0, field: tuple(part)} for part in parts if None not in part]
     if field is not None:
         inside = [event for event in inside if event.get(field) is not None]
     values = [event[field] for event in inside] if field is not None else [1.0] * len(inside)
@@ -84,6 +92,11 @@ def expected(
             return list(dict.fromkeys(event[str(field)] for event in newest))[:k]
         case "seconds_since":
             return max(0.0, (query_ms - newest[0]["t"]) / 1000) if newest else None
+        case "entropy":
+            shares = [n / len(values) for n in Counter(values).values()]
+            return math.fsum(-share * math.log(share) for share in shares) if values else None
+        case "quantile":
+            return About(sorted(values)[math.floor(q * (len(values) - 1))]) if values else None
         case "delta":
             hop, ago_ms = hop_ms(window), query_ms - seconds(before) * 1000
             begin_ms, end_ms = tail_ms(window, ago_ms), ago_ms // hop * hop

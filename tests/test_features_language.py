@@ -21,7 +21,8 @@ from features import catalog, language
 from features import plan as plans
 from features.aggregations import Aggregation
 from features.compile import compile_plan
-from features.plan import CodeChangedError, Plan
+from features.plan import CodeChangedError, Plan, features_of
+from features.testing import Scenario, events
 from headrace import DeclarationError, Entity, Event, agg, col, cross, derived, service, view
 from headrace.types import Array, BoolArray
 from tests.properties.scenarios import LISTS
@@ -518,6 +519,10 @@ AGGREGATIONS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "delta before soon": (lambda: agg.delta(Click, over="1h", before="soon"), ["before", "'soon'", "'24h'"]),
     "delta too long": (lambda: agg.delta(Click, over="60d"), ["before='60d'", "90d"]),
     "delta too fine": (lambda: agg.delta(Click, over="10m", before="7d"), ["10,090 tiles of 60 s", "2,500"]),
+    "distinct of one": (lambda: agg.distinct(Click, ["price"], over="1h"), ["field=['price']", "each once"]),
+    "distinct twice": (lambda: agg.distinct(Click, ["price", "price"], over="1h"), ["['price', 'price']", "each once"]),
+    "distinct unknown": (lambda: agg.distinct(Click, ["price", "prize"], over="1h"), ["field='prize'", "it has:"]),
+    "entropy of number": (lambda: agg.entropy(Click, by="price", over="1h"), ["by='price' is float", "str"]),
     "first_k of number": (lambda: agg.first_k(Click, "price", 3), ["field='price' is float", "str"]),
     "default text": (lambda: agg.mean(Click, "price", over="1h", default="0"), ["default='0'", "number"]),  # type: ignore[arg-type]  # on purpose
     "default number": (lambda: agg.last(Click, "category", default=0), ["default=0", "text"]),
@@ -584,6 +589,64 @@ def mistake(make: Callable[[], Any], *parts: str) -> None:
     text = str(caught.value)
     assert "\n" not in text
     assert [part for part in parts if part not in text] == [], text
+
+
+def test_several_features_declared_in_one_are_named_by_what_tells_them_apart() -> None:
+    """In the view, in services and as arguments; each is a feature of its own."""
+
+    @view(user)
+    class Shown:
+        price = agg.quantile(Click, "price", [0.5, 0.999], over=["1h", "24h"])
+        dear = agg.histogram(Click, "price", [10, 20.5], over="1h", where=col("category") == "a", doc="Prices")
+
+        @derived(price["p50"]["24h"], dear["bin2"]["1h"])
+        def both(median: Array, n: Array) -> Array:
+            return median * n
+
+    names = [feature.name for feature in features_of(language.VIEWS[Shown].spec)]
+    assert names == [
+        *("price_p50_1h", "price_p50_24h", "price_p99_9_1h", "price_p99_9_24h"),
+        *("dear_bin0_1h", "dear_bin1_1h", "dear_bin2_1h", "both"),
+    ]
+    docs = [feature.doc for feature in features_of(language.VIEWS[Shown].spec)][4:7]
+    assert docs == ["Prices: below 10", "Prices: 10 to 20.5", "Prices: from 20.5"]
+    members: Any = (Shown.price["p99_9"], Shown.dear)
+    assert service("s", *members).spec.features == tuple(f"shown__{names[at]}" for at in (2, 3, 4, 5, 6))
+    with pytest.raises(DeclarationError, match=r"shown.price: has no 'p90'; it has: p50, p99_9"):
+        Shown.price["p90"]
+    with pytest.raises(DeclarationError, match=r'shown.price: is several features; name one of them: price\["p50"\]'):
+        Shown.price.resolve()
+
+
+@pytest.mark.parametrize(
+    ("declare_it", "wrong"),
+    [
+        (lambda: agg.quantile(Click, "price", [], over="1h"), r"quantile of price: q=\[\]; name shares"),
+        (lambda: agg.quantile(Click, "price", 0.5, over="1h"), r"quantile of price: q=0.5; name shares"),  # type: ignore[arg-type]  # on purpose
+        (lambda: agg.quantile(Click, "price", [1.5], over="1h"), r"quantile of price: q=\[1.5\]; name shares"),
+        (lambda: agg.histogram(Click, "price", [], over="1h"), r"histogram of price: edges=\[\]; name numbers"),
+        (lambda: agg.histogram(Click, "price", ["a"], over="1h"), r"histogram of price: edges=\['a'\]; name numbers"),  # type: ignore[list-item]  # on purpose
+        (lambda: agg.histogram(Click, "price", [2, 1], over="1h"), r"edges=\[2, 1\] do not rise"),
+    ],
+)
+def test_a_mistake_in_what_several_features_are_told_apart_by(declare_it: Callable[[], Any], wrong: str) -> None:
+    """An error where it is declared."""
+    with pytest.raises(DeclarationError, match=wrong):
+        declare_it()
+
+
+def test_a_histogram_counts_each_value_once() -> None:
+    """Edges belong to the bin that they begin; nulls, and events that the condition leaves out, to none."""
+
+    @view(user)
+    class Spread:
+        price = agg.histogram(Click, "price", [1, 2], over="1h", where=col("category") == "a")
+
+    click = events(Click, user_id="u1", item_id="i1", category="a")
+    prices = (0.5, 1.0, 1.99, 2.0, 7.0, None)
+    of_b = click("12:00", category="b", price=1.0)
+    spread = Scenario(Spread, *(click("12:00", price=price) for price in prices), of_b)
+    spread.at("12:01", user_id="u1").has(price_bin0_1h=1, price_bin1_1h=2, price_bin2_1h=2)
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)

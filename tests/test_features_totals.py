@@ -50,7 +50,11 @@ def states(draw: st.DrawFn, *, tops: bool) -> tuple[State, int]:
     """Rows of several families with a history, some with events of the future; and a time since their last merge."""
     make = draw(st.sampled_from([scenarios.plain, scenarios.conditional]))
     own = make(draw(scenarios.window_sets))
-    state = State(plan_of(*(spec for spec in own if tops or not isinstance(spec, kinds.TopK))), N_ROWS, packed=True)
+    state = State(
+        plan_of(*(spec for spec in own if tops or not isinstance(spec, kinds.TopK | kinds.Entropy))),
+        N_ROWS,
+        packed=True,
+    )
     merged_ms = BASE_MS
     for step in draw(scenarios.histories(N_ROWS, future_ms=draw(st.sampled_from([0, HOUR_MS, 2 * DAY_MS])))):
         if isinstance(step, Merge):

@@ -5,6 +5,7 @@ from features.aggregations.count import Count
 from features.aggregations.decayed import Decayed
 from features.aggregations.delta import Delta
 from features.aggregations.distinct import Distinct
+from features.aggregations.entropy import Entropy
 from features.aggregations.first import First
 from features.aggregations.first_k import FirstK
 from features.aggregations.last import Last
@@ -12,6 +13,7 @@ from features.aggregations.last_k import LastK
 from features.aggregations.max import Max
 from features.aggregations.mean import Mean
 from features.aggregations.min import Min
+from features.aggregations.quantile import Quantile
 from features.aggregations.rate import Rate
 from features.aggregations.ratio import Ratio
 from features.aggregations.seconds_since import SecondsSince
@@ -39,6 +41,8 @@ AnyAggregation = (
     | Rate
     | Delta
     | TopK
+    | Entropy
+    | Quantile
 )
 
 __all__ = [
@@ -48,6 +52,7 @@ __all__ = [
     "Decayed",
     "Delta",
     "Distinct",
+    "Entropy",
     "First",
     "FirstK",
     "Last",
@@ -56,6 +61,7 @@ __all__ = [
     "Mean",
     "Measure",
     "Min",
+    "Quantile",
     "Rate",
     "Ratio",
     "SecondsSince",

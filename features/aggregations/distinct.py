@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features import sketch
-from features.aggregations.base import Aggregation, Slot, SlotTotals, Table
+from features.aggregations.base import Aggregation, Measure, Slot, SlotTotals, Table
 from features.partials import SeenTick
 from features.values import Type, Values
 
@@ -21,7 +21,8 @@ class Distinct(Aggregation, frozen=True, kw_only=True, tag="distinct"):
 
     The row keeps the hashes of the 65 values seen latest, each with the time when it was. Windows all end now, so a
     window that holds 64 values or fewer holds only some of these. What falls out of the 65 goes into one sketch
-    with a time in each cell, from which every window reads its own estimate: see `features.sketch`.
+    with a time in each cell, from which every window reads its own estimate: see `features.sketch`. Values may be of
+    several fields together (`item_id+size`), where all of them are known.
 
     >>> from features.aggregations.worked import worked
     >>> viewers = Distinct(name="viewers", event="Click", field="user_id", over=("1h",))
@@ -33,6 +34,13 @@ class Distinct(Aggregation, frozen=True, kw_only=True, tag="distinct"):
     def value_type(self) -> Type:
         """See `Aggregation.value_type`."""
         return "int"
+
+    @property
+    def measure(self) -> Measure:
+        """See `Aggregation.measure`."""
+        # Of several fields none says by itself which events count: that is for the buckets.
+        several = "+" in str(self.field)
+        return Measure(self.event, None if several else self.field, self.where, self.origin)
 
     def slots(self) -> tuple[Slot, ...]:
         """See `Aggregation.slots`."""

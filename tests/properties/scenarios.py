@@ -151,6 +151,10 @@ def plain(over: Sequence[str]) -> list[Aggregation]:
         kinds.Ratio(name="ratio", event="Click", of="Like", over=windows, prior=0.25, strength=3.0),
         kinds.Rate(name="rate", event="Click", of="Like", half_life="6h", prior=0.25, strength=3.0),
         kinds.Rate(name="worth", event="Click", field="price", of="Like", half_life="2d", prior=-2.0, strength=0.5),
+        kinds.Entropy(name="variety", event="Click", field="category", over=windows, buckets=64),
+        kinds.Quantile(name="p50", event="Click", field="price", q=0.5, over=windows),
+        kinds.Quantile(name="p90", event="Click", field="price", q=0.9, over=windows),
+        kinds.Distinct(name="pairs", event="Click", field="item_id+price", over=windows),
         kinds.Delta(name="delta", event="Click", over=("1h",), before="24h"),
         kinds.Delta(name="pace", event="Click", over=("10m",), before="10m"),
         kinds.Delta(name="trend", event="Click", field="price", over=("7d",), before="1h"),
@@ -172,6 +176,7 @@ def conditional(over: Sequence[str]) -> list[Aggregation]:
             kinds.SecondsSince(name=f"since_{name}", event="Click", where=where),
             kinds.First(name=f"first_{name}", event="Like", field="item_id", kind="str", where=where, **common),
             kinds.FirstK(name=f"first_k_{name}", event="Like", field="item_id", k=2, where=where),
+            kinds.Quantile(name=f"p10_{name}", event="Click", field="price", q=0.1, where=where, **common),
             kinds.SinceFirst(name=f"since_first_{name}", event="Click", where=where, **common),
         ]
     dear, cheap = CONDITIONS["dear"][0], CONDITIONS["not_dear"][0]
@@ -289,7 +294,7 @@ def _number(spec: Aggregation, events: Sequence[OracleEvent], query_ms: int, win
     values = [e["price"] for e in oracle.within(hits, window, query_ms) if e["price"] is not None]
     if isinstance(spec, kinds.Std):
         return exact_std(values)
-    options = {name: getattr(spec, name) for name in ("k", "half_life", "before") if hasattr(spec, name)}
+    options = {name: getattr(spec, name) for name in ("k", "half_life", "before", "q") if hasattr(spec, name)}
     tag = str(type(spec).__struct_config__.tag)
     return oracle.expected(tag, hits, query_ms, window, spec.field, **options)
 
@@ -305,6 +310,8 @@ def exact_std(values: Sequence[float]) -> float | None:
 
 def near(got: Any, want: Any, scale: float = 0.0) -> bool:
     """Equal; floats to 1e-9, and to the rounding of float64 at the scale of what went in."""
+    if isinstance(want, oracle.About):
+        return isinstance(got, float) and math.isclose(got, want, rel_tol=0.0100001, abs_tol=1e-12)
     if isinstance(want, float) and isinstance(got, float):
         return math.isclose(got, want, rel_tol=1e-9, abs_tol=64 * 2.0**-53 * scale + 1e-300)
     return bool(got == want and type(got) is type(want))

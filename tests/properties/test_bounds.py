@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features import aggregations as kinds
-from features import sketch
+from features import quantiles, sketch
 from features.kernel import Events
 from features.texts import hash64
 from tests import oracle
@@ -257,6 +257,28 @@ def test_standard_error_of_an_hour_within_a_day(n: int) -> None:
         # The measured error of 40 rows has a standard error of its own, a ninth.
         assert np.sqrt(np.mean(error**2)) <= 0.05 * (1 + 2 / 9)
         assert abs(np.mean(error)) <= 0.025
+
+
+@given(st.lists(st.floats(-1e38, 1e38), min_size=1, max_size=50), st.sampled_from([0.0, 0.1, 0.5, 0.99, 1.0]))
+def test_a_quantile_is_within_1_percent_of_the_value_at_its_rank(values: list[float], q: float) -> None:
+    """Of numbers of any sign and size from 1e-12 to 1e38; smaller ones are as good as 0."""
+    state = State(plan_of(kinds.Quantile(name="p", field="price", q=q, over=("1h",), **CLICK)), packed=True)
+    state.merge(batches_of([{"t": BASE_MS, "price": value} for value in values]), BASE_MS)
+    want, (got,) = (
+        oracle.expected("quantile", [{"t": BASE_MS, "x": x} for x in values], BASE_MS, "1h", "x", q=q),
+        (state.values(BASE_MS + 1)["p_1h"]),
+    )
+    assert abs(got - want) <= 0.01 * abs(want) + 1e-12
+
+
+def test_cells_of_numbers_are_the_same_in_every_version() -> None:
+    """Stored rows depend on them; and they rise with the numbers, all of which they hold."""
+    numbers = np.array([-1e300, -20.0, -1e-300, 0.0, 1e-12, 0.1, 1.0, 1.02, 20.0, 1e300, np.inf])
+    assert quantiles.cells(numbers).tolist() == [298, 4592, 6144, 6144, 6149, 7428, 7545, 7545, 7696, 11990, 11990]
+    many = np.sort(np.random.default_rng(7).normal(0, 1, 100_000) * 10.0 ** np.arange(-50, 50).repeat(1000))
+    cells = quantiles.cells(many)
+    assert np.all(np.diff(cells) >= 0)
+    assert np.all((cells >= 0) & (cells < sketch.CELLS))
 
 
 def test_hash_spreads_texts_over_all_cells() -> None:

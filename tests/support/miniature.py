@@ -47,7 +47,7 @@ def plan_of(views: Mapping[str, Sequence[Aggregation]], forget_after: str = "900
 
 def without_tops(specs: Iterable[Aggregation]) -> list[Aggregation]:
     """Those that don't give their view's own row buckets, so that it is mirrored."""
-    return [spec for spec in specs if not isinstance(spec, kinds.TopK)]
+    return [spec for spec in specs if not isinstance(spec, kinds.TopK | kinds.Entropy)]
 
 
 def families(plan: Plan) -> dict[str, Family]:
@@ -273,7 +273,11 @@ def racing() -> tuple[Plan, list[dict[str, bytes]]]:
     over = ("1m", "10m", "1h", "24h")
     version = kinds.Last(name="version", event="Like", field="price", kind="float")
     mark = kinds.Last(name="mark", event="Like", field="item_id", kind="str")
-    rich = [spec for spec in without_tops(scenarios.plain(over)) if not isinstance(spec, kinds.LastK | kinds.Distinct)]
+    rich = [
+        spec
+        for spec in without_tops(scenarios.plain(over))
+        if not isinstance(spec, kinds.LastK | kinds.FirstK | kinds.Distinct | kinds.Quantile)
+    ]
     plan = plan_of(
         {
             "rich": [*rich, version, mark],
