@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from features import aggregations as kinds
 from features.aggregations.base import DEFAULT_BUCKETS, Aggregation
+from features.aggregations.sequence import TIME
 from features.checks import checked_edges, checked_shares
 from features.events import Event
 from features.expressions import Condition, col
@@ -208,6 +209,25 @@ def last_k(
 ) -> Declared:
     """The k latest distinct values of a text field, newest first. Nothing seen: empty."""
     return _declare(kinds.LastK, event, over, field=field, k=k, where=where, doc=doc)
+
+
+def sequence(
+    event: type[Event],
+    fields: Sequence[str],
+    k: int,
+    *,
+    over: Over = (),
+    where: Condition | None = None,
+    doc: str = "",
+) -> Group:
+    """The k latest events, newest first, equal ones as often as they happened. Nothing seen: empty.
+
+    Each field is a list of its own (`recent["item_id"]`), and so are the times, in ms (`recent["occurred_at"]`).
+    Those of one window are of the same events. A derived feature gets numbers as float64[n, k], NaN behind the last.
+    """
+    options: dict[str, Any] = {"fields": fields, "k": k, "where": where, "doc": doc}
+    names = [*(fields if isinstance(fields, list | tuple) else [fields]), TIME]
+    return Group({str(name): _declare(kinds.Sequence, event, over, of=name, **options) for name in names})
 
 
 def seconds_since(

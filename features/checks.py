@@ -7,7 +7,18 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
-from features.aggregations import Distinct, Entropy, First, FirstK, Last, LastK, SecondsSince, SinceFirst, TopK
+from features.aggregations import (
+    Distinct,
+    Entropy,
+    First,
+    FirstK,
+    Last,
+    LastK,
+    SecondsSince,
+    Sequence,
+    SinceFirst,
+    TopK,
+)
 from features.aggregations.base import Aggregation
 from features.aggregations.decayed import Decayed
 from features.aggregations.rate import Rate as DecayedRate
@@ -23,7 +34,7 @@ _STEPS_MAX: Final = 2_500
 TEXTS_A_ROW_MAX: Final = 65_000
 """Of the 65,535 that the packed row can count."""
 _NUMBERS: Final[tuple[Kind, ...]] = ("int", "float", "bool")
-_WITHOUT_WINDOWS: Final = (Last, LastK, SecondsSince, First, FirstK, SinceFirst, Decayed, DecayedRate)
+_WITHOUT_WINDOWS: Final = (Last, LastK, Sequence, SecondsSince, First, FirstK, SinceFirst, Decayed, DecayedRate)
 """What may be declared over none."""
 
 
@@ -81,7 +92,7 @@ def checked_options(place: str, kind: type[Aggregation], event: type[Event], opt
     for name in ("where", "of_where"):
         if name in given:
             _check_condition(place, name, given["of"] if name == "of_where" else event, given[name])
-    if "of" in given:
+    if "of" in given and kind is not Sequence:
         given |= {"of": given["of"].__name__, **_checked_prior(place, given)}
     if "default" in given:
         given["default"] = checked_default(
@@ -92,9 +103,11 @@ def checked_options(place: str, kind: type[Aggregation], event: type[Event], opt
 
 def _check_fields(place: str, kind: type[Aggregation], event: type[Event], given: dict[str, Any]) -> None:
     """`field` and `by`; of `last` and `first`, also the field's kind becomes an option."""
-    if "of" in given:
+    if "of" in given and kind is not Sequence:
         check_event(f"{place}: of", given["of"])
-    if kind in (Last, First):
+    if kind is Sequence:
+        given |= _checked_sequence(place, event, given["fields"])
+    elif kind in (Last, First):
         given["kind"] = field_kind(place, event, "field", given.get("field"))
     elif kind in (LastK, FirstK, TopK, Entropy):
         field_kind(place, event, "by" if kind is Entropy else "field", given.get("field"), "str")
@@ -110,6 +123,17 @@ def _check_fields(place: str, kind: type[Aggregation], event: type[Event], given
     if "by" in given:
         for each in (event, given.get("of", event)):
             field_kind(place, each, "by", given["by"], "str")
+
+
+def _checked_sequence(place: str, event: type[Event], fields: object) -> dict[str, Any]:
+    """The fields of a sequence, and which of them are texts."""
+    right = 'name fields in a list, each once, such as ["item_id", "price"]'
+    if not isinstance(fields, list | tuple) or not fields or len(set(map(str, fields))) < len(fields):
+        raise mistake(place, f"fields={fields!r}", right)
+    if always := {"event_id", "occurred_at"} & set(map(str, fields)):
+        raise mistake(place, f"fields has {always.pop()!r}", "leave it out: the times are there by themselves")
+    texts = tuple(field_kind(place, event, "fields", each) == "str" for each in fields)
+    return {"fields": tuple(fields), "texts": texts}
 
 
 def _check_windows(place: str, kind: type[Aggregation], over: tuple[Any, ...]) -> None:

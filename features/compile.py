@@ -200,7 +200,7 @@ def _wanted(feature: Feature) -> Iterator[tuple[str, tuple[Type, ...]]]:
     for argument in spec.args if isinstance(spec, Derived) else (spec,):
         match argument:
             case str():
-                yield argument, ("int", "float", "bool")
+                yield argument, ("int", "float", "bool", "list[float]", "list[int]")
             case At():
                 yield argument.of, ("map[str, float]",)
                 yield argument.key, ("str",)

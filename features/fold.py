@@ -20,6 +20,7 @@ from features.partials import (
     EarliestText,
     FirstSeen,
     Greatest,
+    GreatestText,
     LatestNumber,
     LatestText,
     Least,
@@ -38,7 +39,7 @@ tail_of: Final = compiled(tail_ticks)
 """The window rule, `features.times.tail_ticks`, for loops."""
 NEVER_MS: Final = 1 << 62
 _TALLY, _TOTAL, _LEAST, _GREATEST, _MOMENTS, _SEEN, _SEEN_TICK, _NUMBER, _TEXT, _DECAY = range(10)
-_FIRST_SEEN, _FIRST_NUMBER, _FIRST_TEXT = range(10, 13)
+_GREATEST_TEXT, _FIRST_SEEN, _FIRST_NUMBER, _FIRST_TEXT = range(10, 14)
 _OPS: Final[dict[type[AnyPartial], int]] = {
     Tally: _TALLY,
     Total: _TOTAL,
@@ -50,6 +51,7 @@ _OPS: Final[dict[type[AnyPartial], int]] = {
     LatestNumber: _NUMBER,
     LatestText: _TEXT,
     Decay: _DECAY,
+    GreatestText: _GREATEST_TEXT,
     FirstSeen: _FIRST_SEEN,
     EarliestNumber: _FIRST_NUMBER,
     EarliestText: _FIRST_TEXT,
@@ -71,7 +73,7 @@ def begin(operation: Ints, into: Ints, into_floats: Floats, at: int, time_ms: in
     op, c = operation[0], operation[1]
     if op in (_TALLY, _MOMENTS):
         into[c, at] = 1
-    elif op in (_TOTAL, _LEAST, _GREATEST):
+    elif op in (_TOTAL, _LEAST, _GREATEST, _GREATEST_TEXT):
         into[c, at] = value
     elif op == _SEEN_TICK:
         into[c, at] = time_ms // TICK_MS
@@ -98,7 +100,7 @@ def fold(  # noqa: PLR0912  # a list of cases, one an operation
         for at in range(len(slots)):
             if slots[at] >= 0:
                 to_floats[slots[at]] += of_floats[at]
-    elif op in (_SEEN, _SEEN_TICK):
+    elif op in (_SEEN, _SEEN_TICK, _GREATEST_TEXT):
         for at in range(len(slots)):
             if slots[at] >= 0:
                 to[slots[at]] = max(to[slots[at]], of[at])

@@ -143,6 +143,11 @@ class Batch:
             texts = _together([each if isinstance(each, pa.Array) else _as_texts(each) for each in columns])
             buckets[:] = hash64(texts.fill_null("")).view(np.int64)
             has_bucket[:] = ~np.asarray(pc.is_null(texts))
+        elif kind == "event" and len(columns) == by.count("+") + 1:
+            times = pa.array(self._events[name].times_ms).cast(pa.string())
+            texts = [each if isinstance(each, pa.Array) else _as_texts(each) for each in columns]
+            buckets[:] = hash64(_together([times, *map(_or_null, texts)])).view(np.int64)
+            has_bucket[:] = True
         elif kind == "log" and columns:
             (numbers,) = columns
             buckets[:] = cells(numbers)
@@ -159,6 +164,11 @@ def _together(columns: list[pa.StringArray]) -> pa.StringArray:
         return columns[0]
     words = (word for part in columns for word in (pc.binary_length(part).cast(pa.string()), ":", part))
     return pc.binary_join_element_wise(*words, "")
+
+
+def _or_null(texts: pa.StringArray) -> pa.StringArray:
+    """The texts, each with a mark in front; without one where there is none."""
+    return pc.binary_join_element_wise("=", texts, "").fill_null("")
 
 
 Wanted = tuple[Feature, list[tuple[int, int]]]

@@ -163,7 +163,7 @@ class Declared(Handle):
     def events(self) -> tuple[type[Event], ...]:
         """The contracts that it reads."""
         other = self.options.get("of")
-        return (self.event,) if other is None else (self.event, other)
+        return (self.event, other) if isinstance(other, type) else (self.event,)
 
 
 class Group(Handle):
@@ -393,7 +393,8 @@ class View:
                 wrong = f"reads {event.__name__}, whose {entity.key!r} is {event.kinds()[entity.key]}"
                 raise mistake(self.name, wrong, f"an id is text: declare {entity.key}: str")
         tables = {slot.table for spec in self.spec.aggregations for slot in spec.slots()}
-        texts = sum(table.bound or 0 for table in tables if table.bucket == "text") + len(self.handles)
+        kept = (table for table in tables if table.bucket in _OF_TEXTS)
+        texts = sum((each.bound or 0) * len(str(each.by).split("+")) for each in kept) + len(self.handles)
         if texts > TEXTS_A_ROW_MAX:
             wrong = f"keeps up to {texts:,} texts a row, more than the {TEXTS_A_ROW_MAX:,} that a row can number"
             raise mistake(self.name, wrong, "lower buckets= or k=, or split the view")
@@ -409,6 +410,7 @@ class View:
                     raise mistake(place, wrong, f"raise forget_after={entity.forget_after!r}")
 
 
+_OF_TEXTS: Final = ("text", "event")
 VIEWS: Final[dict[type, View]] = {}
 """Every view made, by its class."""
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from features.aggregations.base import Aggregation, Measure, Slot, Table
 from features.fold import operations
-from features.partials import DTYPES, AnyPartial, Earliest, EarliestText, LatestText, Physical, Seen
+from features.partials import DTYPES, AnyPartial, Earliest, EarliestText, GreatestText, LatestText, Physical, Seen
 from features.plan import Plan, ViewSpec, digest, features_of
 from features.times import MINUTE_MS, duration_ms
 
@@ -214,9 +214,9 @@ class Bundle:
 
     @cached_property
     def bucketed(self) -> dict[tuple[str, str], int]:
-        """Every field that tables have buckets by, as texts, hashes or logarithmic cells, numbered."""
+        """Every field that tables have buckets by, but for cells that are spilled, numbered."""
         kinds = ((str(each.table.by), str(each.table.bucket)) for each in self.tables)
-        every = dict.fromkeys((by, kind) for by, kind in kinds if kind in ("text", "hash", "log"))
+        every = dict.fromkeys((by, kind) for by, kind in kinds if kind in ("text", "hash", "log", "event"))
         return {by_kind: number for number, by_kind in enumerate(every)}
 
     @cached_property
@@ -232,7 +232,7 @@ class Bundle:
             for partial, measure in layout.partials:
                 if layout.table.bucket == "text":
                     found[measure.event, str(layout.table.by)] = None
-                if isinstance(partial, LatestText | EarliestText):
+                if isinstance(partial, LatestText | EarliestText | GreatestText):
                     found[measure.event, str(measure.field)] = None
         return tuple(found)
 
@@ -286,6 +286,7 @@ class Bundle:
             table.bucket != "hash" and table.row == "",
             len(layout.ageing),
             len(layout.recency),
+            table.bucket == "event",
         )
 
 
@@ -364,7 +365,7 @@ def _with_recency(
     table: Table, partials: tuple[tuple[AnyPartial, Measure], ...]
 ) -> tuple[tuple[AnyPartial, Measure], ...]:
     """Buckets without tiles need a time, to tell which were seen latest."""
-    if table.bound is None:
+    if table.bound is None or table.bucket == "event":
         return partials
     timed = {measure for partial, measure in partials if {"time", "tick"} & set(partial.physical)}
     untimed = dict.fromkeys(measure for _, measure in partials if measure not in timed)

@@ -98,6 +98,14 @@ class LatestText:
 
 
 @dataclass(frozen=True)
+class GreatestText:
+    """The largest text."""
+
+    physical: ClassVar[tuple[Physical, ...]] = ("text",)
+    empty: ClassVar[tuple[float, ...]] = (-1,)
+
+
+@dataclass(frozen=True)
 class FirstSeen:
     """The time of the earliest event; -1 for none."""
 
@@ -131,7 +139,20 @@ class Decay:
 
 
 Earliest = FirstSeen | EarliestNumber | EarliestText
-AnyPartial = Tally | Total | Least | Greatest | Moments | Seen | SeenTick | LatestNumber | LatestText | Decay | Earliest
+AnyPartial = (
+    Tally
+    | Total
+    | Least
+    | Greatest
+    | GreatestText
+    | Moments
+    | Seen
+    | SeenTick
+    | LatestNumber
+    | LatestText
+    | Decay
+    | Earliest
+)
 
 
 def any_event(partial: AnyPartial, totals: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from features.aggregations import Last, LastK
+from features.aggregations import Sequence as EventSequence
 from features.aggregations.base import Aggregation, Table
 from features.formulas import Formula, Numeric, fill, formulas, tidy
 from features.given import Fields, GivenRows
@@ -25,7 +26,7 @@ from features.rows import Entries, Rows
 from features.texts import buffers, look_up
 from features.times import TICK_MS
 from features.totals import Totals
-from features.values import Floats, Lists, Texts, Type, Values, numbers_to_json, to_json
+from features.values import Floats, Lists, NumberLists, Texts, Type, Values, numbers_to_json, to_json
 
 Ints = NDArray[np.int64]
 Index = NDArray[np.intp]
@@ -122,7 +123,7 @@ class Program:
                 self._place(name, view.target)
         computed = [feature for name, feature in needed.items() if name not in self._stage_of]
         self._look_ups = self._gather_look_ups(plan, computed)
-        self._derived: list[tuple[Feature, Derived, Callable[..., Any], list[tuple[Target, int]]]] = []
+        self._derived: list[tuple[Feature, Derived, Callable[..., Any], list[tuple[Target, int | str]]]] = []
         for feature in computed:
             if isinstance(feature.spec, Derived):
                 self._place(feature.full_name, feature.entities)
@@ -208,9 +209,11 @@ class Program:
         self._row_of[name] = self._n_rows.get(target, 0)
         self._n_rows[target] = self._row_of[name] + 1
 
-    def _argument(self, arg: str | At | Contains, target: Target) -> tuple[Target, int]:
-        """Where an argument of a derived feature stands."""
+    def _argument(self, arg: str | At | Contains, target: Target) -> tuple[Target, int | str]:
+        """Where an argument of a derived feature stands: its row in the block, or of a sequence its name."""
         name = arg if isinstance(arg, str) else _anonymous(arg, target)
+        if name in self._stage_of and isinstance(self._stage_of[name].names[name][0].spec, EventSequence):
+            return self._targets[name], name
         if name not in self._row_of or (name in self._stage_of and self._stage_of[name].is_text(name)):
             msg = f"{name} is no number"
             raise TypeError(msg)
@@ -402,11 +405,11 @@ class Frame:
             assert group.ranked is not None  # noqa: S101  # as below
             lists = self._value(group.ranked)
             assert isinstance(lists, Lists)  # noqa: S101  # as above
-            ones = np.ones(len(lists.codes))
+            known = lists.codes >= 0
             look_up(
-                lists.rows,
-                lists.codes,
-                ones,
+                lists.rows[known],
+                lists.codes[known],
+                np.ones(np.count_nonzero(known)),
                 *buffers(lists.texts),
                 owners,
                 wanted[0],
@@ -428,12 +431,11 @@ class Frame:
         return values.texts, np.where(values.codes < 0, np.nan, values.codes)
 
     def _derive(
-        self, feature: Feature, spec: Derived, function: Callable[..., Any], places: list[tuple[Target, int]]
+        self, feature: Feature, spec: Derived, function: Callable[..., Any], places: list[tuple[Target, int | str]]
     ) -> None:
         target, blocks = feature.entities, self._blocks
-        args = [
-            blocks[own][row] if own == target else blocks[own][row, self._asked.pairs[own[0]]] for own, row in places
-        ]
+        arrays = [(own, blocks[own][row] if isinstance(row, int) else self._padded(row)) for own, row in places]
+        args = [array if own == target else array[self._asked.pairs[own[0]]] for own, array in arrays]
         out = self._number(feature.full_name)
         try:
             result = np.asarray(function(*args), np.float64)
@@ -444,6 +446,13 @@ class Frame:
             raise DerivedFeatureError(msg) from error
         out[:] = result
         self.beyond += tidy(out, np.nan if spec.default is None else spec.default)
+
+    def _padded(self, name: str) -> Floats:
+        """float64[n, k]: a sequence of numbers, NaN behind the last."""
+        lists, spec = self._value(name), self._program._stage_of[name].names[name][0].spec
+        assert isinstance(lists, NumberLists)  # noqa: S101  # for the type checker: checked when the plan is compiled
+        assert isinstance(spec, EventSequence)  # noqa: S101  # as above
+        return lists.padded(spec.k)
 
 
 class _FrameValues(Mapping[str, Values]):

@@ -6,6 +6,8 @@ table has them, and its columns. Those of state are sorted by row.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +19,7 @@ from features.times import TICK_MS
 Ints = NDArray[np.int64]
 Keys = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
+_NOTHING: Final = -(1 << 63)
 
 
 @compiled
@@ -53,9 +56,9 @@ def merge_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not o
         operations: int64[partials, 3], of all tables.
         empty: int64[columns], of all tables.
         measures: int64[partials], what goes into each: its place among `takes` and `values`.
-        kinds: int64[tables, 6]: its place among `buckets`, if it has any by itself; how many a row keeps, 0 for all;
+        kinds: int64[tables, 7]: its place among `buckets`, if it has any by itself; how many a row keeps, 0 for all;
             whether those that are not kept go into the next table, as cells; whether they count as evicted; how many
-            of the next, and of those after it, are its own.
+            of the next, and of those after it, are its own; whether buckets are events.
         ageing: int64[windows, 3], of all tables: see `_meet`, like the next.
         recency: int64[…], of all tables.
         is_text: bool[lines], of all tables: which hold codes of texts.
@@ -76,7 +79,7 @@ def merge_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not o
     pool_at = merged_at = line_at = first_operation = first_column = first_window = first_recency = 0
     for index in range(len(sizes)):
         n_lines, n_columns, size = shapes[index, 0], shapes[index, 3], sizes[index]
-        source, bound, spills, counts, n_windows, n_recency = kinds[index]
+        source, bound, spills, counts, n_windows, n_recency, of_events = kinds[index]
         own_operations = operations[first_operation : first_operation + shapes[index, 5]]
         own_empty = empty[first_column : first_column + n_columns]
         arrived = spilled
@@ -97,7 +100,7 @@ def merge_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not o
         own_ageing = ageing[first_window : first_window + n_windows]
         own_recency = recency[first_recency : first_recency + n_recency]
         kept, out, n_out = _meet(
-            shapes[index], own_operations, own_empty, own_ageing, own_recency, bound, lines, n_rows, now_ms
+            shapes[index], own_operations, own_empty, own_ageing, own_recency, bound, of_events, lines, n_rows, now_ms
         )
         if spills:
             bucket_line = out[n_lines - n_columns - 1]
@@ -212,6 +215,7 @@ def _meet(  # noqa: PLR0913, PLR0917  # as above
     ageing: Ints,
     recency: Ints,
     bound: int,
+    of_events: int,
     lines: Ints,
     n_rows: int,
     now_ms: int,
@@ -226,6 +230,7 @@ def _meet(  # noqa: PLR0913, PLR0917  # as above
             window beyond which entries are forgotten that were seen last before it, in ticks, if there is one.
         recency: int64[…], the columns that say when a bucket was seen; of one that says when first, its complement.
         bound: how many buckets a row keeps, those seen latest, or where that is first, earliest; 0 for all.
+        of_events: whether buckets are events, whose order at equal times is by their values.
         lines: int64[lines, entries], in any order: state and what has arrived.
         n_rows: how many rows there are.
         now_ms: see `features.kernel.merge`.
@@ -271,7 +276,8 @@ def _meet(  # noqa: PLR0913, PLR0917  # as above
         fold(operations[index], totals, totals.view(np.float64), runs, columns, columns.view(np.float64))
     if not bound:
         return folded, folded[:, :0].copy(), 0
-    kept: tuple[Ints, Ints, int] = _bounded(folded, folded[1 + has_starts].view(np.uint64), totals, recency, bound)
+    buckets = folded[1 + has_starts].view(np.uint64)
+    kept: tuple[Ints, Ints, int] = _bounded(folded, buckets, totals, recency, bound, of_events)
     return kept
 
 
@@ -360,7 +366,9 @@ def _is_before(one: int, other: int, major: Keys, minor: Keys) -> bool:
 
 
 @compiled
-def _bounded(lines: Ints, buckets: Keys, columns: Ints, recency: Ints, bound: int) -> tuple[Ints, Ints, int]:
+def _bounded(
+    lines: Ints, buckets: Keys, columns: Ints, recency: Ints, bound: int, of_events: int
+) -> tuple[Ints, Ints, int]:
     """Entries of the `bound` buckets a row that are kept, and the others: see `_meet`."""
     n = lines.shape[1]
     groups = np.empty(n, np.int64)
@@ -387,6 +395,8 @@ def _bounded(lines: Ints, buckets: Keys, columns: Ints, recency: Ints, bound: in
         if last == n_groups or rows[last] != rows[first]:
             if last - first > bound:
                 _sort(order, first, last, seen, keys, scratch)
+                if of_events:
+                    _sort_events(order, first, last, seen, columns, len(recency))
                 evicted[order[first : last - bound]] = True
                 n_evicted += last - first - bound
             first = last
@@ -394,3 +404,36 @@ def _bounded(lines: Ints, buckets: Keys, columns: Ints, recency: Ints, bound: in
         return lines, lines[:, :0].copy(), 0
     out = evicted[groups]
     return lines[:, ~out], lines[:, out], n_evicted
+
+
+@compiled
+def _sort_events(order: Ints, first: int, last: int, seen: Keys, columns: Ints, sets: int) -> None:
+    """Puts events of equal times into the order of their values, the first field first: there are few, if any.
+
+    Their columns are the time, how many, and the fields; as many sets of them as are kept side by side.
+    """
+    for end in range(first + 1, last):
+        at = end
+        while (
+            at > first and seen[order[at - 1]] == seen[order[at]] and _is_less(columns, order[at], order[at - 1], sets)
+        ):
+            order[at - 1], order[at] = order[at], order[at - 1]
+            at -= 1
+
+
+@compiled
+def _is_less(columns: Ints, one: int, other: int, sets: int) -> bool:
+    stride = len(columns) // sets
+    for field in range(2, stride):
+        a, b = _NOTHING, _NOTHING
+        for column in range(field, len(columns), stride):
+            a, b = max(a, _rank(columns[column, one])), max(b, _rank(columns[column, other]))
+        if a != b:
+            return bool(a < b)
+    return False
+
+
+@compiled
+def _rank(bits: int) -> int:
+    """Integers in the order of the floats, or codes of texts, that these are; nulls, -inf and -1, before all others."""
+    return bits ^ 0x7FFFFFFFFFFFFFFF if bits < 0 else bits

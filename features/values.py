@@ -18,7 +18,7 @@ from features.texts import buffers
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Type = Literal["int", "float", "bool", "str", "list[str]", "map[str, float]", "any"]
+Type = Literal["int", "float", "bool", "str", "list[str]", "list[int]", "list[float]", "map[str, float]", "any"]
 """The type of one feature's value; `any` is only read and handed on."""
 _SMALL_BYTES: Final = 1 << 16
 """Texts that are no longer altogether are taken apart here, others by Arrow."""
@@ -46,6 +46,7 @@ class Lists:
         codes: int64[entries], each one's place in `texts`.
         texts: what codes stand for.
         null: bool[rows], which rows have no list, not even an empty one; None if all have one.
+        sparse: whether codes may be -1, for null.
     """
 
     rows: Ints
@@ -53,12 +54,14 @@ class Lists:
     codes: Ints
     texts: pa.StringArray
     null: NDArray[np.bool_] | None = field(default=None, kw_only=True)
+    sparse: bool = field(default=False, kw_only=True)
 
     def array(self) -> pa.ListArray:
         """The lists as Arrow has them."""
         offsets = pa.array(offsets_of(self.rows, self.n_rows), pa.int32())
         mask = None if self.null is None else pa.array(self.null)
-        return pa.ListArray.from_arrays(offsets, self.texts.take(pa.array(self.codes)), mask=mask)
+        codes = pa.array(self.codes, mask=self.codes < 0 if self.sparse else None)
+        return pa.ListArray.from_arrays(offsets, self.texts.take(codes), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,38 @@ class Maps(Lists):
 
 
 @dataclass(frozen=True)
+class NumberLists:
+    """A list of numbers a row: entries as in `Lists`, each with a number (float64[entries], NaN for null).
+
+    `whole` says that they are whole numbers.
+    """
+
+    rows: Ints
+    n_rows: int
+    numbers: Floats
+    whole: bool = False
+
+    def array(self) -> pa.ListArray:
+        """The lists as Arrow has them."""
+        offsets = pa.array(offsets_of(self.rows, self.n_rows), pa.int32())
+        numbers = pa.array(self.numbers, pa.float64(), from_pandas=True)
+        return pa.ListArray.from_arrays(offsets, numbers.cast(pa.int64()) if self.whole else numbers)
+
+    def to_json(self) -> list[list[Any]]:
+        """The lists as JSON has them."""
+        numbers: list[Any] = self.numbers.astype(np.int64 if self.whole else np.float64).tolist()
+        for at in np.flatnonzero(np.isnan(self.numbers)).tolist():
+            numbers[at] = None
+        return [numbers[slice(*ends)] for ends in pairwise(offsets_of(self.rows, self.n_rows).tolist())]
+
+    def padded(self, k: int) -> Floats:
+        """float64[n_rows, k]: each row's numbers, NaN behind them."""
+        found = np.full((self.n_rows, k), np.nan)
+        found[self.rows, np.arange(len(self.rows)) - offsets_of(self.rows, self.n_rows)[self.rows]] = self.numbers
+        return found
+
+
+@dataclass(frozen=True)
 class Objects:
     """A value of any kind a row, as Python has it; None for null."""
 
@@ -84,7 +119,7 @@ class Objects:
         return pa.array(self.values)
 
 
-Values = Floats | Texts | Lists | Maps | Objects
+Values = Floats | Texts | Lists | Maps | NumberLists | Objects
 
 
 _ARROW: Final[dict[Type, pa.DataType]] = {
@@ -93,6 +128,8 @@ _ARROW: Final[dict[Type, pa.DataType]] = {
     "bool": pa.bool_(),
     "str": pa.string(),
     "list[str]": pa.list_(pa.string()),
+    "list[int]": pa.list_(pa.int64()),
+    "list[float]": pa.list_(pa.float64()),
     "map[str, float]": pa.map_(pa.string(), pa.float64()),
     "any": pa.null(),
 }
@@ -123,7 +160,7 @@ def to_python(values: Values, value_type: Type) -> list[Any]:
     return [None if none else value for none, value in zip(null.tolist(), found, strict=True)] if null.any() else found
 
 
-def to_json(values: Values, value_type: Type) -> list[Any]:
+def to_json(values: Values, value_type: Type) -> list[Any]:  # noqa: PLR0911  # cases, one a shape
     """As `to_python`, with NaN for null: orjson writes it as null."""
     if isinstance(values, Texts):
         found: list[Any] = _strings(values.texts, values.codes)
@@ -132,12 +169,16 @@ def to_json(values: Values, value_type: Type) -> list[Any]:
         return found
     if isinstance(values, Objects):
         return [_as_json(each) for each in values.values]
+    if isinstance(values, NumberLists):
+        return values.to_json()
     if isinstance(values, Lists):
-        strings = _strings(values.texts, values.codes)
+        strings: list[Any] = _strings(values.texts, values.codes)
+        for at in np.flatnonzero(values.codes < 0).tolist() if values.sparse else ():
+            strings[at] = None
         each = [slice(*ends) for ends in pairwise(offsets_of(values.rows, values.n_rows).tolist())]
         if isinstance(values, Maps):
-            numbers = values.values.tolist()
-            return [dict(zip(strings[own], numbers[own], strict=True)) for own in each]
+            weights = values.values.tolist()
+            return [dict(zip(strings[own], weights[own], strict=True)) for own in each]
         if values.null is not None:
             return [None if none else strings[own] for none, own in zip(values.null.tolist(), each, strict=True)]
         return [strings[own] for own in each]

@@ -49,6 +49,8 @@ FEAST_TYPES: Final[dict[Type, Any]] = {
     "bool": feast_types.Bool,
     "str": feast_types.String,
     "list[str]": feast_types.Array(feast_types.String),
+    "list[int]": feast_types.Array(feast_types.Int64),
+    "list[float]": feast_types.Array(feast_types.Float64),
     "map[str, float]": feast_types.Map,
 }
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 from feast.online_response import TIMESTAMP_POSTFIX, OnlineResponse
 from feast.protos.feast.serving.ServingService_pb2 import FieldStatus, GetOnlineFeaturesResponse
-from feast.protos.feast.types.Value_pb2 import StringList, Value
+from feast.protos.feast.types.Value_pb2 import DoubleList, Int64List, StringList, Value
 from feast.type_map import feast_value_type_to_python_type
 from google.protobuf.timestamp_pb2 import Timestamp  # type: ignore[import-untyped]  # it brings no types
 
@@ -164,8 +164,13 @@ def _to_proto(value: Any) -> Value:  # noqa: PLR0911  # a list of cases, one a t
             return Value(double_val=value)
         case str():
             return Value(string_val=value)
+        case [int(), *_]:
+            return Value(int64_list_val=Int64List(val=value))
+        case list() if any(isinstance(each, float) for each in value):
+            return Value(double_list_val=DoubleList(val=[float("nan") if each is None else each for each in value]))
         case list():
-            return Value(string_list_val=StringList(val=value))
+            # Feast has no null in a list. Of numbers alone that are all null it can't tell that they are numbers.
+            return Value(string_list_val=StringList(val=["" if each is None else each for each in value]))
         case _:
             proto = Value()
             proto.map_val.SetInParent()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 LADDER_S = [5, 30, 60, 300, 3600, 21600, 86400]
@@ -56,6 +56,8 @@ def expected(  # noqa: PLR0917  # every option of every aggregation
     half_life: str = "1h",
     q: float = 0.5,
     before: str = "",
+    fields: Sequence[str] = (),
+    of: str = "",
 ) -> Any:
     """The value that the window rule gives."""
     events = list(events)
@@ -68,6 +70,9 @@ def expected(  # noqa: PLR0917  # every option of every aggregation
     values = [event[field] for event in inside] if field is not None else [1.0] * len(inside)
     oldest = sorted(inside, key=lambda event: (event["t"], event[str(field)] if field else 0))
     newest = sorted(inside, key=lambda event: (event["t"], event[str(field)] if field else 0), reverse=True)
+    if agg == "sequence":
+        ranked = sorted(inside, key=lambda event: (event["t"], [_or_least(event.get(name)) for name in fields]))
+        return [event["t"] if of == "occurred_at" else event.get(of) for event in ranked[::-1]][:k]
     match agg:
         case "count":
             return len(inside)
@@ -119,6 +124,10 @@ def expected(  # noqa: PLR0917  # every option of every aggregation
         case "top_k":
             return [value for value, _ in sorted(Counter(values).items(), key=lambda pair: (-pair[1], pair[0]))[:k]]
     raise AssertionError(agg)
+
+
+def _or_least(value: Any) -> tuple[bool, Any]:
+    return value is not None, value
 
 
 def close(got: Any, want: Any) -> bool:

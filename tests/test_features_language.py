@@ -473,6 +473,31 @@ class KnownSeller:
     price = agg.last(Click, "price")
 
 
+@view(user)
+class Session:
+    """A sequence, and what is derived of it."""
+
+    recent = agg.sequence(Click, ["item_id", "price"], k=4)
+
+    @derived(recent["occurred_at"])
+    def clicks(times: Array) -> Array:
+        goes_on = times[:, :-1] - times[:, 1:] < 30 * 60_000
+        since: Array = (times[:, 0] > 0) + np.cumprod(goes_on, axis=1).sum(axis=1)
+        return since
+
+
+@cross(user, item)
+class Fit:
+    """Of a sequence and an item."""
+
+    @derived(Session.recent["price"], KnownItem.price)
+    def dearer(prices: Array, price: Array) -> Array:
+        more: Array = (prices < price[:, None]).sum(axis=1)
+        return more
+
+    met = Session.recent["item_id"].contains(item)
+
+
 NAN, INF = float("nan"), float("inf")
 
 # What is declared, and what the message must hold besides `shown.f`: the bad value, and the way out.
@@ -523,6 +548,11 @@ AGGREGATIONS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "distinct twice": (lambda: agg.distinct(Click, ["price", "price"], over="1h"), ["['price', 'price']", "each once"]),
     "distinct unknown": (lambda: agg.distinct(Click, ["price", "prize"], over="1h"), ["field='prize'", "it has:"]),
     "entropy of number": (lambda: agg.entropy(Click, by="price", over="1h"), ["by='price' is float", "str"]),
+    "sequence of none": (lambda: agg.sequence(Click, [], 3), ["fields=[]", "each once"]),
+    "sequence twice": (lambda: agg.sequence(Click, ["price", "price"], 3), ["['price', 'price']", "each once"]),
+    "sequence unknown": (lambda: agg.sequence(Click, ["prize"], 3), ["fields='prize'", "it has:"]),
+    "sequence of times": (lambda: agg.sequence(Click, ["price", "occurred_at"], 3), ["'occurred_at'", "leave it out"]),
+    "sequence of 0": (lambda: agg.sequence(Click, ["price"], 0), ["k=0", "1 to 1000"]),
     "first_k of number": (lambda: agg.first_k(Click, "price", 3), ["field='price' is float", "str"]),
     "default text": (lambda: agg.mean(Click, "price", over="1h", default="0"), ["default='0'", "number"]),  # type: ignore[arg-type]  # on purpose
     "default number": (lambda: agg.last(Click, "category", default=0), ["default=0", "text"]),
@@ -633,6 +663,18 @@ def test_a_mistake_in_what_several_features_are_told_apart_by(declare_it: Callab
     """An error where it is declared."""
     with pytest.raises(DeclarationError, match=wrong):
         declare_it()
+
+
+def test_a_derived_feature_takes_a_sequence_as_an_array() -> None:
+    """So the number of events since the last pause of half an hour is one of five lines; of pairs as well."""
+    click = events(Click, user_id="u1", item_id="i1")
+    happened = (click("11:00", price=9.0), click("12:00", price=1.0), click("12:10"), click("12:39:59", price=2.0))
+    shop = Scenario((Session, Fit, KnownItem), *happened)
+    shop.at("12:01", user_id="u1").has(clicks=1.0, recent_price=[1.0, 9.0])
+    shop.at("13:00", user_id="u1").has(clicks=3.0, recent_price=[2.0, None, 1.0, 9.0], recent_item_id=["i1"] * 4)
+    shop.at("13:00", user_id="u2").has(clicks=0.0, recent_price=[], recent_occurred_at=[])
+    shop.at("13:00", user_id="u1", item_id="i2", item__price=5.0).has(dearer=2.0, met=False)
+    shop.at("13:00", user_id="u1", item_id="i1").has(dearer=1.0, met=True)
 
 
 def test_a_histogram_counts_each_value_once() -> None:

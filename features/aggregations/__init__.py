@@ -17,6 +17,7 @@ from features.aggregations.quantile import Quantile
 from features.aggregations.rate import Rate
 from features.aggregations.ratio import Ratio
 from features.aggregations.seconds_since import SecondsSince
+from features.aggregations.sequence import Sequence
 from features.aggregations.since_first import SinceFirst
 from features.aggregations.std import Std
 from features.aggregations.sum import Sum
@@ -33,6 +34,7 @@ AnyAggregation = (
     | Distinct
     | Last
     | LastK
+    | Sequence
     | SecondsSince
     | First
     | FirstK
@@ -65,6 +67,7 @@ __all__ = [
     "Rate",
     "Ratio",
     "SecondsSince",
+    "Sequence",
     "SinceFirst",
     "Slot",
     "SlotTotals",

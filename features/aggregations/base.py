@@ -38,16 +38,16 @@ class Table:
     """Entries of one shape in a row; aggregations that agree on all of this share them.
 
     An entry's key is its row, bucket and start, as far as the table has them: `bucket` is None, a text, a 64-bit hash
-    of the field's value (or of those of several, `+` between their names), a sketch cell or the logarithmic cell of a
-    number; `starts` says that entries are tiles, which age. A row keeps `bound` buckets,
-    those seen latest.
+    of the field's value (or of those of several, `+` between their names), a sketch cell, the logarithmic cell of a
+    number, or a hash of the event: its time and fields. `starts` says that entries are tiles, which age. A row keeps
+    `bound` buckets, those seen latest.
     """
 
     row: str
     windows: tuple[Window, ...]
     starts: bool
     by: str | None = None
-    bucket: Literal["text", "hash", "cell", "log"] | None = None
+    bucket: Literal["text", "hash", "cell", "log", "event"] | None = None
     bound: int | None = None
     only: tuple[Measure, ...] = ()
     """With a bound, the events that its buckets are of: no other feature's can push them out."""

@@ -47,6 +47,8 @@ class Quantile(Aggregation, frozen=True, kw_only=True, tag="quantile"):
             ends, there = np.cumsum(counts), n > 0
             rank = (np.cumsum(n) - n + np.floor(self.q * (n - 1)))[there]
             numbers = np.full(counted.n_rows, np.nan)
-            numbers[there] = NUMBERS[counted.buckets[np.searchsorted(ends, rank, side="right")]]
+            # Of changed bytes, whose counts are beyond all measure, any will do.
+            at = np.minimum(np.searchsorted(ends, rank, side="right"), len(ends) - 1)
+            numbers[there] = NUMBERS[counted.buckets[at]]
             found.append(numbers)
         return found

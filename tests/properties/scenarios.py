@@ -135,6 +135,13 @@ CONDITIONS: Final[Mapping[str, tuple[Any, Any]]] = {
 }
 
 
+def sequences(name: str, over: tuple[str, ...], where: Any = None) -> list[Aggregation]:
+    """The lists of a sequence."""
+    given: dict[str, Any] = {"fields": ("category", "price", "item_id"), "texts": (True, False, True), "k": 4}
+    names = (*given["fields"], "occurred_at")
+    return [kinds.Sequence(name=f"{name}_{of}", event="Click", of=of, over=over, where=where, **given) for of in names]
+
+
 def plain(over: Sequence[str]) -> list[Aggregation]:
     """One of each kind, and what the shared list leaves out."""
     windows = tuple(over)
@@ -152,6 +159,8 @@ def plain(over: Sequence[str]) -> list[Aggregation]:
         kinds.Rate(name="rate", event="Click", of="Like", half_life="6h", prior=0.25, strength=3.0),
         kinds.Rate(name="worth", event="Click", field="price", of="Like", half_life="2d", prior=-2.0, strength=0.5),
         kinds.Entropy(name="variety", event="Click", field="category", over=windows, buckets=64),
+        *sequences("last_events", over=windows),
+        *sequences("ever", over=()),
         kinds.Quantile(name="p50", event="Click", field="price", q=0.5, over=windows),
         kinds.Quantile(name="p90", event="Click", field="price", q=0.9, over=windows),
         kinds.Distinct(name="pairs", event="Click", field="item_id+price", over=windows),
@@ -176,6 +185,7 @@ def conditional(over: Sequence[str]) -> list[Aggregation]:
             kinds.SecondsSince(name=f"since_{name}", event="Click", where=where),
             kinds.First(name=f"first_{name}", event="Like", field="item_id", kind="str", where=where, **common),
             kinds.FirstK(name=f"first_k_{name}", event="Like", field="item_id", k=2, where=where),
+            *sequences(f"seq_{name}", (), where),
             kinds.Quantile(name=f"p10_{name}", event="Click", field="price", q=0.1, where=where, **common),
             kinds.SinceFirst(name=f"since_first_{name}", event="Click", where=where, **common),
         ]
@@ -237,7 +247,9 @@ def run(state: State, step: Step) -> None:
 
 def is_tiled(spec: Aggregation) -> bool:
     """Whether it keeps tiles: `last`, `last_k`, `distinct`, … keep times instead, `all` neither."""
-    untiled = kinds.Last | kinds.LastK | kinds.SecondsSince | kinds.Decayed | kinds.Rate | kinds.Distinct
+    untiled = (
+        kinds.Last | kinds.LastK | kinds.Sequence | kinds.SecondsSince | kinds.Decayed | kinds.Rate | kinds.Distinct
+    )
     return not isinstance(spec, untiled) and spec.over not in ((), ("all",))
 
 
@@ -294,7 +306,9 @@ def _number(spec: Aggregation, events: Sequence[OracleEvent], query_ms: int, win
     values = [e["price"] for e in oracle.within(hits, window, query_ms) if e["price"] is not None]
     if isinstance(spec, kinds.Std):
         return exact_std(values)
-    options = {name: getattr(spec, name) for name in ("k", "half_life", "before", "q") if hasattr(spec, name)}
+    options = {
+        name: getattr(spec, name) for name in ("k", "half_life", "before", "q", "fields", "of") if hasattr(spec, name)
+    }
     tag = str(type(spec).__struct_config__.tag)
     return oracle.expected(tag, hits, query_ms, window, spec.field, **options)
 
@@ -314,6 +328,8 @@ def near(got: Any, want: Any, scale: float = 0.0) -> bool:
         return isinstance(got, float) and math.isclose(got, want, rel_tol=0.0100001, abs_tol=1e-12)
     if isinstance(want, float) and isinstance(got, float):
         return math.isclose(got, want, rel_tol=1e-9, abs_tol=64 * 2.0**-53 * scale + 1e-300)
+    if isinstance(want, list) and isinstance(got, list) and len(want) == len(got):
+        return all(near(*pair, scale) for pair in zip(got, want, strict=True))
     return bool(got == want and type(got) is type(want))
 
 

@@ -68,6 +68,36 @@ def test_first_k_is_exact_whatever_fell_out(k: int, n_values: int, seed: int) ->
     assert state.evicted == 0
 
 
+@given(
+    k=st.integers(1, 12),
+    n_values=st.sampled_from([1, 3, 40]),
+    within_ms=st.sampled_from([500, HOUR_MS]),
+    seed=st.integers(0, 1 << 32),
+)
+def test_a_sequence_is_exact_whatever_fell_out(k: int, n_values: int, within_ms: int, seed: int) -> None:
+    """The k latest events, many of them at one time and many alike, in any order and batches; some fields are null.
+
+    Entries evicted by their hashes, and not by time and values, would be others than those that are listed.
+    """
+    rng = random.Random(seed)
+    events = events_of(60, n_values, rng, within_ms)
+    for event in events:
+        event["price"] = rng.choice([None, -1.5, 0.0, -2.5, 3.0])
+        event["category"] = rng.choice([None, event["category"]])
+    fields = ("price", "category", "item_id")
+    given: dict[str, Any] = {"fields": fields, "texts": (False, True, True), "k": k, "over": ("1m", "all")}
+    names = (*fields, "occurred_at")
+    state = State(plan_of(*(kinds.Sequence(name=f"seq_{of}", of=of, **given, **CLICK) for of in names)), packed=True)
+    for batch in shuffled_batches(events, rng):
+        state.merge(batches_of(batch), rng.randint(BASE_MS - DAY_MS, BASE_MS))
+    values = state.values(BASE_MS)
+    for window in ("1m", "all"):
+        for of in names:
+            want = oracle.expected("sequence", events, BASE_MS, window, k=k, fields=fields, of=of)
+            assert values[f"seq_{of}_{window}"] == [want]
+    assert state.evicted == 0
+
+
 TILED_OR_NOT = [("1h",), ("10m", "24h"), ("1h", "all"), ("all",)]
 
 

@@ -204,6 +204,8 @@ def test_rows_never_seen_read_as_documented() -> None:
         "top_k_1h": [],
         "ratio_1h": 0.25,
         "pairs_1h": 0,
+        **{f"last_events_{of}_1h": [] for of in ("item_id", "category", "price", "occurred_at")},
+        **{f"ever_{of}": [] for of in ("item_id", "category", "price", "occurred_at")},
         "rate": 0.25,
         "worth": -2.0,
         "delta_1h": 0,

@@ -276,7 +276,7 @@ def racing() -> tuple[Plan, list[dict[str, bytes]]]:
     rich = [
         spec
         for spec in without_tops(scenarios.plain(over))
-        if not isinstance(spec, kinds.LastK | kinds.FirstK | kinds.Distinct | kinds.Quantile)
+        if not isinstance(spec, kinds.LastK | kinds.FirstK | kinds.Distinct | kinds.Quantile | kinds.Sequence)
     ]
     plan = plan_of(
         {
