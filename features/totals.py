@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Final, Literal
 
@@ -42,6 +43,7 @@ class Totals:
         self.n, self.last_event_ms, self.texts = len(last_event_ms), last_event_ms, texts
         self._bundle, self._rows = bundle, rows
         self._totals, self._n_groups, self._firsts = folded
+        self._made: dict[tuple[int, int], Ints] = {}
 
     @classmethod
     def of(cls, bundle: Bundle, rows: Rows, now_ms: Ints, wanted: NDArray[np.bool_]) -> Totals:
@@ -127,6 +129,13 @@ class _OfSlot:
     def ranked(self, window: int, least: Ints, k: int, *, ties: Literal[1, -1]) -> Lists:
         """See `SlotTotals.ranked`."""
         return self._of.ranked(self._table, self._columns.start, window, least, k, ties)
+
+    def once(self, make: Callable[[], Ints]) -> Ints:
+        """See `SlotTotals.once`."""
+        made, slot = self._of._made, (self._table, self._columns.start)
+        if slot not in made:
+            made[slot] = make()
+        return made[slot]
 
     @cached_property
     def _groups(self) -> tuple[Ints, Ints]:

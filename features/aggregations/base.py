@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, Protocol
@@ -102,6 +102,10 @@ class SlotTotals(Protocol):
         Smaller totals than `least` (int64[1 or n_rows]) are left out; of equal ones, the larger text comes first, or
         with -1 the smaller.
         """
+        ...
+
+    def once(self, make: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
+        """What is made of this slot and those beside it, made once for all features that have them."""
         ...
 
 

@@ -15,6 +15,8 @@ from features.values import Lists, NumberLists, Type, Values
 
 TIME: Final = "occurred_at"
 """What the list of their times is called, as in the events."""
+_TIME_BITS: Final = 43
+"""Of a time in ms that a row can hold."""
 
 
 class Sequence(Aggregation, frozen=True, kw_only=True, tag="sequence"):
@@ -58,13 +60,9 @@ class Sequence(Aggregation, frozen=True, kw_only=True, tag="sequence"):
 
     def values(self, slots: tuple[SlotTotals, ...], now_ms: NDArray[np.int64]) -> Several[Values]:
         """See `Aggregation.values`."""
-        seen, tally, *fields = slots
-        times_ms, values = seen.totals[0, 0], [each.totals[0, 0] for each in fields]
-        order = np.lexsort((*(-each for each in reversed(values)), -times_ms, seen.rows))
-        order = np.repeat(order, np.clip(tally.totals[0, 0][order], 0, self.k).astype(np.int64))
-        rows = seen.rows[order]
-        firsts = np.searchsorted(rows, np.arange(seen.n_rows))
-        order = order[np.arange(len(rows)) - firsts[rows] < self.k]
+        seen = slots[0]
+        times_ms, values = seen.totals[0, 0], [each.totals[0, 0] for each in slots[2:]]
+        order = seen.once(lambda: self._newest(slots))
         begins_ms = np.broadcast_to(self.tails(now_ms) * TICK_MS, (seen.n_rows, len(self.windows)))
         inside = (order[times_ms[order] >= begin_ms[seen.rows[order]]] for begin_ms in begins_ms.T)
         if self.of == TIME:
@@ -75,6 +73,19 @@ class Sequence(Aggregation, frozen=True, kw_only=True, tag="sequence"):
             return [Lists(seen.rows[each], seen.n_rows, codes[each], seen.texts, sparse=True) for each in inside]
         numbers = np.where(np.isinf(values[at]), np.nan, values[at])
         return [NumberLists(seen.rows[each], seen.n_rows, numbers[each]) for each in inside]
+
+    def _newest(self, slots: tuple[SlotTotals, ...]) -> NDArray[np.int64]:
+        """int64[…]: the entries of each row, newest first, as often as they happened, no more than k of a row."""
+        seen, tally, *fields = slots
+        times_ms, rows = seen.totals[0, 0], seen.rows
+        key = (rows << _TIME_BITS) - times_ms.astype(np.int64)
+        order = np.argsort(key, kind="stable")
+        if seen.n_rows >> (63 - _TIME_BITS) or not np.all(np.diff(key[order])):
+            order = np.lexsort((*(-each.totals[0, 0] for each in reversed(fields)), -times_ms, rows))
+        order = np.repeat(order, np.clip(tally.totals[0, 0][order], 0, self.k).astype(np.int64))
+        firsts = np.searchsorted(rows[order], np.arange(seen.n_rows))
+        newest: NDArray[np.int64] = order[np.arange(len(order)) - firsts[rows[order]] < self.k]
+        return newest
 
     def _measure(self, field: str) -> Measure:
         return Measure(self.event, field, self.where, self.origin)
