@@ -132,6 +132,8 @@ def _or_least(value: Any) -> tuple[bool, Any]:
 
 def close(got: Any, want: Any) -> bool:
     """Equal, floats to 1e-9 relative (and to the rounding of a sum that cancels)."""
+    if isinstance(want, About):
+        return isinstance(got, float) and math.isclose(got, want, rel_tol=0.0100001)
     if isinstance(want, float) and isinstance(got, int | float):
         return math.isclose(got, want, rel_tol=1e-9, abs_tol=1e-9 * max(1.0, abs(want)) if abs(want) > 1e-3 else 1e-12)
     return bool(got == want and type(got) is type(want))

@@ -68,12 +68,17 @@ class Activity:
     price = agg.mean(Click, "price", over="1h")
     taste = agg.decayed(Click, by="category", half_life="1h", buckets=8)
     seen = agg.last_k(Click, "item_id", 2)
+    recent = agg.sequence(Click, ["category", "price"], 3, over="1h")
+    first = agg.first(Click, "item_id", over="1h")
+    began = agg.first_k(Click, "item_id", 2)
+    trend = agg.delta(Click, over="10m")
 
 
 @view(item)
 class Popularity:
     clicks = agg.count(Click, over=["1m", "10m"])
     fans = agg.distinct(Like, "user_id", over="10m")
+    price = agg.quantile(Click, "price", [0.5], over="10m")
 
 
 @view(seller)
@@ -179,6 +184,12 @@ def expected(records: Sequence[Record], forgotten: Forgotten, query_ms: int) -> 
         value(id_, "activity__likes_all", "count", likes)
         value(id_, "activity__price_1h", "mean", clicks, "1h", "price")
         value(id_, "activity__seen", "last_k", clicks, field="item_id", k=2)
+        value(id_, "activity__first_1h", "first", clicks, "1h", "item_id")
+        value(id_, "activity__began", "first_k", clicks, field="item_id", k=2)
+        value(id_, "activity__trend_10m", "delta", clicks, "10m", before="10m")
+        for of in ("category", "price", "occurred_at"):
+            options = {"k": 3, "fields": ("category", "price"), "of": of}
+            value(id_, f"activity__recent_{of}_1h", "sequence", clicks, "1h", **options)
         found[id_, "activity__taste"] = {
             name: oracle.expected("decayed", [each for each in clicks if each["category"] == name], query_ms)
             for name in sorted({each["category"] for each in clicks} - {None})
@@ -188,6 +199,7 @@ def expected(records: Sequence[Record], forgotten: Forgotten, query_ms: int) -> 
         value(id_, "popularity__clicks_1m", "count", clicks, "1m")
         value(id_, "popularity__clicks_10m", "count", clicks, "10m")
         value(id_, "popularity__fans_10m", "distinct", likes, "10m", "user_id")
+        value(id_, "popularity__price_p50_10m", "quantile", clicks, "10m", "price", q=0.5)
     for id_ in SELLERS:
         clicks = _of(events["clicks"], "seller", id_, forgotten)
         value(id_, "sales__top_24h", "top_k", clicks, "24h", "category", k=2)
