@@ -99,7 +99,13 @@ _KINDS: Final[dict[Physical, int]] = {
     "tick": packing.TICK,
     "text": packing.TEXT,
 }
-_BUCKETS: Final = {"text": packing.BUCKET, "hash": packing.WORD, "cell": packing.CELL, "log": packing.CELL, "event": packing.WORD}
+_BUCKETS: Final = {
+    "text": packing.BUCKET,
+    "hash": packing.WORD,
+    "cell": packing.CELL,
+    "log": packing.CELL,
+    "event": packing.WORD,
+}
 _BYTES: Final = [
     {packing.START: start, packing.TICK: tick, packing.TIME: 6, packing.WORD: 8}
     for start, tick in zip(packing.START_BYTES, packing.TICK_BYTES, strict=True)
