@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import combinations
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from features.plan import (
     contract_fingerprint,
     contract_schema,
 )
+from features.source import Source
 from features.values import Type
 
 
@@ -44,7 +46,7 @@ def compile_plan(namespaces: Iterable[Mapping[str, Any]], project: str, shards: 
     )
     entities = _by_name("entity", ((entity.name, entity) for view in views.values() for entity in view.entities))
     events = _by_name("contract", ((event.__name__, event) for view in views.values() for event in view.events))
-    _by_name("topic", ((event.topic, event) for event in events.values()))
+    _check_topics(events.values())
     plan = Plan(
         project=project,
         shards=shards,
@@ -78,6 +80,16 @@ def _closure(views: Iterable[View]) -> Iterator[View]:
     return iter(seen)
 
 
+def _check_topics(events: Iterable[type[Event]]) -> None:
+    """No record may be of two contracts."""
+    for one, other in combinations(events, 2):
+        for topic in set(one.topics()) & set(other.topics()):
+            if not one.declared_source.excludes(other.declared_source):
+                wrong = f"{one.__name__} and {other.__name__} are both read from it, and a record could be both's"
+                right = 'tell them apart by one place: when={"type": "click"} and when={"type": "like"}'
+                raise mistake(f"topic {topic}", wrong, right)
+
+
 def _event_spec(event: type[Event]) -> EventSpec:
     return EventSpec(
         name=event.__name__,
@@ -88,6 +100,7 @@ def _event_spec(event: type[Event]) -> EventSpec:
         schema=contract_schema(event),
         doc=inspect.cleandoc(event.__doc__ or ""),
         expect=event.expectations or msgspec.UNSET,
+        source=event.declared_source if event.declared_source != Source() else msgspec.UNSET,
     )
 
 

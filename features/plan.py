@@ -18,6 +18,7 @@ from features.aggregations import AnyAggregation
 from features.aggregations.base import Aggregation
 from features.events import Event, Kind
 from features.expectations import Expectation
+from features.source import Source
 from features.times import Window
 from features.values import Type
 
@@ -45,6 +46,18 @@ class EventSpec(msgspec.Struct, frozen=True):
     doc: str = ""
     expect: tuple[Expectation, ...] | msgspec.UnsetType = msgspec.UNSET
     """What its events shall be like as a whole. Without any, the plan reads as those that knew of none."""
+    source: Source | msgspec.UnsetType = msgspec.UNSET
+    """Likewise: what else it says of its records."""
+
+    @property
+    def reads(self) -> Source:
+        """What it says of its records, besides its fields."""
+        return self.source or Source()
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """All its topics."""
+        return self.reads.topics or (self.topic,)
 
 
 class At(msgspec.Struct, frozen=True, tag_field="is", tag="at"):
@@ -180,6 +193,12 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
     def features(self) -> dict[str, Feature]:
         """Every servable feature by its full name, in order of declaration."""
         return {feature.full_name: feature for view in self.views for feature in features_of(view)}
+
+    @cached_property
+    def topics(self) -> dict[str, tuple[EventSpec, ...]]:
+        """The contracts of each topic that is read, in order of declaration."""
+        every = dict.fromkeys(topic for spec in self.events for topic in spec.topics)
+        return {topic: tuple(spec for spec in self.events if topic in spec.topics) for topic in every}
 
     @cached_property
     def stored_entities(self) -> tuple[str, ...]:
@@ -321,12 +340,14 @@ def find_function(spec: Derived) -> Callable[..., Any]:
 
 def contract_fingerprint(contract: type[Event]) -> str:
     """What a contract accepts, condensed: its documentation does not matter."""
-    return digest(msgspec.json.encode([contract.topic, contract_schema(contract)], order="sorted"))
+    own = [contract.declared_source] if contract.declared_source != Source() else []
+    return digest(msgspec.json.encode([contract.topic, contract_schema(contract), *own], order="sorted"))
 
 
 def contract_schema(contract: type[Event]) -> dict[str, Any]:
     """What a contract accepts, as JSON schema."""
-    schema = contract.model_json_schema()
+    # By its own names: where records have them, the source says.
+    schema = contract.model_json_schema(by_alias=False)
     schema.pop("description", None)
     return schema
 

@@ -7,7 +7,7 @@ the texts by code point (UTF-8 bytes sort alike). -1 stands for null.
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,14 @@ def unify(arrays: list[pa.StringArray]) -> tuple[pa.StringArray, list[Ints]]:
     codes = rank[np.asarray(indices)]
     bounds = pairwise([0, *accumulate(map(len, arrays))])
     return encoded.dictionary.take(pa.array(order)), [codes[begin:end] for begin, end in bounds]
+
+
+def decimal_texts(column: Any) -> pa.StringArray:
+    """Ids or texts of a column: whole numbers (of Arrow's, or float64, NaN for null) in decimal, texts as they are."""
+    if isinstance(column, pa.Array):
+        return column if pa.types.is_string(column.type) else pc.cast(column, pa.string())
+    null = np.isnan(column)
+    return pc.cast(pa.array(np.where(null, 0, column).astype(np.int64), mask=null), pa.string())
 
 
 def buffers(texts: pa.StringArray) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:

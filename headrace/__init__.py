@@ -9,6 +9,7 @@ check_packages()
 
 if TYPE_CHECKING:
     from features import agg as agg
+    from features import source as source
     from features.events import Event as Event
     from features.expectations import rate as rate
     from features.expectations import share as share
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "agg": "features.agg",
+    "source": "features.source",
     "Event": "features.events",
     "col": "features.expressions",
     **dict.fromkeys(("rate", "share", "share_null"), "features.expectations"),
@@ -41,6 +43,7 @@ __all__ = [
     "service",
     "share",
     "share_null",
+    "source",
     "view",
 ]
 
@@ -51,4 +54,4 @@ def __getattr__(name: str) -> Any:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
     home = import_module(_HOMES[name])
-    return home if name == "agg" else getattr(home, name)
+    return home if name in ("agg", "source") else getattr(home, name)

@@ -564,7 +564,7 @@ def accept_topic(topic: Annotated[str, typer.Argument(help="A topic that was del
 
     settings = _settings()
     applied = load_plan(settings)
-    if topic not in (topics := [spec.topic for spec in applied.events]):
+    if topic not in (topics := list(applied.topics)):
         message = f"no event is read from {topic!r}; topics are: {', '.join(topics)}"
         raise typer.BadParameter(message)
     try:

@@ -525,7 +525,7 @@ class _Demo:
                 topics = consumer.list_topics(timeout=CALL_TIMEOUT_S).topics
                 partitions = [
                     TopicPartition(name, number)
-                    for name in (spec.topic + DEAD_LETTER_SUFFIX for spec in plan.events)
+                    for name in (topic + DEAD_LETTER_SUFFIX for topic in plan.topics)
                     for number in (topics[name].partitions if name in topics else ())
                 ]
                 self._figures.dead_letters = sum(

@@ -116,10 +116,10 @@ def _kafka(settings: Settings, plan: Plan | None) -> Iterator[Check]:
     try:
         there = topics_there(settings, settings.redis_timeout_s)
         yield Check("kafka", good=True, found=f"{settings.kafka}: {len(there)} topics")
-        topics = [spec.topic for spec in plan.events if spec.topic in there] if plan else []
-        for spec in plan.events if plan else ():
-            if spec.topic not in there:
-                yield Check(f"topic {spec.topic}", good=False, found="not there: run `headrace apply`")
+        topics = [topic for topic in plan.topics if topic in there] if plan else []
+        for topic in plan.topics if plan else ():
+            if topic not in there:
+                yield Check(f"topic {topic}", good=False, found="not there: run `headrace apply`")
         client = AdminClient(settings.librdkafka())
         if plan is None or not topics or is_embedded(client, _KAFKA_TIMEOUT_S):
             yield from (Check(f"topic {name}", True, f"{len(there[name].partitions)} partitions") for name in topics)

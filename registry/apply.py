@@ -108,7 +108,7 @@ def create_topics(settings: Settings, plan: Plan) -> list[str]:
     Raises:
         ApplyError: if the broker can't be reached or refuses.
     """
-    topics = [spec.topic for spec in plan.events]
+    topics = list(plan.topics)
     wanted = [
         *(_topic(settings, name, {"message.timestamp.type": "LogAppendTime"}) for name in topics),
         *(

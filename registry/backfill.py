@@ -17,7 +17,7 @@ from features.definitions import compile_definitions
 from features.evolve import as_declared, backfilled, backfilling, rebuilt, span_ms
 from features.plan import History, Plan, contracts_of, stateful
 from registry.apply import create_topics, put
-from store.archive import tables_of
+from store.archive import table_names, tables_of
 from store.completeness import Completeness, look
 from store.plans import ApplyError, applied_plan, load_plan, next_generation
 from training.backfill import BackfillError, SeamError, fill
@@ -185,7 +185,9 @@ def _must_lose_nothing(
         if feature.full_name in lacking or (feature.view, feature.spec.name) not in views:
             continue
         assert isinstance(feature.spec, Aggregation)  # noqa: S101  # for the type checker: as `stateful` gives them
-        begins_ms = max(since_ms, *(tables[plan.event(each.event).topic].since_ms for each in feature.spec.measures))
+        events = {each.event for each in feature.spec.measures}
+        names = [name for event in events for name in table_names(plan.event(event))]
+        begins_ms = max(since_ms, *(tables[name].since_ms for name in names))
         span = span_ms(feature)
         if begins_ms and (span is None or begins_ms > now_ms - span):
             msg = (

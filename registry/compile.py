@@ -23,6 +23,7 @@ from features.plan import EntitySpec, EventSpec, Feature, Plan, ViewSpec, argume
 from features.times import duration_ms
 from features.values import Type
 from registry.plans import PLAN_TAG
+from store.archive import table_name
 
 # What users of Feast and kafka-python can do nothing about stays out of our commands' output. Only here, once Feast is
 # imported, as it puts filters of its own in front.
@@ -74,14 +75,16 @@ def _entity(spec: EntitySpec) -> feast.Entity:
 
 
 def _source(spec: EventSpec, settings: Settings) -> feast.KafkaSource:
+    # Of several topics Feast can be told one.
+    table = table_name(spec, spec.topic)
     archived = feast.FileSource(
-        name=f"{spec.topic}_archive",
-        path=f"{settings.archive.rstrip('/')}/{spec.topic}",
+        name=f"{table}_archive",
+        path=f"{settings.archive.rstrip('/')}/{table}",
         file_format=DeltaFormat(),
         timestamp_field="occurred_at",
     )
     return feast.KafkaSource(
-        name=spec.topic,
+        name=table,
         timestamp_field="occurred_at",
         # Sorted, as in a plan that was read back.
         message_format=JsonFormat(schema_json=", ".join(f"{name} {spec.fields[name]}" for name in sorted(spec.fields))),
@@ -114,6 +117,7 @@ class StreamView(feast.StreamFeatureView):
 def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: dict[str, Any]) -> StreamView:
     entity = plan.entity(spec.entities[0])
     events = list(dict.fromkeys(measure.event for aggregation in spec.aggregations for measure in aggregation.measures))
+    topics = dict.fromkeys(topic for name in events for topic in plan.event(name).topics)
     udf, source = _function(spec, "by the stream, from its events")
     return StreamView(
         name=spec.name,
@@ -132,7 +136,7 @@ def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: 
         udf_string=source,
         description=spec.doc,
         owner=spec.owner,
-        tags={**spec.tags, "topics": ", ".join(plan.event(name).topic for name in events)},
+        tags={**spec.tags, "topics": ", ".join(topics)},
     )
 
 

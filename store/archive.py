@@ -1,4 +1,4 @@
-"""The archive: every accepted event, in a Delta Lake table a topic, with what of the topic it includes.
+"""The archive: every accepted event, in a Delta Lake table for each topic of a contract, with what of it it includes.
 
 A table's rows and the positions that they bring it to are one Delta commit, by the protocol's application transactions.
 Whoever commits says so in one more of them, under a name that all writers share: so of two that begin at the same
@@ -14,7 +14,7 @@ One more table, `_forgotten`, says who is, and since when: `entity`, `id`, `at`.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -32,7 +32,7 @@ from config.settings import Settings
 from features.events import NEWEST_MS, Kind
 from features.plan import EventSpec, Plan
 from features.times import DAY_MS
-from store.commit import CommitRecord, FencedError, Position
+from store.commit import CommitRecord, FencedError, Position, common, united
 from store.forgotten import Forgotten, Times, orders, read_forgotten
 from store.keys import Keyspace
 
@@ -42,6 +42,7 @@ _TYPES: Final[dict[Kind, pa.DataType]] = {
     "int": pa.int64(),
     "float": pa.float64(),
     "bool": pa.bool_(),
+    "list[str]": pa.list_(pa.string()),
 }
 _TIMES: Final = ("occurred_at", "_recorded_at")
 _WRITER: Final = "headrace/writer"
@@ -68,20 +69,27 @@ class Complete:
 
 
 class ArchiveTable:
-    """The events of one topic, as of when this was made or last written to.
+    """The events of a contract from one topic, as of when this was made or last written to.
 
     Args:
         url: of all tables: a folder, or whatever delta-rs takes (`s3://bucket/events`).
-        spec: the topic's contract.
+        spec: the contract.
         options: delta-rs's `storage_options`.
         version: of the table, to read it as it was; by default the newest.
+        topic: the topic; by default the contract's first.
     """
 
     def __init__(
-        self, url: str, spec: EventSpec, options: Mapping[str, str] | None = None, version: int | None = None
+        self,
+        url: str,
+        spec: EventSpec,
+        options: Mapping[str, str] | None = None,
+        version: int | None = None,
+        topic: str = "",
     ) -> None:
-        self.topic = spec.topic
-        self.url = f"{url.rstrip('/')}/{spec.topic}"
+        self.topic = topic or spec.topic
+        self.contract, self.name = spec.name, table_name(spec, self.topic)
+        self.url = f"{url.rstrip('/')}/{self.name}"
         self._base, self._spec, self._options = url, spec, dict(options or {})
         self._version = version
         self._table = self._open()
@@ -98,7 +106,8 @@ class ArchiveTable:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As it is now, for another process."""
-        return ArchiveTable, (self._base, self._spec, self._options, self._table and self._table.version())
+        version = self._table and self._table.version()
+        return ArchiveTable, (self._base, self._spec, self._options, version, self.topic)
 
     @property
     def n_files(self) -> int:
@@ -132,10 +141,10 @@ class ArchiveTable:
     def record(self) -> CommitRecord:
         """What the table includes, as a shard's commit record says it of its rows."""
         positions = {
-            f"{self._spec.topic}/{partition}": Position(at.next, self._said(_name(partition, "horizon")) or 0)
+            f"{self.topic}/{partition}": Position(at.next, self._said(_name(partition, "horizon")) or 0)
             for partition, at in self.complete().items()
         }
-        topics = {self._spec.topic: self._topic_id} if self._topic_id else {}
+        topics = {self.topic: self._topic_id} if self._topic_id else {}
         return CommitRecord("", positions, topics)
 
     # Writing
@@ -218,7 +227,7 @@ class ArchiveTable:
         return n_events
 
     def _erase(self, key: str, is_of_others: str, rows: pa.Table) -> int:
-        matched = f"t.{key} = s.id AND (t.occurred_at <= s.at OR t._recorded_at <= s.at)"
+        matched = f"CAST(t.{key} AS VARCHAR) = s.id AND (t.occurred_at <= s.at OR t._recorded_at <= s.at)"
 
         def merge(table: DeltaTable) -> dict[str, Any]:
             merged = table.merge(rows, matched, "s", "t")
@@ -263,14 +272,15 @@ class ArchiveTable:
         # Under their own names, whatever columns they are in.
         columns = {name: ds.field(name) for name in (*_TIMES, "_partition", "_offset")}
         for name, kind in fields.items():
-            if (column := _column(name, kind, dataset.schema)) in dataset.schema.names:
-                columns[name] = ds.field(column)
+            if (column := _column(_flat(name), kind, dataset.schema)) in dataset.schema.names:
+                columns[_flat(name)] = ds.field(column)
+        topic = self._spec.topics.index(self.topic)
         days = (ds.field("_day") >= _day(since_ms)) & (ds.field("_day") <= _day(until_ms))
         fragments = sorted(dataset.get_fragments(filter=days), key=lambda fragment: fragment.path)
         for fragment in fragments[share[0] :: share[1]]:
             options: Any = {"batch_size": _SCAN_ROWS, "batch_readahead": 2, "fragment_readahead": 1}
             for batch in fragment.scanner(dataset.schema, columns=columns, filter=days, **options).to_batches():
-                yield events_of(batch, fields, since_ms, until_ms, recorded=recorded)
+                yield events_of(batch, fields, since_ms, until_ms, topic, recorded=recorded)
 
     def _open(self) -> DeltaTable | None:
         with self._done("read"):
@@ -301,7 +311,7 @@ class ArchiveTable:
         Raises:
             FencedError: if another writer's token is there.
         """
-        token, own = secrets.randbits(62), _own(self._spec)
+        token, own = secrets.randbits(62), {_flat(name): kind for name, kind in _own(self._spec).items()}
         transactions = [Transaction(name, version) for name, version in {**said, _WRITER: token}.items()]
         properties = CommitProperties(app_transactions=transactions)
         with self._done("written to"):
@@ -357,9 +367,28 @@ class ArchiveTable:
 
 
 def tables_of(settings: Settings, plan: Plan) -> dict[str, ArchiveTable]:
-    """The archive's table of each topic of a plan."""
+    """The archive's tables of a plan, by name."""
     where, options = settings.archive_url(), settings.archive_options
-    return {spec.topic: ArchiveTable(where, spec, options) for spec in plan.events}
+    every = (ArchiveTable(where, spec, options, topic=topic) for spec in plan.events for topic in spec.topics)
+    return {table.name: table for table in every}
+
+
+def table_name(spec: EventSpec, topic: str) -> str:
+    """The name of the table of a contract from a topic: no other contract has the topic, or each has a part of it."""
+    return f"{topic}~{spec.name}" if spec.reads.when else topic
+
+
+def table_names(spec: EventSpec) -> tuple[str, ...]:
+    """The names of a contract's tables."""
+    return tuple(table_name(spec, topic) for topic in spec.topics)
+
+
+def whole_record(records: Iterable[tuple[str, CommitRecord]]) -> CommitRecord:
+    """What tables include, from each one's topic and record: of a topic what all of its tables do."""
+    of_topics: dict[str, list[CommitRecord]] = {}
+    for topic, record in records:
+        of_topics.setdefault(topic, []).append(record)
+    return united(map(common, of_topics.values()))
 
 
 def forgotten_of(settings: Settings) -> Forgotten:
@@ -414,7 +443,7 @@ def rows_of(  # a column each
     days = np.minimum(occurred_ms, recorded_ms) // DAY_MS
     columns: dict[str, Any] = {"event_id": event_ids, "occurred_at": _times(occurred_ms)}
     for name, kind in _own(spec).items():
-        columns[name] = _typed(fields[name], kind)
+        columns[_flat(name)] = _typed(fields[name], kind)
     columns["_recorded_at"] = _times(recorded_ms)
     columns["_partition"] = pa.array(np.full(len(offsets), partition, np.int32))
     columns["_offset"] = pa.array(offsets)
@@ -423,7 +452,7 @@ def rows_of(  # a column each
 
 
 def _schema(spec: EventSpec) -> pa.Schema:
-    fields = [(name, _TYPES[kind]) for name, kind in _own(spec).items()]
+    fields = [(_flat(name), _TYPES[kind]) for name, kind in _own(spec).items()]
     return pa.schema(
         [
             ("event_id", pa.string()),
@@ -440,6 +469,11 @@ def _schema(spec: EventSpec) -> pa.Schema:
 def _own(spec: EventSpec) -> dict[str, Kind]:
     """The contract's fields but for those that every contract has."""
     return {name: kind for name, kind in spec.fields.items() if name not in ("event_id", "occurred_at")}
+
+
+def _flat(name: str) -> str:
+    """The column of a field: of one in a model without the dots, which SQL reads otherwise."""
+    return name.replace(".", "__")
 
 
 def _name(partition: int, what: str) -> str:
@@ -465,7 +499,7 @@ def _ms(times: pa.Array) -> NDArray[np.int64]:
 
 def _typed(column: Any, kind: Kind) -> pa.Array:
     """A column of events, float64 with NaN for null if it is no text, as the type that its field has."""
-    if kind == "str":
+    if kind in ("str", "list[str]"):
         return column
     null = np.isnan(column)
     if kind == "float":
@@ -479,19 +513,23 @@ def events_of(
     fields: Mapping[str, Kind],
     since_ms: int = 0,
     until_ms: int = NEWEST_MS,
+    topic: int = 0,
     *,
     recorded: bool = False,
 ) -> pa.RecordBatch:
-    """Rows of a table as events with `since_ms <= t < until_ms`: fields, `_t` (int64, ms), `_partition` and `_offset`.
+    """Rows of a table as events with `since_ms <= t < until_ms`: fields, `_t` (int64, ms), `_topic`, `_partition` and
+    `_offset`.
 
-    `_t` is the event's time by the window rule; if it is asked for, `_recorded` (int64, ms) is the broker's. A field
-    that the table has not (yet) is null.
+    `_topic` says which of its contract's the table's is. `_t` is the event's time by the window rule; if it is asked
+    for, `_recorded` (int64, ms) is the broker's. A field that the table has not (yet) is null.
     """
     t = np.minimum(*(_ms(rows[name]) for name in _TIMES))
     found: dict[str, Any] = {}
     for name, kind in fields.items():
-        found[name] = rows[name] if name in rows.schema.names else pa.nulls(len(rows), _TYPES[kind])
-    found |= {"_t": pa.array(t), "_partition": rows["_partition"], "_offset": rows["_offset"]}
+        column = _flat(name)
+        found[name] = rows[column] if column in rows.schema.names else pa.nulls(len(rows), _TYPES[kind])
+    found |= {"_t": pa.array(t), "_topic": pa.array(np.full(len(rows), topic, np.int16))}
+    found |= {"_partition": rows["_partition"], "_offset": rows["_offset"]}
     if recorded:
         found["_recorded"] = pa.array(_ms(rows["_recorded_at"]))
     inside = (t >= since_ms) & (t < until_ms)

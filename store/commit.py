@@ -135,6 +135,18 @@ class CommitRecord(msgspec.Struct, frozen=True, dict=True):
         return msgspec.structs.replace(self, positions=positions, topics=self.topics | {topic: topic_id})
 
 
+def common(records: Iterable[CommitRecord]) -> CommitRecord:
+    """One record of what all of several, of the same topics, include."""
+    every = list(records)
+    names = set.intersection(*(set(each.positions) for each in every)) if every else set()
+    positions = {
+        name: Position(min(at.next for at in found), min(at.horizon for at in found))
+        for name in sorted(names)
+        if (found := [each.positions[name] for each in every])
+    }
+    return CommitRecord("", positions, {topic: topic_id for each in every for topic, topic_id in each.topics.items()})
+
+
 def united(records: Iterable[CommitRecord]) -> CommitRecord:
     """One record of what several, each of topics of its own, include."""
     whole = CommitRecord("")

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from features.texts import decimal_texts
 from features.times import DAY_MS
 from store.keys import Keyspace, orders_key, shard_of
 
@@ -56,7 +57,7 @@ class Forgotten(dict[str, Times]):
 
     def counted(self, entity: str, key: str, events: pa.RecordBatch) -> pa.RecordBatch:
         """Those events, as `store.archive.events_of` gives them, that count for who is named by `key`."""
-        counts = self.counts(entity, events[key], np.asarray(events["_t"]))
+        counts = self.counts(entity, decimal_texts(events[key]), np.asarray(events["_t"]))
         return events if counts is None else events.filter(pa.array(counts))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +12,8 @@ import redis
 
 from config.settings import Settings
 from features.plan import EventSpec, Plan
-from store.archive import ArchiveTable, Complete, archive_forgotten, rows_of, tables_of
-from store.commit import CommitRecord, united
+from store.archive import ArchiveTable, Complete, archive_forgotten, rows_of, table_name, tables_of, whole_record
+from store.commit import CommitRecord
 from store.forgotten import count_orders
 from streams.chunk import Partition
 from streams.decode import Checked
@@ -29,7 +29,7 @@ _ROWS_MAX = 200_000
 
 @dataclass(frozen=True)
 class ArchivePart:
-    """A chunk as the archive takes it: its range, and the events in it; the rest as of `streams.chunk.Part`."""
+    """A chunk as a table takes it: its range, and a contract's events in it; the rest as of `streams.chunk.Part`."""
 
     spec: EventSpec
     partition: Partition
@@ -41,31 +41,38 @@ class ArchivePart:
     low: int | None
     topic_id: str
 
+    def without(self, before: int) -> ArchivePart:
+        """The part without the events before an offset."""
+        if self.rows is None or before <= self.start:
+            return self
+        return replace(self, rows=self.rows.filter(pa.array(np.asarray(self.rows["_offset"]) >= before)))
 
-def part_of(checked: Checked) -> ArchivePart:
-    """A checked chunk as the archive takes it."""
-    chunk, accepted, mine = checked.chunk, checked.accepted, checked.mine
+
+def parts_of(checked: Checked) -> list[ArchivePart]:
+    """A checked chunk as the archive takes it: for each contract of its topic."""
+    chunk, found = checked.chunk, []
     start = max(chunk.start, chunk.fresh)
-    rows = None
-    if checked.counted.any():
-        fields = {name: column[mine] for name, column in accepted.fields.items()}
-        given = (accepted.times_ms[mine], checked.record_ms, chunk.partition.number, checked.offsets, fields)
-        rows = rows_of(checked.spec, accepted.event_ids[mine], *given).filter(pa.array(checked.counted))
-    latest_ms = int(chunk.record_ms.max(initial=-1))
-    end = (max(chunk.end, start), checked.horizon, latest_ms)
-    return ArchivePart(checked.spec, chunk.partition, start, *end, rows, chunk.low, chunk.topic_id)
+    range_ = (start, max(chunk.end, start), checked.horizon, int(chunk.record_ms.max(initial=-1)))
+    for each in checked.events:
+        rows, accepted, mine = None, each.accepted, each.mine
+        if each.counted.any():
+            fields = {name: column[mine] for name, column in accepted.fields.items()}
+            given = (accepted.times_ms[mine], each.record_ms, chunk.partition.number, each.offsets, fields)
+            rows = rows_of(each.spec, accepted.event_ids[mine], *given).filter(pa.array(each.counted))
+        found.append(ArchivePart(each.spec, chunk.partition, *range_, rows, chunk.low, chunk.topic_id))
+    return found
 
 
 def archived(settings: Settings, plan: Plan, client: redis.Redis) -> list[CommitRecord]:
     """What of the log the archive has, as one record; of a topic made anew nothing, once the stream has accepted it."""
     accepted = _accepted(records_of(plan, client))
     records = []
-    for topic, table in tables_of(settings, plan).items():
-        record = table.record()
+    for table in tables_of(settings, plan).values():
+        record, topic = table.record(), table.topic
         if topic in accepted and record.of_other_topic(topic, accepted[topic]):
             record = record.from_the_start_of(topic, accepted[topic])
-        records.append(record)
-    return [united(records)]
+        records.append((topic, record))
+    return [whole_record(records)]
 
 
 def _accepted(records: Iterable[CommitRecord]) -> dict[str, str]:
@@ -101,13 +108,17 @@ class Archiver:
         self._settings, self._plan, self._redis = settings, plan, client
         self._orders, self._ordered_at_s = 0, clock()
         accepted = _accepted(records_of(plan, client))
-        found = tables_of(settings, plan)
-        self._pending = {topic: _Pending(found[topic], accepted.get(topic, ""), clock()) for topic in topics}
+        mine = set(topics)
+        self._pending = {
+            name: _Pending(table, accepted.get(table.topic, ""), clock())
+            for name, table in tables_of(settings, plan).items()
+            if table.topic in mine
+        }
 
     def start(self, parts: Sequence[ArchivePart]) -> None:
         """Takes parts, and commits what is due."""
         for part in parts:
-            self._pending[part.partition.topic].take(part)
+            self._pending[table_name(part.spec, part.partition.topic)].take(part)
         for pending in self._pending.values():
             due = self._clock() - pending.since_s >= self._commit_s or pending.n_rows >= _ROWS_MAX
             if due and pending.moved:
@@ -178,9 +189,7 @@ class _Pending:
             raise GapError(msg)
         if part.end <= at:
             return
-        rows = part.rows
-        if rows is not None and part.start < at:
-            rows = rows.filter(pa.array(np.asarray(rows["_offset"]) >= at))
+        rows = part.without(at).rows
         if rows is not None and len(rows):
             self._rows.append(rows)
             self.n_rows += len(rows)

@@ -34,6 +34,7 @@ class Chunk:
 
     Records below `fresh` were read and committed before, and are here only to tell duplicates apart. `low` is
     where the partition began when its reader started, if that is known; `topic_id` is Kafka's, if it gives any.
+    `headers` are there where a contract looks at them.
     """
 
     partition: Partition
@@ -46,6 +47,7 @@ class Chunk:
     record_ms: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     low: int | None = None
     topic_id: str = ""
+    headers: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Happened:
 
 @dataclass(frozen=True)
 class Part:
-    """A chunk's share of one lane: its range, also where it holds no event of the lane, and the events by entity.
+    """A chunk's share of one lane: its range, also where it holds no event of the lane, and by entity the events of
+    each contract.
 
     The range leaves out what is below the chunk's `fresh`, of which there are no events here. `horizon` is the offset
     from which duplicates must be told apart when the stream starts again at `end`; the rest is the chunk's.
@@ -86,7 +89,7 @@ class Part:
     end: int
     horizon: int
     record_ms_max: int
-    events: Mapping[str, Happened]
+    events: Mapping[str, tuple[Happened, ...]]
     low: int | None = None
     topic_id: str = ""
 

@@ -82,18 +82,19 @@ def flow(number: int | None = None, on_claimed: Callable[[Plan], object] = lambd
 
 def archive_flow(number: int | None = None, on_claimed: Callable[[Plan], object] = lambda _: None) -> Dataflow:
     """As `flow`, the archive's: what is claimed are the tables of a lane."""
-    from streams.archive import Archiver, archived, part_of
+    from streams.archive import Archiver, archived, parts_of
 
     settings, plan, client = _begin(number)
-    decoder, topics = Decoder(plan, 1, settings.dedupe_s * 1000), [spec.topic for spec in plan.events]
+    decoder, topics = Decoder(plan, 1, settings.dedupe_s * 1000), list(plan.topics)
     lane_of = {topic: at % settings.lanes for at, topic in enumerate(topics)}
 
     def check(chunks: list[Chunk]) -> list[tuple[str, Any]]:
         with _failures_said():
             return [
-                (_lane_key(lane_of[checked.spec.topic]), part_of(checked))
+                (_lane_key(lane_of[checked.chunk.partition.topic]), part)
                 for checked in decoder.check_all(chunks)
                 if not checked.chunk.start < checked.chunk.end <= checked.chunk.fresh
+                for part in parts_of(checked)
             ]
 
     def make(number: int) -> Target:
@@ -154,7 +155,7 @@ class ChunkSource(DynamicSource[Chunk]):
         self._patient = patient
 
     def build(self, step_id: str, worker_index: int, worker_count: int) -> StatelessSourcePartition[Chunk]:
-        topics = [spec.topic for spec in self._plan.events]
+        topics = list(self._plan.topics)
 
         def is_mine(partition: Partition) -> bool:
             # By the partition alone: workers that don't see the same ones yet still agree on who reads which.
@@ -264,7 +265,7 @@ class Lanes:
         settings, plan = self._settings, self._plan
         client = connect(settings.redis_url.get_secret_value(), settings.redis_timeout_s)
         cache_bytes_max = settings.row_cache_mb * 1_000_000 // settings.lanes
-        self._ids = self._ids or TopicIds(settings, [spec.topic for spec in plan.events])
+        self._ids = self._ids or TopicIds(settings, plan.topics)
         lane = Lane(
             plan,
             number,

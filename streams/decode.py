@@ -1,89 +1,109 @@
-"""From raw records to columns: the contract check, duplicates, and each lane's share. Pure: no I/O."""
+"""From raw records to columns: whose they are, the contract check, duplicates, each lane's share. Pure: no I/O."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from types import NoneType, UnionType
-from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin
+from typing import Any, Final, NamedTuple, TypeVar
 
-import annotated_types
-import msgspec
 import numpy as np
 import pyarrow as pa
+from msgspec import UNSET
 from numpy.typing import NDArray
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
-from features.events import NEWEST_MS, OLDEST_MS, TEXT_LENGTH_MAX, WHOLE_MAX, Event, Kind
 from features.plan import EventSpec, Plan, find_contract
-from features.texts import hash64
-from features.times import DAY_MS
+from features.source import Place, Source
+from features.texts import decimal_texts, hash64
 from store.keys import shards_of
 from streams.chunk import Chunk, DeadLetter, Happened, Ints, Part, Partition
+from streams.contract import Accepted, ContractDecoder, Given
 from streams.dedupe import Dedupe
+from streams.opened import Opened, Schemas, identity_of, ids_of, opened, places_of, time_of, times_ms
 
-_REASON_LENGTH_MAX: Final = 500
-_FAST_BYTES_MAX: Final = 4096
-_FAST_NESTING_MAX: Final = 100
 _Of = TypeVar("_Of")
-_TYPES: Final[dict[Kind, tuple[type, ...]]] = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,)}
+_CLAIMS_MAX: Final = 10_000
+"""So many different values, together, of what tells contracts apart are remembered."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a chunk holds: a part a lane, what the contract refuses, and how many records were duplicates."""
+    """What a chunk holds: a part a lane, what contracts refuse, how many records were duplicates, how many nobody's."""
 
     parts: list[Part]
     dead_letters: list[DeadLetter]
     events: int
     duplicates: int
+    unclaimed: int
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A chunk that was checked against its contract and for duplicates.
+class CheckedEvents:
+    """Events of one contract in a chunk.
 
     Attributes:
         spec: the contract.
-        chunk: what was checked.
-        accepted: what the contract accepts, of this chunk and maybe others.
+        accepted: what it accepts, of this chunk and maybe others.
         mine: which of them are the chunk's.
         offsets: int64[mine].
         record_ms: int64[mine].
         counted: bool[mine]: those that are new, and no duplicates.
-        horizon: see `streams.chunk.Part`.
-        dead_letters: what the contract refuses.
-        duplicates: how many are.
     """
 
     spec: EventSpec
-    chunk: Chunk
     accepted: Accepted
     mine: slice
     offsets: Ints
     record_ms: Ints
     counted: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A chunk that was checked against the contracts of its topic and for duplicates.
+
+    Attributes:
+        chunk: what was checked.
+        events: those of each contract, also where there are none.
+        horizon: see `streams.chunk.Part`.
+        dead_letters: what contracts refuse.
+        duplicates: how many are.
+        unclaimed: how many are no contract's.
+    """
+
+    chunk: Chunk
+    events: list[CheckedEvents]
     horizon: int
     dead_letters: list[DeadLetter]
     duplicates: int
+    unclaimed: int
+
+
+def no_schemas(format_: str, _value: bytes) -> Any:
+    """For decoders that are given no way to schemas."""
+    msg = f"there is no schema registry for {format_}: set HEADRACE_SCHEMA_REGISTRY"
+    raise ValueError(msg)
 
 
 class Decoder:
     """Decodes chunks; remembers each partition's event_ids within the dedupe horizon.
 
+    Args:
+        plan: the plan.
+        lanes: how many there are.
+        dedupe_ms: the horizon.
+        schemas: of formats that need them; may raise OSError.
+
     Raises:
         CodeChangedError: if a contract's code is not what was applied.
     """
 
-    def __init__(self, plan: Plan, lanes: int, dedupe_ms: int) -> None:
+    def __init__(self, plan: Plan, lanes: int, dedupe_ms: int, schemas: Schemas = no_schemas) -> None:
         self._plan = plan
         self._lanes = lanes
         self._dedupe_ms = dedupe_ms
-        self._specs = {spec.topic: spec for spec in plan.events}
-        self._contracts = {spec.topic: ContractDecoder(spec.name, find_contract(spec)) for spec in plan.events}
+        decoders = {spec.name: ContractDecoder(spec.name, find_contract(spec)) for spec in plan.events}
+        self._topics = {topic: _Topic(specs, decoders, schemas) for topic, specs in plan.topics.items()}
         self._dedupes: dict[Partition, Dedupe] = {}
 
     def decode(self, chunk: Chunk) -> Decoded:
@@ -108,62 +128,70 @@ class Decoder:
         return [found[place] for place in range(len(chunks))]
 
     def _checked(self, chunks: list[Chunk]) -> Iterator[Checked]:
-        spec = self._specs[chunks[0].partition.topic]
+        topic = self._topics[chunks[0].partition.topic]
         record_ms = np.concatenate([chunk.record_ms for chunk in chunks])
-        values = [value for chunk in chunks for value in chunk.values]
-        accepted, refused = self._contracts[spec.topic].decode(values, record_ms)
-        record_ms, offsets = record_ms[accepted.index], np.concatenate([c.offsets for c in chunks])[accepted.index]
-        hashes = hash64(accepted.event_ids)
+        offsets = np.concatenate([chunk.offsets for chunk in chunks])
+        judged = topic.judge(chunks, record_ms, offsets)
+        index, hashes = judged.hashes()
+        repeated = np.zeros(len(offsets), bool)
         ends = [0, *accumulate(len(chunk.values) for chunk in chunks)]
         for chunk, (begin, end) in zip(chunks, pairwise(ends), strict=True):
-            mine = slice(*np.searchsorted(accepted.index, (begin, end)).tolist())
             dedupe = self._dedupes.setdefault(chunk.partition, Dedupe(self._dedupe_ms))
-            repeated = dedupe.duplicates(offsets[mine], hashes[mine], record_ms[mine])
-            fresh = offsets[mine] >= chunk.fresh
+            within = slice(*np.searchsorted(index, (begin, end)).tolist())
+            own = index[within]
+            repeated[own] = dedupe.duplicates(offsets[own], hashes[within], record_ms[own])
+            fresh = chunk.offsets >= chunk.fresh
+            events = []
+            for spec, accepted in judged.accepted:
+                mine = slice(*np.searchsorted(accepted.index, (begin, end)).tolist())
+                at = accepted.index[mine]
+                counted = (offsets[at] >= chunk.fresh) & ~repeated[at]
+                events.append(CheckedEvents(spec, accepted, mine, offsets[at], record_ms[at], counted))
             dead_letters = [
                 DeadLetter(chunk.partition, int(chunk.offsets[at]), chunk.keys[at], chunk.values[at], reason)
-                for at, reason in ((place - begin, reason) for place, reason in refused if begin <= place < end)
-                if chunk.offsets[at] >= chunk.fresh
+                for at, reason in ((place - begin, reason) for place, reason in judged.refused if begin <= place < end)
+                if fresh[at]
             ]
             yield Checked(
-                spec,
                 chunk,
-                accepted,
-                mine,
-                offsets[mine],
-                record_ms[mine],
-                fresh & ~repeated,
-                dedupe.horizon(chunk.end),
+                events,
+                dedupe.horizon(chunk.end, int(chunk.record_ms.min()) if len(chunk.record_ms) else -1),
                 dead_letters,
-                int((repeated & fresh).sum()),
+                int((repeated[begin:end] & fresh).sum()),
+                int((judged.unclaimed[begin:end] & fresh).sum()) if judged.unclaimed is not None else 0,
             )
 
     def _decoded(self, chunks: list[Chunk]) -> Iterator[Decoded]:
-        shards: dict[str, tuple[str, Ints]] = {}
+        shards: dict[str, dict[str, tuple[pa.StringArray, Ints]]] = {}
         for checked in self._checked(chunks):
-            mine, counted, accepted = checked.mine, checked.counted, checked.accepted
-            shards = shards or self._shards(accepted)
-            events = {}
-            if counted.any():
-                times_ms = np.minimum(accepted.times_ms[mine], checked.record_ms)
-                fields = {name: column[mine] for name, column in accepted.fields.items()}
-                for entity, (key, of_shard) in shards.items():
-                    ids = fields[key]
+            happened: dict[str, list[Happened]] = {}
+            for each in checked.events:
+                name, mine, counted, accepted = each.spec.name, each.mine, each.counted, each.accepted
+                if name not in shards:
+                    shards[name] = self._shards(accepted)
+                if not counted.any():
+                    continue
+                times = np.minimum(accepted.times_ms[mine], each.record_ms)
+                fields = {field: column[mine] for field, column in accepted.fields.items()}
+                for entity, (every, of_shard) in shards[name].items():
+                    ids = every[mine]
                     concerned = counted & np.asarray(ids.is_valid()) if ids.null_count else counted
-                    given = (ids, of_shard[mine], checked.offsets, times_ms, fields)
-                    events[entity] = Happened(checked.spec.name, *given).take(concerned)
-            parts = self._parts(checked.chunk, checked.horizon, events)
-            yield Decoded(parts, checked.dead_letters, int(counted.sum()), checked.duplicates)
+                    given = (ids, of_shard[mine], each.offsets, times, fields)
+                    happened.setdefault(entity, []).append(Happened(name, *given).take(concerned))
+            parts = self._parts(checked.chunk, checked.horizon, happened)
+            n_events = sum(int(each.counted.sum()) for each in checked.events)
+            yield Decoded(parts, checked.dead_letters, n_events, checked.duplicates, checked.unclaimed)
 
-    def _shards(self, accepted: Accepted) -> dict[str, tuple[str, Ints]]:
-        """By entity that events name: the field that does, and each event's shard."""
-        return {
-            entity.name: (entity.key, shards_of(accepted.fields[entity.key], self._plan.shards))
+    def _shards(self, accepted: Accepted) -> dict[str, tuple[pa.StringArray, Ints]]:
+        """By entity that events name: whom each names, and the shard."""
+        named = {
+            entity.name: decimal_texts(accepted.fields[entity.key])
             for entity in self._plan.entities
             if entity.key in accepted.fields
         }
+        return {entity: (ids, shards_of(ids, self._plan.shards)) for entity, ids in named.items()}
 
-    def _parts(self, chunk: Chunk, horizon: int, events: Mapping[str, Happened]) -> list[Part]:
+    def _parts(self, chunk: Chunk, horizon: int, events: Mapping[str, list[Happened]]) -> list[Part]:
         latest_ms = int(chunk.record_ms.max(initial=-1))
         start = max(chunk.start, chunk.fresh)
         return [
@@ -173,7 +201,10 @@ class Decoder:
                 max(chunk.end, start),
                 horizon,
                 latest_ms,
-                {entity: happened.take(happened.shards % self._lanes == lane) for entity, happened in events.items()},
+                {
+                    entity: tuple(each.take(each.shards % self._lanes == lane) for each in happened)
+                    for entity, happened in events.items()
+                },
                 chunk.low,
                 chunk.topic_id,
             )
@@ -181,241 +212,132 @@ class Decoder:
         ]
 
 
-@dataclass(frozen=True)
-class Accepted:
-    """Records that a contract accepts: their positions in what was decoded, and their columns."""
+class _Judged(NamedTuple):
+    """Records of a topic: what each contract accepts, why others are refused, and which are nobody's (bool[n])."""
 
-    index: NDArray[np.intp]
-    event_ids: pa.StringArray
-    times_ms: NDArray[np.int64]
-    fields: dict[str, Any]
+    accepted: list[tuple[EventSpec, Accepted]]
+    refused: list[tuple[int, str]]
+    unclaimed: NDArray[np.bool_] | None
+
+    def hashes(self) -> tuple[NDArray[np.intp], NDArray[np.uint64]]:
+        """The places of all that are accepted, ascending, and the hash of each one's event_id in its contract."""
+        if len(self.accepted) == 1:
+            ((_, only),) = self.accepted
+            return only.index, hash64(only.event_ids)
+        salts = hash64(pa.array([spec.name for spec, _ in self.accepted]))
+        index = np.concatenate([each.index for _, each in self.accepted])
+        hashes = [hash64(each.event_ids) ^ salt for (_, each), salt in zip(self.accepted, salts, strict=True)]
+        order = np.argsort(index, kind="stable")
+        return index[order], np.concatenate(hashes)[order]
 
 
-class ContractDecoder:
-    """Checks records against a contract and turns them into columns.
+class _Topic:
+    """The contracts of a topic."""
 
-    The contract (pydantic) decides. A decoder compiled from it (msgspec) goes first and is a quarter of the cost; what
-    it does not accept goes to the contract, and what it accepts the contract would, with equal values: a differential
-    test holds it to that. A contract with validators of its own has no such decoder.
-    """
+    def __init__(self, specs: Sequence[EventSpec], decoders: Mapping[str, ContractDecoder], schemas: Schemas) -> None:
+        self._specs, self._decoders, self._schemas = specs, decoders, schemas
+        self._written: dict[tuple[str, str, str], list[int]] = {}
+        """Which are written alike."""
+        for number, spec in enumerate(specs):
+            source = spec.reads
+            self._written.setdefault((source.format, source.schema, source.envelope), []).append(number)
+        self._claims: list[_Claims] = [_Claims([(n, specs[n].reads) for n in own]) for own in self._written.values()]
 
-    def __init__(self, name: str, contract: type[Event]) -> None:
-        self.name = name
-        self._contract = contract
-        self._kinds = {
-            field: kind for field, kind in contract.kinds().items() if field not in ("event_id", "occurred_at")
-        }
-        self.fast: _Fast | None = _compile(contract)
-
-    def decode(
-        self, values: list[bytes | None], record_ms: NDArray[np.int64]
-    ) -> tuple[Accepted, list[tuple[int, str]]]:
-        """Columns of the accepted records, and (position, reason) of the refused ones."""
-        found, index, refused = self._all(values) or self._each(values)
-        accepted = self._columns(found, index)
-        early = accepted.times_ms > record_ms[accepted.index] + DAY_MS
-        if early.any():
-            refused.extend(
-                (
-                    index[at],
-                    (
-                        f"occurred_at: {accepted.times_ms[at]} is more than a day ahead of the record; "
-                        "check the producer's clock"
-                    ),
-                )
-                for at in np.flatnonzero(early).tolist()
-            )
-            kept = np.flatnonzero(~early).tolist()
-            accepted = self._columns([found[at] for at in kept], [index[at] for at in kept])
-        return accepted, refused
-
-    def _all(self, values: list[bytes | None]) -> tuple[list[Any], list[int], list[tuple[int, str]]] | None:
-        """All values as events, if the fast decoder takes every one."""
-        if self.fast is None or None in values:
-            return None
-        try:
-            return self.fast.all(values), list(range(len(values))), []  # type: ignore[arg-type]  # there is no None
-        except (msgspec.MsgspecError, ValueError, RecursionError):
-            return None
-
-    def _each(self, values: list[bytes | None]) -> tuple[list[Any], list[int], list[tuple[int, str]]]:
-        """The events of those that are accepted, where they stand, and where and why others are refused."""
-        found: list[Any] = []
-        index: list[int] = []
+    def judge(self, chunks: Sequence[Chunk], record_ms: Ints, offsets: Ints) -> _Judged:
+        """What the contracts say of chunks of one topic; `record_ms` and `offsets` are those of all their records."""
+        values = [value for chunk in chunks for value in chunk.values]
+        if len(self._specs) == 1 and self._specs[0].reads.is_plain:
+            (spec,) = self._specs
+            accepted, wrong = self._decoders[spec.name].decode(values, record_ms)
+            return _Judged([(spec, accepted)], wrong, None)
+        headers = [each for chunk in chunks for each in (chunk.headers or [()] * len(chunk.values))]
+        claimed = np.full(len(values), -1)
+        by_number: dict[int, tuple[Opened, dict[Place, list[Any]]]] = {}
+        unreadable: list[dict[int, str]] = []
+        for numbers, claims in zip(self._written.values(), self._claims, strict=True):
+            own = self._specs[numbers[0]].reads
+            found = opened(own, values, headers, self._schemas)
+            looked = found.look(place for n in numbers for place in places_of(self._specs[n].reads))
+            claims.claim(looked, claimed)
+            unreadable.append(found.unreadable)
+            by_number |= dict.fromkeys(numbers, (found, looked))
+        every: list[tuple[EventSpec, Accepted]] = []
         refused: list[tuple[int, str]] = []
-        for at, value in enumerate(values):
-            try:
-                found.append(self.check(value))
-                index.append(at)
-            except ValueError as error:
-                refused.append((at, str(error)[:_REASON_LENGTH_MAX]))
-        return found, index, refused
+        for number, spec in enumerate(self._specs):
+            places = np.flatnonzero(claimed == number)
+            found, looked = by_number[number]
+            given = self._given(spec.reads, found, looked, places, chunks, record_ms, offsets)
+            bodies = [found.bodies[at] for at in places.tolist()]
+            mine, wrong = self._decoders[spec.name].decode(bodies, record_ms[places], given)
+            every.append((spec, Accepted(places[mine.index], mine.event_ids, mine.times_ms, mine.fields)))
+            refused += [
+                (at, found.unreadable.get(at, reason)) for at, reason in ((int(places[own]), why) for own, why in wrong)
+            ]
+        # What nobody can read may be anyone's.
+        lost = set.intersection(*(set(each) for each in unreadable))
+        refused += [(at, unreadable[0][at]) for at in sorted(lost) if claimed[at] < 0]
+        unclaimed = claimed < 0
+        unclaimed[list(lost)] = False
+        return _Judged(every, sorted(refused), unclaimed)
 
-    def check(self, value: bytes | None) -> Any:
-        """The event in a record.
-
-        Raises:
-            ValueError: if the contract refuses it; the message says which field, what it holds and what is expected.
-        """
-        if value is None:
-            msg = "the record is empty; send a JSON object"
-            raise ValueError(msg)
-        if self.fast is not None:
-            try:
-                return self.fast(value)
-            except (msgspec.MsgspecError, ValueError, RecursionError):
-                pass  # The contract has the last word, and the better message.
-        try:
-            return self._storable(self._contract.model_validate_json(value))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # noqa: BLE001  # a validator of the user's own may raise anything: we go on
-            raise ValueError(_reason(error)) from None
-
-    def _storable(self, event: Event) -> Event:
-        """The event, if its columns can hold it: validators of a contract's own may return anything."""
-        for name, kind in self._contract.kinds().items():
-            value: Any = getattr(event, name)
-            if value is None and not self._contract.model_fields[name].is_required():
-                continue
-            if not (isinstance(value, _TYPES[kind]) and _fits(name, kind, getattr(event, name))):
-                msg = f"{name}: a validator of the contract returned {value!r:.80}, which can't be kept as {kind}"
-                raise ValueError(msg)
-        return event
-
-    def _columns(self, found: list[Any], index: list[int]) -> Accepted:
-        fields: dict[str, Any] = {}
-        for name, kind in self._kinds.items():
-            column = [getattr(event, name) for event in found]
-            fields[name] = pa.array(column, pa.string()) if kind == "str" else np.array(column, np.float64)
-        return Accepted(
-            np.array(index, np.intp),
-            pa.array([event.event_id for event in found], pa.string()),
-            np.array([event.occurred_at for event in found], np.int64),
-            fields,
-        )
+    @staticmethod
+    def _given(
+        source: Source,
+        found: Opened,
+        looked: Mapping[Place, list[Any]],
+        places: NDArray[np.intp],
+        chunks: Sequence[Chunk],
+        record_ms: Ints,
+        offsets: Ints,
+    ) -> Given:
+        """Times and identities that are no fields."""
+        time, identity, at = time_of(source), identity_of(source), places.tolist()
+        ids: list[str] | None = None
+        times: list[int] | None = None
+        refused: dict[int, str] = {}
+        if time is not None and time.at is None:
+            times = record_ms[places].tolist()
+        elif time is not None and time.at is not None:
+            of_record = record_ms[places].tolist() if source.envelope == "cloudevents" else None
+            times, refused = times_ms([looked[time.at][each] for each in at], time, of_record)
+        if identity is not None and identity.at:
+            ids, wrong = ids_of([[looked[place][each] for each in at] for place in identity.at], identity)
+            refused = wrong | refused
+        elif identity is not None:
+            names = [f"{chunk.partition.topic}-{chunk.partition.number}" for chunk in chunks for _ in chunk.values]
+            ids = [f"{names[each]}-{offsets[each]}" for each in at]
+        elif found.digests is not None:
+            ids = [found.digests[each] for each in at]
+        return Given(ids, times, refused)
 
 
-def _fits(name: str, kind: Kind, value: Any) -> bool:
-    """Whether a value of the right type is within what every contract promises."""
-    if kind == "str":
-        return 1 <= len(value) <= TEXT_LENGTH_MAX and "\0" not in value and bool(value.encode())
-    if name == "occurred_at":
-        return bool(OLDEST_MS <= value <= NEWEST_MS)
-    return math.isfinite(value) and (kind != "int" or abs(value) <= WHOLE_MAX)
+class _Claims:
+    """Whose a record is, of contracts that are written alike: at most one's, as they exclude each other."""
 
+    def __init__(self, contracts: Sequence[tuple[int, Source]]) -> None:
+        self._contracts = contracts
+        self._places = tuple(dict.fromkeys(each.at for _, source in contracts for each in source.when))
+        self._known: dict[tuple[Any, ...], int] = {}
 
-def _reason(error: BaseException) -> str:
-    """One line: what is wrong with which field, or what the contract raised."""
-    try:
-        return _refusal(error) if isinstance(error, ValidationError) else _failure(error) + f": {error}"
-    except Exception:  # noqa: BLE001  # what a validator raised, or made of the value, may not even be shown
-        return _failure(error)
+    def claim(self, looked: Mapping[Place, list[Any]], claimed: Ints) -> None:
+        """Writes the number of the contract of each record that has one."""
+        if not self._places:
+            claimed[:] = self._contracts[0][0]
+            return
+        if len(self._known) > _CLAIMS_MAX:
+            self._known = {}
+        known = self._known
+        for at, values in enumerate(zip(*(looked[place] for place in self._places), strict=True)):
+            # True is no 1, and what can't be a key is none of the values.
+            key = tuple((type(value), value) if isinstance(value, str | int) else UNSET for value in values)
+            number = known.get(key)
+            if number is None:
+                number = known[key] = self._whose(dict(zip(self._places, key, strict=True)))
+            if number >= 0:
+                claimed[at] = number
 
-
-def _failure(error: BaseException) -> str:
-    return f"the contract failed: {type(error).__name__}"
-
-
-def _refusal(error: ValidationError) -> str:
-    """One line: what is wrong with which field."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    got = repr(first.get("input"))
-    shown = (
-        "" if first["type"] in ("missing", "json_invalid") else f"; got {got if len(got) <= 80 else got[:77] + '...'}"
-    )
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{where + ': ' if where else ''}{first['msg']}{shown}{more}"
-
-
-def _compile(contract: type[Event]) -> _Fast | None:
-    """A msgspec decoder that accepts a subset of what the contract does; None if the contract has code of its own."""
-    own = contract.__pydantic_decorators__
-    if own.model_validators or own.root_validators or own.validators or set(own.field_validators) != {"_storable"}:
-        return None
-    derived = contract.__mro__[: contract.__mro__.index(Event)]
-    if (
-        any("_storable" in vars(each) for each in derived)
-        or contract.model_config != Event.model_config
-        or contract.__pydantic_post_init__ is not None
-    ):
-        return None
-    fields: list[Any] = []
-    for name, info in contract.model_fields.items():
-        annotation = _fast_type(name, info)
-        particular = (info.alias, info.validation_alias, info.default_factory, info.validate_default)
-        if annotation is None or any(each is not None for each in particular):
-            return None
-        fields.append((name, annotation) if info.is_required() else (name, annotation, info.get_default()))
-    struct = msgspec.defstruct(contract.__name__, fields, gc=False, kw_only=True)
-    return _Fast(msgspec.json.Decoder(struct).decode)
-
-
-class _Fast:
-    """A compiled decoder of records.
-
-    msgspec passes over fields that it does not know; pydantic looks at their encoding, nesting and digits. Where these
-    could matter, the contract judges.
-    """
-
-    def __init__(self, decode: Callable[[bytes], Any]) -> None:
-        self._decode = decode
-
-    def __call__(self, value: bytes) -> Any:
-        """The event in one record."""
-        return self.all([value])[0]
-
-    def all(self, values: list[bytes]) -> list[Any]:
-        """The events in records: of all, or an error."""
-        joined = b"".join(values)
-        nesting = joined.count(b"[") + joined.count(b"{")
-        # Each record is an object, or is refused below: so if no record is nested, none is too deep.
-        if nesting - len(values) >= _FAST_NESTING_MAX:
-            nesting = max(value.count(b"[") + value.count(b"{") for value in values)
-        else:
-            nesting = 0
-        if b"\\u0000" in joined or nesting > _FAST_NESTING_MAX or max(map(len, values), default=0) > _FAST_BYTES_MAX:
-            msg = "for the contract to judge"
-            raise ValueError(msg)
-        if not joined.isascii():
-            for value in values:
-                value.decode()
-        return list(map(self._decode, values))
-
-
-def _fast_type(name: str, info: FieldInfo) -> Any:
-    """The msgspec type for a pydantic field, or None where it has no equal."""
-    if name == "occurred_at":
-        if repr(info) != repr(Event.model_fields[name]):
-            return None
-        return Annotated[int, msgspec.Meta(ge=OLDEST_MS, le=NEWEST_MS)]
-    optional = get_origin(info.annotation) in (Union, UnionType)
-    plain = (
-        next((kind for kind in get_args(info.annotation) if kind is not NoneType), None)
-        if optional
-        else info.annotation
-    )
-    if plain not in (str, int, float, bool):
-        return None
-    limits: dict[str, Any] = {"min_length": 1, "max_length": TEXT_LENGTH_MAX} if plain is str else {}
-    if plain is int:
-        limits = {"ge": -WHOLE_MAX, "le": WHOLE_MAX}
-    for constraint in info.metadata:
-        known = {
-            annotated_types.Ge: "ge",
-            annotated_types.Gt: "gt",
-            annotated_types.Le: "le",
-            annotated_types.Lt: "lt",
-        }.get(type(constraint))
-        if known is None:
-            return None
-        bound = getattr(constraint, known)
-        if plain is int and known in ("gt", "lt"):
-            known, bound = ("ge", bound + 1) if known == "gt" else ("le", bound - 1)
-        tighter = max if known in ("ge", "gt") else min
-        limits[known] = tighter(bound, limits.get(known, bound))
-    if {"gt", "ge"} <= limits.keys() or {"lt", "le"} <= limits.keys():
-        return None
-    narrowed = Annotated[plain, msgspec.Meta(**limits)] if limits else plain
-    return narrowed | None if optional else narrowed
+    def _whose(self, found: Mapping[Place, Any]) -> int:
+        for number, source in self._contracts:
+            if all(found[each.at] in {(type(value), value) for value in each.values} for each in source.when):
+                return number
+        return -1

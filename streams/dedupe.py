@@ -1,10 +1,11 @@
 """Duplicates: an event_id seen again in its partition within a horizon of record time counts once.
 
-A record is a duplicate if any earlier record of its partition that its contract accepts, itself counted or not, has its
-event_id and a record timestamp at most `horizon_ms` older. So it can be decided from the log alone: after a restart the
-set is filled again from the horizon's offset on. Record timestamps that run backwards (topics with the producer's own)
-are followed up to one more horizon behind the latest, and however far among the last records: those of the same block
-of `BLOCK` offsets, and of the one before. Without such bounds nothing could ever be forgotten.
+A record is a duplicate if any earlier record of its partition that its contract accepts, itself counted or not, has
+its event_id and a record timestamp at most `horizon_ms` older. So it can be decided from the log alone: after a restart
+the set is filled again from the horizon's offset on. Record timestamps that run backwards (topics with the producer's
+own) are followed up to one more horizon behind the latest, and however far among the last records: those of the same
+block of `BLOCK` offsets, and of the one before. Without such bounds nothing could ever be forgotten. Where a topic has
+several contracts, the hash of an event_id is mixed with its contract's.
 """
 
 from __future__ import annotations
@@ -52,10 +53,16 @@ class Dedupe:
         found = [self._of_block(offsets[own], hashes[own], record_ms[own]) for own in map(slice, bounds, bounds[1:])]
         return np.concatenate([np.zeros(0, bool), *found])
 
-    def horizon(self, end: int) -> int:
-        """The offset from which the log must be read again to decide on records from `end` on."""
-        firsts = [first for first, *_ in islice(self._spans, 1)] + [first for _, first, _ in islice(self._blocks, 1)]
-        return min(firsts, default=end)
+    def horizon(self, end: int, record_ms: int = -1) -> int:
+        """The offset from which the log must be read again to decide on records from `end` on.
+
+        The last records, whosever they are, were not before `record_ms`: a contract of which nothing came for long does
+        not have the log read again from then on.
+        """
+        forgotten_ms, block = record_ms - 2 * self._horizon_ms, end // self._block
+        spans = (first for first, latest_ms, _ in self._spans if latest_ms >= forgotten_ms)
+        blocks = (first for number, first, _ in self._blocks if number >= block - 1)
+        return min([*islice(spans, 1), *islice(blocks, 1)], default=end)
 
     def _of_block(self, offsets: Ints, hashes: Hashes, record_ms: Ints) -> NDArray[np.bool_]:
         first, block = int(offsets[0]), int(offsets[0]) // self._block

@@ -198,8 +198,11 @@ class PartitionReader:
         consumer: Any = None,
         topic_id: str = "",
         speak_s: float = IDLE_S,
+        *,
+        with_headers: bool = False,
     ) -> None:
         self._partition, self._topic_id, self._speak_s = partition, topic_id, speak_s
+        self._with_headers = with_headers
         self._chunk_events = settings.chunk_events
         self._clock = clock
         self._spoken_s = clock()
@@ -245,7 +248,9 @@ class PartitionReader:
         came: list[Any] = self._consumer.consume(self._chunk_events, timeout=0)
         messages = [each for each in came if _usable(each)]
         start, self._at = self._at, messages[-1].offset() + 1 if messages else self._at
-        chunk = Chunk(self._partition, start, self._at, self._fresh, *columns_of(messages), self._low, self._topic_id)
+        given = (*columns_of(messages), self._low, self._topic_id)
+        headers = headers_of(messages) if self._with_headers else []
+        chunk = Chunk(self._partition, start, self._at, self._fresh, *given, headers)
         if len(messages) < len(came) and any(map(is_out_of_range, came)):
             # As at the start, with what was read so far.
             self._begin([Position(max(self._at, self._fresh), self._at)])
@@ -324,7 +329,7 @@ class WorkerReader:
 
     @property
     def _topics(self) -> list[str]:
-        return [spec.topic for spec in self._plan.events]
+        return list(self._plan.topics)
 
     def _look(self) -> None:
         """Finds partitions that topics have gained."""
@@ -349,6 +354,7 @@ class WorkerReader:
                     topic_id=self._ids.known.get(each.topic, ""),
                     # Lanes look for history when they are spoken to, by one.
                     speak_s=IDLE_S if self._readers or not self._plan.history else FILL_S,
+                    with_headers=need_headers(self._plan, each.topic),
                 )
 
 
@@ -498,6 +504,16 @@ def columns_of(messages: list[Any]) -> tuple[list[bytes | None], list[bytes | No
         np.array([message.offset() for message in messages], np.int64),
         np.array([message.timestamp()[1] for message in messages], np.int64),
     )
+
+
+def need_headers(plan: Plan, topic: str) -> bool:
+    """Whether a contract looks at the headers of a topic's records."""
+    return any(spec.reads.needs_headers for spec in plan.topics[topic])
+
+
+def headers_of(messages: list[Any]) -> list[Any]:
+    """The headers of each."""
+    return [message.headers() or () for message in messages]
 
 
 def consumer_of(settings: Settings, **options: Any) -> Consumer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -175,9 +175,9 @@ class Lane:
         now_ms = min(clock_ms, latest_ms) - SLACK_MS
         work: list[_Work] = []
         for bundle in self._bundles:
-            every = (self._new(bundle.entity, part, at) for part, at in zip(parts, known, strict=True))
+            every = (each for part, at in zip(parts, known, strict=True) for each in self._new(bundle.entity, part, at))
             forgotten_ms = clock_ms - self._kept_ms[bundle.entity]
-            read = [each for each in every if each is not None and each.contract in bundle.events]
+            read = [each for each in every if each.contract in bundle.events]
             # What Redis would not keep must not count by being merged together with what it does.
             late = (each.take(each.times_ms > forgotten_ms) for each in read)
             counted = (each.take(self._forgotten.counts(bundle.entity, each.ids, each.times_ms)) for each in late)
@@ -300,11 +300,11 @@ class Lane:
         if part.topic_id:
             self._topics[topic] = part.topic_id
 
-    def _new(self, entity: str, part: Part, at: int) -> Happened | None:
+    def _new(self, entity: str, part: Part, at: int) -> Iterable[Happened]:
         """The part's events of an entity that neither the lane nor, when it was claimed, their shard had."""
         happened = part.events.get(entity)
         if happened is None:
-            return None
+            return ()
         claimed = self._claimed.get((entity, part.partition))
         if claimed is None:
             claimed = self._claimed[entity, part.partition] = np.zeros(self._keyspace.shards, np.int64)
@@ -313,7 +313,7 @@ class Lane:
                 claimed[number] = position.next if position else 0
         if part.start >= max(at, claimed.max()):
             return happened
-        return happened.take(happened.offsets >= np.maximum(claimed[happened.shards], at))
+        return [each.take(each.offsets >= np.maximum(claimed[each.shards], at)) for each in happened]
 
     def _merge(
         self,

@@ -27,6 +27,7 @@ class _Metrics:
         self.events = Counter("headrace_stream_events", _EVENTS, ["topic"])
         self.duplicates = Counter("headrace_stream_duplicates", "Records left out as duplicates", ["topic"])
         self.dead_letters = Counter("headrace_stream_dead_letters", "Records that their contract refused", ["topic"])
+        self.unclaimed = Counter("headrace_stream_unclaimed", "Records that are no contract's", ["topic"])
         self.events_archived = Counter("headrace_archive_events", "Events committed to the archive", ["topic"])
         self.rows = Counter("headrace_stream_rows_written", "Rows committed")
         self.evicted = Counter(
@@ -48,9 +49,11 @@ class _Metrics:
         self.events.labels(topic).inc(decoded.events)
         self.duplicates.labels(topic).inc(decoded.duplicates)
         self.dead_letters.labels(topic).inc(len(decoded.dead_letters))
+        self.unclaimed.labels(topic).inc(decoded.unclaimed)
 
     def archived(self, topic: str, events: int) -> None:
         """Counts a commit to the archive."""
+        self.unclaimed = Counter("headrace_stream_unclaimed", "Records that are no contract's", ["topic"])
         self.events_archived.labels(topic).inc(events)
 
     def committed(self, rows: int, evicted: Mapping[tuple[str, str], int]) -> None:

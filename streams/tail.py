@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Self
 
 import structlog
@@ -16,7 +17,7 @@ from config.brokers import PASSING
 from config.settings import DEAD_LETTER_SUFFIX, Settings
 from features.plan import Plan
 from store.commit import CommitRecord, Position
-from streams.archive import ArchivePart, part_of
+from streams.archive import ArchivePart, parts_of
 from streams.chunk import Chunk, Partition
 from streams.decode import Decoder
 from streams.kafka import (
@@ -24,7 +25,9 @@ from streams.kafka import (
     TopicIds,
     columns_of,
     consumer_of,
+    headers_of,
     is_out_of_range,
+    need_headers,
     partitions_of,
     start_of,
 )
@@ -46,7 +49,8 @@ class _Heard:
 class Tail:
     """The accepted events of topics after a record's positions, up to where each partition ends now. Once, by `with`.
 
-    What retention took before the archive had it is said, as the stream says it.
+    What retention took before the archive had it is said, as the stream says it. `has` says of a contract and a
+    partition before which offset its events are there already, where that is beyond the record's.
 
     Attributes:
         n_records: about how many records it will read.
@@ -68,9 +72,10 @@ class Tail:
         plan: Plan,
         topics: Sequence[str],
         record: CommitRecord,
+        has: Mapping[tuple[str, str], int] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings, self._clock = settings, clock
+        self._settings, self._plan, self._clock, self._has = settings, plan, clock, has
         known = TopicIds(settings, topics).known
         for topic, topic_id in known.items():
             if other := record.of_other_topic(topic, topic_id):
@@ -106,11 +111,13 @@ class Tail:
         for each, messages in read_to(self._consumer, self._settings, self._at, self.ends, self._passed, self._clock):
             start_at, end_at = self._at[each], messages[-1].offset() + 1
             self._at[each] = end_at
-            chunk = Chunk(each, start_at, end_at, self._fresh[each], *columns_of(messages))
-            part = part_of(self._decoder.check_all([chunk])[0])
-            self.recorded_ms = max(self.recorded_ms, part.record_ms_max)
-            self.record = self.record.advanced("", {str(each): Position(part.end, part.horizon)})
-            yield part
+            headers = headers_of(messages) if need_headers(self._plan, each.topic) else []
+            chunk = Chunk(each, start_at, end_at, self._fresh[each], *columns_of(messages), headers=headers)
+            parts = parts_of(self._decoder.check_all([chunk])[0])
+            self.recorded_ms = max(self.recorded_ms, parts[0].record_ms_max)
+            self.record = self.record.advanced("", {str(each): Position(parts[0].end, parts[0].horizon)})
+            for part in parts:
+                yield part.without(self._has.get((part.spec.name, str(each)), 0))
 
     def _passed(self, each: Partition, low: int) -> None:
         """The broker has nothing before an offset any more: it was deleted while what came before was read."""

@@ -799,8 +799,8 @@ def test_a_mistake_in_a_condition(name: str) -> None:
         ("class Bad(Event, topic='a b'):\n    user_id: str", "'a b' is no Kafka topic name"),
         ("class Bad(Event, topic='..'):\n    user_id: str", "is no Kafka topic name"),
         (
-            "class Bad(Event, topic='t'):\n    tags: list[str]",
-            r"Bad.tags: type .*list\[str\].* use str, int, float or bool",
+            "class Bad(Event, topic='t'):\n    tags: list[int]",
+            r"Bad.tags: type .*list\[int\].* of lists only list\[str\]",
         ),
         ("class Bad(Event, topic='t'):\n    tags: str | int", "Bad.tags: type .*use str, int, float or bool"),
         ("class Bad(Event, topic='t'):\n    inner: Event", "Bad.inner: type .*use str, int, float or bool"),

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from config.settings import Settings
 from features.plan import Feature, Plan, contracts_of, stateful
+from features.texts import decimal_texts
+from store.archive import table_names
 from store.forgotten import Forgotten
 from store.served import PLAN_COLUMN, about, read
 from training.point_in_time import LAG, UNSETTLED
@@ -276,8 +278,9 @@ def _add_events(known: Known, plan: Plan, worst: Sequence[tuple[Feature, Example
                 example.events += _events_about(plan, feature, example, contract, events)
 
     for spec in plan.events:
-        for events in known.tables[spec.topic].scan(spec.fields) if spec.name in every else ():
-            add(spec.name, events)
+        for name in table_names(spec) if spec.name in every else ():
+            for events in known.tables[name].scan(spec.fields):
+                add(spec.name, events)
     for contract, events in known.tail:
         add(contract, events)
     for _, example in worst:
@@ -290,7 +293,9 @@ def _events_about(
     """Those of an example's entities before its time."""
     ids = {key: example.ids.get(key) for key in (plan.entity(entity).key for entity in feature.entities)}
     whose = [
-        pc.equal(events[key], value) for key, value in ids.items() if value is not None and key in events.schema.names
+        pc.equal(decimal_texts(events[key]), value)
+        for key, value in ids.items()
+        if value is not None and key in events.schema.names
     ]
     mask = pc.less(events["_t"], example.at_ms)
     if whose:

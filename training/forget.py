@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from config.settings import Settings
 from features.events import Kind
 from features.plan import EventSpec, Plan
-from store.archive import archive_forgotten, tables_of
+from features.texts import decimal_texts
+from store.archive import archive_forgotten, table_names, tables_of
 from store.forgotten import Times, order, read_forgotten
 from store.keys import Keyspace
 from streams.tail import letters_about
@@ -88,7 +89,7 @@ def forget(
         sleep(_LOOK_S)
     archive_forgotten(settings, plan, client)
     on_progress("dead letters", 0, 1)
-    letters = list(letters_about(settings, [spec.topic for spec in plan.events], ids))
+    letters = list(letters_about(settings, plan.topics, ids))
     on_progress("dead letters", 1, 1)
     return Done(done, letters)
 
@@ -98,10 +99,10 @@ def idle(settings: Settings, plan: Plan, entity: str, before_ms: int) -> list[st
     key = plan.entity(entity).key
 
     def wanted(spec: EventSpec) -> dict[str, Kind]:
-        return {key: "str"} if key in spec.fields else {}
+        return {key: spec.fields[key]} if key in spec.fields else {}
 
     tables = tables_of(settings, plan)
-    read = [(spec, tables[spec.topic]) for spec in plan.events if wanted(spec)]
+    read = [(spec, tables[name]) for spec in plan.events if wanted(spec) for name in table_names(spec)]
     latest = _latest(key, (events for spec, table in read for events in table.scan(wanted(spec))))
     with tail_of(settings, plan, [table for _, table in read]) as tail:
         latest = _latest(key, [latest, *(events for _, events in events_of_tail(tail, wanted, 0))])
@@ -113,7 +114,8 @@ def _latest(key: str, found: Iterable[pa.RecordBatch | pa.Table]) -> pa.Table:
     """Of each id its last event."""
     latest = pa.schema([(key, pa.string()), ("_t", pa.int64())]).empty_table()
     for events in found:
-        both = pa.concat_tables([latest, pa.table([events[key], events["_t"]], schema=latest.schema).drop_null()])
+        columns = [decimal_texts(events[key]) if len(events) else [], events["_t"]]
+        both = pa.concat_tables([latest, pa.table(columns, schema=latest.schema).drop_null()])
         grouped = both.group_by(key).aggregate([("_t", "max")])
         latest = grouped.select([key, "_t_max"]).rename_columns([key, "_t"])
     return latest

@@ -6,7 +6,7 @@ events count, positions of the log say, shard by shard.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -23,7 +23,8 @@ from features.history import without_forgotten
 from features.kernel import SLACK_MS, Rows, merge
 from features.layout import Bundle, Family, families_of, family_of
 from features.plan import EventSpec, History, Plan
-from store.archive import ArchiveTable, tables_of
+from features.texts import decimal_texts
+from store.archive import ArchiveTable, table_names, tables_of
 from store.codec import encode
 from store.commit import CommitRecord
 from store.forgotten import Forgotten
@@ -73,7 +74,7 @@ class Job:
 
     def choose(self, entity: str, _: str, events: pa.RecordBatch) -> Chosen:
         """All events of an entity, by batch."""
-        ids = events[self.spill.keys[entity]]
+        ids = decimal_texts(events[self.spill.keys[entity]])
         places = np.flatnonzero(np.asarray(ids.is_valid()))
         ids = ids.take(pa.array(places))
         return Chosen(places, shards_of(ids, self.plan.shards * self.history.batches) // self.plan.shards, ids)
@@ -90,7 +91,8 @@ class Past:
     def __init__(self, settings: Settings, job: Job, on_progress: Progress) -> None:
         self._settings, self._job, self._on_progress = settings, job, on_progress
         tables = tables_of(settings, job.plan)
-        self._read = [(spec, tables[spec.topic]) for spec in job.plan.events if job.spill.fields_of(spec)]
+        specs = [spec for spec in job.plan.events if job.spill.fields_of(spec)]
+        self._read = [(spec, tables[name]) for spec in specs for name in table_names(spec)]
         self._gaps: set[str] = set()
         self.record = CommitRecord("")
         self.now_ms = 0
@@ -98,7 +100,8 @@ class Past:
     @property
     def archived(self) -> list[str]:
         """Every `topic/partition` that the archive has anything of."""
-        return [f"{table.topic}/{number}" for _, table in self._read for number in table.complete()]
+        names = (f"{table.topic}/{number}" for _, table in self._read for number in table.complete())
+        return list(dict.fromkeys(names))
 
     def sort_archive(self) -> None:
         """Sorts the events of the archive."""
@@ -123,9 +126,11 @@ class Past:
 
     def lead_ms(self, at_ms: int) -> dict[str, int]:
         """Of each contract of which not all events are known, how long before a time what is known begins."""
-        begins_ms = {spec.name: max(self._job.history.since_ms, table.since_ms) for spec, table in self._read}
+        begins_ms = {spec.name: self._job.history.since_ms for spec, _ in self._read}
+        for spec, table in self._read:
+            begins_ms[spec.name] = max(begins_ms[spec.name], table.since_ms)
         lead_ms = {name: max(at_ms - begin_ms, 0) for name, begin_ms in begins_ms.items() if begin_ms}
-        return lead_ms | {spec.name: 0 for spec, _ in self._read if spec.topic in self._gaps}
+        return lead_ms | {spec.name: 0 for spec, table in self._read if table.topic in self._gaps}
 
 
 def _split(job: Job, spec: EventSpec, table: ArchiveTable, share: tuple[int, int]) -> None:
@@ -160,9 +165,10 @@ def make_rows(job: Job, seams: Seams, now_ms: int, entity: str, number: int) -> 
     happened = {}
     bounds = pairwise(accumulate(map(len, tables.values()), initial=0))
     for (name, table), (begin, end) in zip(tables.items(), bounds, strict=True):
-        limits = _limits(seams, entity, job.plan.event(name).topic, n_shards)
+        limits = _limits(seams, entity, job.plan.event(name).topics, n_shards)
         mine = numbers[begin:end]
-        before = np.asarray(table["_offset"]) < limits[shards[mine], np.asarray(table["_partition"])]
+        limit = limits[np.asarray(table["_topic"]), shards[mine], np.asarray(table["_partition"])]
+        before = np.asarray(table["_offset"]) < limit
         happened[name] = events_of_rows(table, mine, bundle.fields[name]).take(before)
     rows, latest_ms = {}, {}
     for family in bundle.families:
@@ -176,16 +182,17 @@ def make_rows(job: Job, seams: Seams, now_ms: int, entity: str, number: int) -> 
     return Made([text.encode() for text in ids.to_pylist()], shards, rows, latest_ms)
 
 
-def _limits(seams: Seams, entity: str, topic: str, n_shards: int) -> Ints:
-    """int64[shards, partitions]: where a topic's history ends."""
+def _limits(seams: Seams, entity: str, topics: Sequence[str], n_shards: int) -> Ints:
+    """int64[topics, shards, partitions]: where a topic's history ends."""
     of = [seams[entity, shard] for shard in range(n_shards)]
     partitions = 1 + max((int(name.rpartition("/")[2]) for seam in of for name in seam), default=0)
-    return np.array([[seam.get(f"{topic}/{number}", 0) for number in range(partitions)] for seam in of], np.int64)
+    numbers = range(partitions)
+    return np.array([[[seam.get(f"{topic}/{n}", 0) for n in numbers] for seam in of] for topic in topics], np.int64)
 
 
 def count_batches(settings: Settings, plan: Plan, contracts: Iterable[str]) -> int:
     """In how many batches the history of some contracts is made."""
     tables = tables_of(settings, plan)
-    read = [tables[plan.event(name).topic] for name in contracts]
+    read = [tables[table] for name in contracts for table in table_names(plan.event(name))]
     with tail_of(settings, plan, read) as tail:
         return 1 + (sum(table.n_rows for table in read) + tail.n_records) // PARTITION_EVENTS

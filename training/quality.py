@@ -22,7 +22,7 @@ from features.plan import CodeChangedError, EventSpec, Feature, Plan
 from features.program import Asked, Program
 from features.rows import Rows
 from features.values import arrow_type, to_arrow
-from store.archive import ArchiveTable, tables_of
+from store.archive import ArchiveTable, table_names, tables_of
 from store.served import PLAN_COLUMN, TIME_COLUMN, about, read
 from training.distribution import is_empty, is_nested, numbers_of, quantiles, stability_index
 from training.run import Progress, events_of_tail, in_threads, shares_of, tail_of
@@ -261,7 +261,7 @@ def _checked(settings: Settings, plan: Plan, since_ms: int, until_ms: int, on_pr
     if not specs:
         return
     tables = tables_of(settings, plan)
-    asked = [(spec, tables[spec.topic]) for spec in specs]
+    asked = [(spec, tables[name]) for spec in specs for name in table_names(spec)]
     counts = {spec.name: np.zeros(1 + len(_expected(spec)), np.int64) for spec in specs}
     pieces = [(spec, table, share, since_ms, until_ms) for spec, table in asked for share in shares_of(table)]
     for done, (name, counted) in enumerate(in_threads(_count_archived, pieces), 1):

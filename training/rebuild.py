@@ -107,7 +107,7 @@ def _write_rows(job: Job, seams: Seams, as_of_ms: int, entity: str, number: int,
 
 def follow(settings: Settings, plan: Plan, client: Any, clock: Callable[[], float] = time.time) -> None:
     """Goes on from the commit records as the stream would, until the log's end is near."""
-    topics = [spec.topic for spec in plan.events]
+    topics = list(plan.topics)
     lane = Lane(plan, 0, 1, client, clock, layouts=layouts_of(client, plan))
     decoder = Decoder(plan, 1, settings.dedupe_s * 1000)
     records = partial(records_of, plan, client)

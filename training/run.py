@@ -22,9 +22,9 @@ from config.settings import Settings
 from features.events import NEWEST_MS, Kind
 from features.plan import EventSpec, Plan
 from features.program import Program
+from features.texts import decimal_texts
 from features.values import arrow_type
-from store.archive import ArchiveTable, events_of, forgotten_of, tables_of
-from store.commit import united
+from store.archive import ArchiveTable, events_of, forgotten_of, table_names, tables_of, whole_record
 from store.forgotten import Forgotten
 from streams.tail import Tail
 from training.point_in_time import (
@@ -195,7 +195,7 @@ def training_set(  # noqa: PLR0913  # each is an option of its users
             return
         entities = {entity: Entities(asked.pop(entity)) for entity in tuple(asked)}
         tables = tables_of(settings, plan) if known is None else known.tables
-        read = [(spec, tables[spec.topic]) for spec in plan.events if job.spill.fields_of(spec)]
+        read = [(spec, tables[n]) for spec in plan.events if job.spill.fields_of(spec) for n in table_names(spec)]
         to_read = with_tail and known is None
         with tail_of(settings, plan, [table for _, table in read]) if to_read else nullcontext() as tail:
             n_events = sum(table.n_rows for _, table in read) + (tail.n_records if tail else 0)
@@ -240,15 +240,16 @@ def interactions(
     start_ms, end_ms = limits.start_ms or 0, limits.end_ms or NEWEST_MS
 
     def wanted(spec: EventSpec) -> Mapping[str, Kind]:
-        return dict.fromkeys(keys, "str") if set(keys) <= spec.fields.keys() else {}
+        return {key: spec.fields[key] for key in keys} if set(keys) <= spec.fields.keys() else {}
 
     tables = tables_of(settings, plan)
-    read = [(spec, tables[spec.topic]) for spec in plan.events if wanted(spec)]
+    read = [(spec, tables[name]) for spec in plan.events if wanted(spec) for name in table_names(spec)]
     found = [events for spec, table in read for events in table.scan(wanted(spec), start_ms, end_ms)]
     if with_tail:
         with tail_of(settings, plan, [table for _, table in read]) as tail:
             found += [events for _, events in events_of_tail(tail, wanted, start_ms)]
     schema, forgotten = pa.schema([*((key, pa.string()) for key in keys), ("_t", pa.int64())]), forgotten_of(settings)
+    found = [_with_ids(events, keys) for events in found]
     for entity, key in zip(entities, keys, strict=True):
         found = [forgotten.counted(entity, key, events) for events in found]
     table = pa.Table.from_batches([batch.select(schema.names) for batch in found], schema).drop_null()
@@ -256,6 +257,14 @@ def interactions(
     table = table.group_by(schema.names).aggregate([]).sort_by([(name, "ascending") for name in ("_t", *keys)])
     times = pc.cast(table["_t"], pa.timestamp("ms", "UTC"))
     return table.drop_columns("_t").append_column(TIME_COLUMN, times)
+
+
+def _with_ids(events: pa.RecordBatch, keys: Iterable[str]) -> pa.RecordBatch:
+    """Events with their ids as texts."""
+    for key in keys:
+        place = events.schema.get_field_index(key)
+        events = events.set_column(place, key, decimal_texts(events[key]))
+    return events
 
 
 @dataclass(frozen=True)
@@ -335,14 +344,16 @@ def _split(
 
 def _splitter(job: Job, entities: Mapping[str, Entities], name: str) -> Splitter:
     def choose(entity: str, _: str, events: pa.RecordBatch) -> Chosen:
-        return entities[entity].chosen(events[job.key(entity)], job.partitions)
+        return entities[entity].chosen(decimal_texts(events[job.key(entity)]), job.partitions)
 
     return Splitter(job.spill, choose, name)
 
 
 def tail_of(settings: Settings, plan: Plan, tables: Sequence[ArchiveTable]) -> Tail:
     """What tables of the archive have not yet."""
-    return Tail(settings, plan, [table.topic for table in tables], united(table.record() for table in tables))
+    topics = dict.fromkeys(table.topic for table in tables)
+    has = {(table.contract, name): at.next for table in tables for name, at in table.record().positions.items()}
+    return Tail(settings, plan, list(topics), whole_record((each.topic, each.record()) for each in tables), has)
 
 
 def events_of_tail(
@@ -352,7 +363,8 @@ def events_of_tail(
     for part in tail:
         fields = wanted(part.spec)
         for rows in part.rows.combine_chunks().to_batches() if part.rows is not None and fields else ():
-            yield part.spec.name, events_of(rows, fields, since_ms, recorded=recorded)
+            topic = part.spec.topics.index(part.partition.topic)
+            yield part.spec.name, events_of(rows, fields, since_ms, NEWEST_MS, topic, recorded=recorded)
 
 
 def in_threads(step: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:

@@ -21,12 +21,13 @@ from features.rows import Events
 from store.forgotten import Forgotten
 
 Ints = NDArray[np.int64]
+_TEXT_LIST: Final = pa.list_(pa.string())
 
 PARTITION_EVENTS: Final = 100_000
 """About so many events are in memory at once."""
 
 
-_OURS: Final = ("_t", "_recorded", "_partition", "_offset")
+_OURS: Final = ("_t", "_recorded", "_topic", "_partition", "_offset")
 """Columns of every event: see `store.archive.events_of`."""
 
 
@@ -86,7 +87,7 @@ class Spill:
             return None
         # Whatever order files were read in: sums depend on it in their last digit.
         table = pa.concat_tables(tables)
-        order = np.lexsort((np.asarray(table["_offset"]), np.asarray(table["_partition"])))
+        order = np.lexsort([np.asarray(table[name]) for name in ("_offset", "_partition", "_topic")])
         return table.take(pa.array(order)).combine_chunks()
 
     def _of(self, entity: str, contract: str, partition: int) -> Path:
@@ -165,4 +166,6 @@ def _column(column: pa.ChunkedArray) -> Any:
     """A column of an archive's table as `features.rows.Events` has it."""
     if pa.types.is_string(column.type):
         return pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
+    if pa.types.is_list(column.type):
+        return column.cast(_TEXT_LIST).combine_chunks()
     return np.asarray(pc.fill_null(column.cast(pa.float64()), np.nan))
