@@ -36,6 +36,16 @@ class Settings(BaseSettings):
     kafka_options: dict[str, str] = Field(
         {}, repr=False, description='More librdkafka options as JSON, such as {"security.protocol": "SASL_SSL", …}'
     )
+    schema_registry: str = Field(
+        "", description="URL of the schema registry whose ids records begin with; without credentials"
+    )
+    schema_registry_options: dict[str, str] = Field(
+        {},
+        repr=False,
+        description="More options of confluent-kafka's client of it as JSON, such as "
+        '{"basic.auth.user.info": "user:password", "ssl.ca.location": …}',
+    )
+    schema_registry_timeout_s: float = Field(5.0, gt=0, description="Deadline of one call of it, seconds")
     redis_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"), description=f"Redis, password included: {FORMS}"
     )
@@ -133,6 +143,14 @@ class Settings(BaseSettings):
         Address.parse(value.get_secret_value())
         return value
 
+    @field_validator("schema_registry")
+    @classmethod
+    def _names_nobody(cls, value: str) -> str:
+        if "@" in value.partition("://")[2].partition("/")[0]:
+            msg = "credentials go into HEADRACE_SCHEMA_REGISTRY_OPTIONS: an URL is logged"
+            raise ValueError(msg)
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.tls_key is not None and self.tls_certificate is None:
@@ -163,7 +181,8 @@ class Settings(BaseSettings):
     def environment(self) -> dict[str, str]:
         """The settings as variables, for a child process."""
         plain: dict[str, Any] = self.model_dump(mode="json") | {"redis_url": self.redis_url.get_secret_value()}
-        plain |= {name: json.dumps(getattr(self, name)) for name in ("kafka_options", "archive_options", "sample")}
+        as_json = ("kafka_options", "schema_registry_options", "archive_options", "sample")
+        plain |= {name: json.dumps(getattr(self, name)) for name in as_json}
         return {f"HEADRACE_{name.upper()}": str(value) for name, value in plain.items() if value is not None}
 
     def archive_url(self) -> str:

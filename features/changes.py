@@ -10,10 +10,11 @@ import msgspec
 
 from features.evolve import as_declared, complete_from_ms
 from features.plan import EventSpec, Feature, FeatureSpec, Plan, ServiceSpec, ViewSpec, arguments, features_of
+from features.source import shown as shown_path
 
 Kind = Literal["adds", "describes", "changes meaning", "removes", "breaks producers"]
 What = Literal["feature", "view", "entity", "contract", "service"]
-_DESCRIBING: Final = ("doc", "owner", "tags", "code", "expect")
+_DESCRIBING: Final = ("doc", "owner", "tags", "code", "expect", "id_type")
 _BOUNDS: Final = ("k", "buckets")
 """Of which more holds all that less does."""
 _WORDS: Final = ("title", "description", "default", "examples")
@@ -114,7 +115,7 @@ class _Comparison:
     def _what_is(self, spec: Any) -> str:
         match spec:
             case EventSpec():
-                return f"the stream reads topic {spec.topic} from its beginning"
+                return self._where_it_begins(spec)
             case ViewSpec():
                 own = list(features_of(spec))
                 return f"{len(own)} features of {' and '.join(spec.entities)}, {self._since(own)}"
@@ -123,10 +124,23 @@ class _Comparison:
             case _:
                 return f"by {spec.key}"
 
+    def _where_it_begins(self, spec: EventSpec) -> str:
+        """From where on the stream has a new contract's events."""
+        said = [
+            f"it goes by records of topic {topic} from where the stream is by now"
+            if topic in self._before.topics
+            else f"the stream reads topic {topic} from its beginning"
+            for topic in spec.topics
+        ]
+        said += [f"of which its are those where {each}" for each in spec.reads.when]
+        return ", ".join(said) + _repeats(spec)
+
     def _what_goes(self, spec: Any) -> str:
         match spec:
             case EventSpec():
-                return f"topic {spec.topic} is no longer read"
+                read = [topic for topic in spec.topics if topic in self._after.topics]
+                gone = [f"topic {topic} is no longer read" for topic in spec.topics if topic not in read]
+                return ", ".join(gone + [f"its records in topic {topic} are passed over" for topic in read])
             case ViewSpec():
                 return "its rows are read by nobody, and go when Redis forgets them"
             case ServiceSpec():
@@ -232,13 +246,48 @@ def _described(what: What, name: str, old: Any, new: Any) -> Iterator[Change]:
         yield Change("describes", what, name, ", ".join(otherwise.get(field, f"another {field}") for field in said))
 
 
+def _repeats(spec: EventSpec) -> str:
+    identity = spec.reads.event_id
+    known = identity is None or bool(identity.at)
+    return "" if known else "; its events have no id but their place in Kafka: what a producer sends twice counts twice"
+
+
 def _contract_changes(old: EventSpec, new: EventSpec) -> Iterator[Change]:
-    if old.topic != new.topic:
-        consequence = f"topic {new.topic} is read from its beginning; what is still unread in {old.topic} is lost"
+    gained, lost = ([topic for topic in of.topics if topic not in by.topics] for of, by in ((new, old), (old, new)))
+    if gained and not lost:
+        yield Change("adds", "contract", new.name, f"topic {', '.join(gained)} is read too, from its beginning")
+    elif lost:
+        consequence = f"topic {', '.join(gained or new.topics)} is read from its beginning; " if gained else ""
+        consequence += f"what is still unread in {', '.join(lost)} is lost"
         yield Change("breaks producers", "contract", new.name, consequence, consent=True)
+    yield from _source_changes(old, new)
     before, after = _fields_of(old), _fields_of(new)
     for name in [*after, *(name for name in before if name not in after)]:
         yield from _field_change(new, name, before.get(name), after.get(name))
+
+
+def _source_changes(old: EventSpec, new: EventSpec) -> Iterator[Change]:
+    """What is found elsewhere in records, or written otherwise."""
+    before, after = old.reads, new.reads
+    said = []
+    for name, what in (
+        ("when", "its records are those where"),
+        ("occurred_at", "the time is"),
+        ("event_id", "the identity is"),
+        ("format", "records are written as"),
+        ("schema", "records have another schema"),
+        ("envelope", "what is around them is"),
+    ):
+        if (found := getattr(after, name)) != getattr(before, name):
+            shown = " and ".join(map(str, found)) if name == "when" else str(found or "as by default")
+            said.append(what if name == "schema" else f"{what} {shown or 'all'}")
+    for name in dict.fromkeys([*before.paths, *after.paths]):
+        paths, others = (source.paths.get(name, ((name,),)) for source in (after, before))
+        if paths != others and name in new.fields and name in old.fields:
+            said.append(f"{name} is looked for at {' or '.join(map(shown_path, paths))}")
+    if said:
+        consequence = f"{'; '.join(said)}: records that are not so, also those still unread, are refused or passed over"
+        yield Change("breaks producers", "contract", new.name, consequence + _repeats(new), consent=True)
 
 
 class _Field(msgspec.Struct, frozen=True):

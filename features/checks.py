@@ -21,6 +21,9 @@ _MANY_MAX: Final = 1000
 TEXTS_A_ROW_MAX: Final = 65_000
 """Of the 65,535 that the packed row can count."""
 _NUMBERS: Final[tuple[Kind, ...]] = ("int", "float", "bool")
+_TEXTS: Final[tuple[Kind, ...]] = ("str", "int")
+"""A whole number is its decimal text where one is wanted: ids are."""
+_ONE: Final[tuple[Kind, ...]] = ("str", *_NUMBERS)
 
 
 class DeclarationError(ValueError):
@@ -89,14 +92,14 @@ def _check_fields(place: str, kind: type[Aggregation], event: type[Event], given
     if "of" in given:
         check_event(f"{place}: of", given["of"])
     if kind is Last:
-        given["kind"] = field_kind(place, event, "field", given.get("field"))
+        given["kind"] = field_kind(place, event, "field", given.get("field"), *_ONE)
     elif kind in (LastK, TopK):
-        field_kind(place, event, "field", given.get("field"), "str")
+        field_kind(place, event, "field", given.get("field"), *_TEXTS)
     elif "field" in given:
-        field_kind(place, event, "field", given["field"], *(() if kind is Distinct else _NUMBERS))
+        field_kind(place, event, "field", given["field"], *(_ONE if kind is Distinct else _NUMBERS))
     if "by" in given:
         for each in (event, given.get("of", event)):
-            field_kind(place, each, "by", given["by"], "str")
+            field_kind(place, each, "by", given["by"], *_TEXTS, "list[str]")
 
 
 def _check_windows(place: str, kind: type[Aggregation], over: tuple[Any, ...]) -> None:
@@ -164,7 +167,7 @@ def _check_condition(place: str, option: str, event: type[Event], condition: obj
     if not isinstance(condition, Condition):
         raise mistake(place, f"{option}={condition!r} is no condition", f'write {option}=col("surface") == "search"')
     for name in condition.fields():
-        field_kind(place, event, option, name)
+        field_kind(place, event, option, name, *_ONE)
     for name, value in values_of(condition):
         kind = event.kinds()[name]
         if (kind == "str") != isinstance(value, str) or (kind != "str" and not _is_number(value, or_bool=True)):

@@ -11,11 +11,12 @@ import msgspec
 
 from features.checks import mistake
 from features.events import Event
-from features.language import VIEWS, Service, View
+from features.language import VIEWS, Entity, Service, View
 from features.plan import (
     At,
     Contains,
     Derived,
+    EntitySpec,
     EventSpec,
     Feature,
     Plan,
@@ -50,7 +51,7 @@ def compile_plan(namespaces: Iterable[Mapping[str, Any]], project: str, shards: 
     plan = Plan(
         project=project,
         shards=shards,
-        entities=tuple(entities[name].spec for name in sorted(entities)),
+        entities=tuple(_entity_spec(entities[name], events.values()) for name in sorted(entities)),
         events=tuple(_event_spec(events[name]) for name in sorted(events)),
         views=tuple(sorted((view.spec for view in views.values()), key=lambda spec: (len(spec.entities), spec.name))),
         services=tuple(services[name].spec for name in sorted(services)),
@@ -88,6 +89,11 @@ def _check_topics(events: Iterable[type[Event]]) -> None:
                 wrong = f"{one.__name__} and {other.__name__} are both read from it, and a record could be both's"
                 right = 'tell them apart by one place: when={"type": "click"} and when={"type": "like"}'
                 raise mistake(f"topic {topic}", wrong, right)
+
+
+def _entity_spec(entity: Entity, events: Iterable[type[Event]]) -> EntitySpec:
+    kinds = {event.kinds()[entity.key] for event in events if entity.key in event.kinds()}
+    return msgspec.structs.replace(entity.spec, id_type="int" if kinds == {"int"} else msgspec.UNSET)
 
 
 def _event_spec(event: type[Event]) -> EventSpec:

@@ -13,6 +13,8 @@ from enum import Enum
 from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
 from uuid import UUID
 
+import numpy as np
+import pyarrow as pa
 from msgspec.structs import replace
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -297,6 +299,13 @@ def plainly(value: Any) -> Any:
     if isinstance(value, Decimal):
         return float(value)
     return milliseconds_of(value) if isinstance(value, date) else value
+
+
+def column_of(kind: Kind, values: Sequence[Any]) -> Any:
+    """Values of a field as `features.rows.Events` has them."""
+    if kind == "str":
+        return pa.array(values, pa.string())
+    return pa.array(values, pa.list_(pa.string())) if kind == "list[str]" else np.array(values, np.float64)
 
 
 def value_of(event: Any, attributes: Sequence[str]) -> Any:

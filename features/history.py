@@ -17,7 +17,6 @@ from features.kernel import Batch
 from features.layout import Family
 from features.loops import compiled
 from features.rows import Events, Index, Ints, Rows
-from features.texts import unify
 from features.tiles import merge_tables
 
 WORDS_MAX: Final = 1 << 21
@@ -62,11 +61,11 @@ def rows_at(
     """
     bundle = family.alone
     events = {name: events[name] for name in bundle.events if name in events}
-    fields = [key for key in bundle.text_fields if key[0] in events]
-    texts, codes = unify([events[name].fields[field] for name, field in fields])
-    batch = Batch(bundle, events, dict(zip(fields, codes, strict=True)))
+    batch = Batch(bundle, events)
+    texts = batch.texts
     arrived = arrived or Arrived({}, times_ms)
     arrives_ms = np.concatenate([_NONE, *(arrived.events_ms.get(name, each.times_ms) for name, each in events.items())])
+    arrives_ms = arrives_ms[batch.sources]
     # No row is evaluated before the time that was its latest when it was merged.
     slack_ms = (arrived.until_ms - times_ms).max(initial=0)
     order = np.lexsort((arrives_ms, batch.rows))

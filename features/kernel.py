@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, starmap
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,7 @@ from features.layout import Bundle, Family
 from features.partials import any_event
 from features.plan import Feature
 from features.rows import Entries, Events, Ints, Rows
-from features.texts import hash64, unify
+from features.texts import NO_TEXTS, decimal_texts, hash64, unify
 from features.tiles import latest, merge_tables
 from features.times import Window
 from features.totals import Totals
@@ -58,15 +58,13 @@ def merge(rows_of: Family | Bundle, rows: Rows, events: Mapping[str, Events], no
     """
     bundle = rows_of.alone if isinstance(rows_of, Family) else rows_of
     events = {name: events[name] for name in bundle.events if name in events}
-    fields = [key for key in bundle.text_fields if key[0] in events]
-    texts, (recode, *codes) = unify([rows.texts, *(events[name].fields[field] for name, field in fields)])
-    batch = Batch(bundle, events, dict(zip(fields, codes, strict=True)))
-    state = (rows.pool, rows.sizes, np.append(recode, -1), rows.n)
+    batch = Batch(bundle, events, rows.texts)
+    state = (rows.pool, rows.sizes, np.append(batch.recode, -1), rows.n)
     measured = (batch.takes, batch.values, batch.buckets, batch.has_bucket)
     given: Any = (*state, now_ms, *bundle.merging, batch.rows, batch.times_ms, *measured)
     pool, sizes, evicted = merge_tables(*given)
     latest_ms = latest(rows.latest_ms, bundle.reads, batch.contracts, batch.rows, batch.times_ms)
-    return Merged(Rows.of_pool(bundle, latest_ms, pool, sizes, texts), evicted)
+    return Merged(Rows.of_pool(bundle, latest_ms, pool, sizes, batch.texts), evicted)
 
 
 def add(rows_of: Family | Bundle, rows: Rows, others: Rows, now_ms: int) -> Merged:
@@ -94,27 +92,51 @@ def add(rows_of: Family | Bundle, rows: Rows, others: Rows, now_ms: int) -> Merg
 
 
 class Batch:
-    """The events of all contracts, side by side: as `features.tiles.merge_tables` takes them."""
+    """The events of all contracts, side by side: as `features.tiles.merge_tables` takes them.
 
-    def __init__(self, bundle: Bundle, events: Mapping[str, Events], codes: Mapping[tuple[str, str], Ints]) -> None:
-        self._events, self._codes = events, codes
+    An event with a list that tables have buckets by stands here once more for each element, and goes into these tables
+    only so.
+
+    Attributes:
+        texts: what codes of texts stand for, those of the rows too.
+        recode: the rows' codes as they are among these.
+        sources: intp[…], which of the events each is.
+    """
+
+    def __init__(self, bundle: Bundle, events: Mapping[str, Events], known: pa.StringArray = NO_TEXTS) -> None:
+        self._events = events
+        fields = [key for key in bundle.text_fields if key[0] in events]
+        columns = [_Texts.of(events[name].fields[field]) for name, field in fields]
+        self.texts, (self.recode, *codes) = unify([known, *(each.texts for each in columns)])
+        self._codes = dict(zip(fields, codes, strict=True))
         lengths = [len(events[name].rows) if name in events else 0 for name in bundle.events]
         n = sum(lengths)
         self._spans = dict(zip(bundle.events, starmap(slice, pairwise([0, *accumulate(lengths)])), strict=True))
-        self.contracts = np.repeat(np.arange(len(lengths)), lengths)
-        self.rows = np.concatenate([_NONE, *(each.rows for each in events.values())])
-        self.times_ms = np.concatenate([_NONE, *(each.times_ms for each in events.values())])
+        more = {key: self._spans[key[0]].start + each.events for key, each in zip(fields, columns, strict=True)
+                if each.events is not None}  # fmt: skip
+        self.sources = np.concatenate([np.arange(n), *more.values()])
+        self.contracts = np.repeat(np.arange(len(lengths)), lengths)[self.sources]
+        self.rows = np.concatenate([_NONE, *(each.rows for each in events.values())])[self.sources]
+        self.times_ms = np.concatenate([_NONE, *(each.times_ms for each in events.values())])[self.sources]
         self.takes = np.zeros((len(bundle.measures), n), bool)
         self.values = np.zeros((len(bundle.measures), n), np.int64)
         for measure, number in bundle.measures.items():
             if measure.event in events:
                 self._measure(measure, number)
-        # One more: tables without buckets are given any.
-        self.buckets = np.zeros((len(bundle.bucketed) + 1, n), np.int64)
-        self.has_bucket = np.zeros((len(bundle.bucketed) + 1, n), bool)
+        self.takes, self.values = self.takes[:, self.sources], self.values[:, self.sources]
+        # One more: tables without buckets take all that are there once.
+        self.buckets = np.zeros((len(bundle.bucketed) + 1, len(self.sources)), np.int64)
+        self.has_bucket = np.zeros((len(bundle.bucketed) + 1, len(self.sources)), bool)
+        self.has_bucket[-1, :n] = True
         for (by, kind), number in bundle.bucketed.items():
+            end = n
+            for key, own in more.items():
+                begin, end = end, end + len(own)
+                if key[1] == by and kind == "text":
+                    self.buckets[number, begin:end], self.has_bucket[number, begin:end] = self._codes[key], True
             for name in events:
-                self._bucket(name, by, kind, number)
+                if (name, by) not in more:
+                    self._bucket(name, by, kind, number)
 
     def _measure(self, measure: Measure, number: int) -> None:
         """Which events count, and what of each."""
@@ -141,6 +163,23 @@ class Batch:
             texts = column if isinstance(column, pa.Array) else _as_texts(column)
             buckets[:] = hash64(texts.fill_null("")).view(np.int64)
             has_bucket[:] = ~np.asarray(pc.is_null(texts))
+
+
+class _Texts(NamedTuple):
+    """The texts of a column; of lists the distinct elements of each, and which event each is of (intp[texts])."""
+
+    texts: pa.StringArray
+    events: NDArray[np.intp] | None = None
+
+    @classmethod
+    def of(cls, column: Any) -> _Texts:
+        if not (isinstance(column, pa.Array) and pa.types.is_list(column.type)):
+            return cls(decimal_texts(column))
+        elements = column.flatten().dictionary_encode()
+        events = np.asarray(pc.list_parent_indices(column)).astype(np.intp)
+        codes = np.asarray(elements.indices).astype(np.intp)
+        once = np.unique(events * max(len(elements.dictionary), 1) + codes, return_index=True)[1]
+        return cls(elements.dictionary.take(pa.array(codes[once])), events[once])
 
 
 def _as_texts(numbers: NDArray[np.float64]) -> pa.StringArray:

@@ -315,9 +315,9 @@ class View:
             if entity.key not in event.kinds():
                 wrong = f"reads {event.__name__}, which has no field {entity.key!r}, the key of {entity.name}"
                 raise mistake(self.name, wrong, "add the field to the contract, or use another entity")
-            if event.kinds()[entity.key] != "str":
+            if event.kinds()[entity.key] not in ("str", "int"):
                 wrong = f"reads {event.__name__}, whose {entity.key!r} is {event.kinds()[entity.key]}"
-                raise mistake(self.name, wrong, f"an id is text: declare {entity.key}: str")
+                raise mistake(self.name, wrong, f"an id is a text or a whole number: declare {entity.key}: str")
         tables = {slot.table for spec in self.spec.aggregations for slot in spec.slots()}
         texts = sum(table.bound or 0 for table in tables if table.bucket == "text") + len(self.handles)
         if texts > TEXTS_A_ROW_MAX:

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -32,6 +32,8 @@ class EntitySpec(msgspec.Struct, frozen=True):
     key: str
     forget_after: str | None = None
     doc: str = ""
+    id_type: Literal["int"] | msgspec.UnsetType = msgspec.UNSET
+    """Of ids that all contracts have as whole numbers: in Feast they stay so; elsewhere an id is text."""
 
 
 class EventSpec(msgspec.Struct, frozen=True):

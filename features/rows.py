@@ -23,7 +23,7 @@ Index = NDArray[np.intp]
 class Events:
     """Events of one contract: of which row (intp[n]), when (int64[n], ms), and their fields by name.
 
-    A text field is a `pa.StringArray`, any other float64[n] with NaN for null.
+    A text field is a `pa.StringArray`, one of lists a `pa.ListArray`, any other float64[n] with NaN for null.
     """
 
     rows: Index

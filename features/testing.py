@@ -24,11 +24,10 @@ from itertools import count
 from typing import Any, Final
 
 import numpy as np
-import pyarrow as pa
 
 from features.aggregations.base import Aggregation
 from features.compile import compile_plan
-from features.events import Event
+from features.events import Event, column_of, plainly, value_of
 from features.history import rows_at
 from features.kernel import Events
 from features.language import VIEWS, Service
@@ -83,7 +82,7 @@ def events(contract: type[Event], **fields: Any) -> Callable[..., list[Event]]:
         first, step = milliseconds(at), duration_ms(every)
         given = {**fields, **more}
         return [
-            contract(event_id=f"test-{next(_numbers)}", occurred_at=first + number * step, **given)
+            contract.of(event_id=f"test-{next(_numbers)}", occurred_at=first + number * step, **given)
             for number in range(times)
         ]
 
@@ -206,7 +205,7 @@ class Moment(Mapping[str, Any]):
         mine = [
             event
             for event in sorted(self._scenario.events, key=lambda event: event.occurred_at)
-            if type(event).__name__ in read and getattr(event, entity.key, None) == self._ids[entity.name]
+            if type(event).__name__ in read and _is(getattr(event, entity.key, None), self._ids[entity.name])
         ]
         if not mine:
             yield f"no {' or '.join(sorted(read))} of {entity.name} {self._ids[entity.name]}"
@@ -258,17 +257,24 @@ def _columns(plan: Plan, happened: Iterable[Event], key: str, entity_id: Any) ->
     found: dict[str, Events] = {}
     for spec in plan.events:
         mine = [
-            event for event in happened if type(event).__name__ == spec.name and getattr(event, key, None) == entity_id
+            event
+            for event in happened
+            if type(event).__name__ == spec.name and _is(getattr(event, key, None), entity_id)
         ]
         if not mine:
             continue
-        columns: dict[str, Any] = {}
-        for name, kind in spec.fields.items():
-            values = [getattr(event, name) for event in mine]
-            columns[name] = pa.array(values, pa.string()) if kind == "str" else np.array(values, np.float64)
+        columns = {
+            name: column_of(leaf.kind, [value_of(event, leaf.attributes) for event in mine])
+            for name, leaf in type(mine[0]).leaves().items()
+        }
         times_ms = np.array([event.occurred_at for event in mine], np.int64)
         found[spec.name] = Events(np.zeros(len(mine), np.intp), times_ms, columns)
     return found
+
+
+def _is(found: Any, entity_id: Any) -> bool:
+    """Whether an event's field names an entity: a whole number is its decimal text."""
+    return found is not None and str(plainly(found)) == str(entity_id)
 
 
 def _inputs(part: str | At | Contains) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ def merge_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not o
         takes: bool[measures, events], whether the event counts.
         values: int64[measures, events]: codes of texts, or the bits of a float64.
         buckets: int64[fields, events].
-        has_bucket: bool[fields, events], whether there is one.
+        has_bucket: bool[fields, events], whether there is one; the last is of tables without any.
 
     Returns:
         The new pool and sizes; and how many buckets were evicted, int64[tables].
@@ -82,7 +82,7 @@ def merge_tables(  # noqa: PLR0913, PLR0917  # compiled code takes arrays, not o
         arrived = spilled
         if not (index and kinds[index - 1, 2]):
             own_measures = measures[first_operation : first_operation + shapes[index, 5]]
-            own = (buckets[max(source, 0)], has_bucket[max(source, 0)])
+            own = (buckets[source], has_bucket[source])
             arrived = _arrive(
                 shapes[index], own_operations, own_empty, rows, times_ms, own_measures, takes, values, *own
             )
@@ -169,8 +169,8 @@ def _arrive(  # noqa: PLR0913, PLR0917  # as above
         measures: int64[partials], what goes into each: its place among the next two.
         takes: bool[measures, events], whether the event counts.
         values: int64[measures, events]: codes of texts, or the bits of a float64.
-        buckets: int64[events]; not looked at where the table has no buckets, like the next.
-        has_bucket: bool[events], whether there is one.
+        buckets: int64[events]; not looked at where the table has no buckets.
+        has_bucket: bool[events], whether there is one; where the table has none, whether the event goes in.
     """
     n_lines, has_starts, has_buckets, n_columns = shape[0], shape[1], shape[2], shape[3]
     index = np.empty(len(rows), np.int64)
@@ -179,7 +179,7 @@ def _arrive(  # noqa: PLR0913, PLR0917  # as above
         taken = False
         for measure in measures:
             taken |= takes[measure, event]
-        if taken and (not has_buckets or has_bucket[event]):
+        if taken and has_bucket[event]:
             index[n] = event
             n += 1
     lines = np.empty((n_lines, n), np.int64)

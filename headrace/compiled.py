@@ -5,10 +5,13 @@ Whoever comes first compiles what it needs by itself; this spares the first work
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import numpy as np
 import pyarrow as pa
 
 from features.definitions import compile_definitions
+from features.events import Kind, column_of
 from features.kernel import Events, merge
 from features.layout import Bundle, Family, families_of
 from features.plan import Plan
@@ -49,14 +52,14 @@ def compile_all(definitions: str = "features.catalog") -> None:
         dedupe.duplicates(np.full(1, offset), hashes, times_ms)
 
 
+_OF_KIND: Final[dict[Kind, list[Any]]] = {"str": ["a", None], "list[str]": [["a"], None]}
+
+
 def _row(plan: Plan, family: Family) -> bytes:
     events = {}
     for spec in plan.events:
         if spec.name in family.events:
-            fields = {
-                name: pa.array(["a", None]) if kind == "str" else np.array([1.0, np.nan])
-                for name, kind in spec.fields.items()
-            }
+            fields = {name: column_of(kind, _OF_KIND.get(kind, [1.0, None])) for name, kind in spec.fields.items()}
             events[spec.name] = Events(np.zeros(2, np.intp), np.full(2, _NOW_MS - 60_000), fields)
     rows = merge(family, Rows.empty(family, 1), events, _NOW_MS).rows
     return encode(family, merge(family, decode(family, encode(family, rows)), events, _NOW_MS).rows)[0]

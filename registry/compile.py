@@ -71,7 +71,8 @@ def compile_to_feast(plan: Plan, settings: Settings) -> dict[str, Any]:
 
 
 def _entity(spec: EntitySpec) -> feast.Entity:
-    return feast.Entity(name=spec.name, join_keys=[spec.key], value_type=ValueType.STRING, description=spec.doc)
+    value_type = ValueType.INT64 if spec.id_type else ValueType.STRING
+    return feast.Entity(name=spec.name, join_keys=[spec.key], value_type=value_type, description=spec.doc)
 
 
 def _source(spec: EventSpec, settings: Settings) -> feast.KafkaSource:
@@ -126,7 +127,7 @@ def _stream_view(plan: Plan, spec: ViewSpec, entities: dict[str, Any], sources: 
         entities=[entities[entity.name]],
         ttl=timedelta(milliseconds=duration_ms(entity.forget_after)) if entity.forget_after else timedelta(0),
         schema=[
-            feast.Field(name=entity.key, dtype=feast_types.String),
+            feast.Field(name=entity.key, dtype=feast_types.Int64 if entity.id_type else feast_types.String),
             *(_field(feature) for feature in features_of(spec)),
         ],
         timestamp_field="occurred_at",

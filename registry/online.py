@@ -122,7 +122,7 @@ class HeadraceOnlineStore(OnlineStore):
         rows: dict[str, list[Any]] = {key: [] for key in entity_keys[0].join_keys} if entity_keys else {}
         for entity_key in entity_keys:
             for key, value in zip(entity_key.join_keys, entity_key.entity_values, strict=True):
-                rows[key].append(value.string_val)
+                rows[key].append(_id_of(value))
         if not entity_keys:
             return []
         plan = plan_of(_registry_at(str(config.repo_path)), config.project)
@@ -275,9 +275,14 @@ def _columns(entity_rows: list[dict[str, Any]] | Mapping[str, Any]) -> dict[str,
         return {key: [row[key] for row in entity_rows] for key in keys}
     plain = {key: values.val if isinstance(values, RepeatedValue) else values for key, values in entity_rows.items()}
     return {
-        key: [value.string_val if isinstance(value, Value) else value for value in values]
-        for key, values in plain.items()
+        key: [_id_of(value) if isinstance(value, Value) else value for value in values] for key, values in plain.items()
     }
+
+
+def _id_of(value: Value) -> str:
+    """An id as text: a whole number in decimal."""
+    kind = value.WhichOneof("val")
+    return str(getattr(value, kind)) if kind in ("int64_val", "int32_val") else value.string_val
 
 
 def _must_be_enabled(registry: BaseRegistry, features: list[str] | FeatureService) -> None:

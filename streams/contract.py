@@ -25,7 +25,7 @@ from features.events import (
     WHOLE_MAX,
     Event,
     Kind,
-    Leaf,
+    column_of,
     milliseconds_of,
     value_of,
 )
@@ -40,7 +40,6 @@ _TYPES: Final[dict[Kind, tuple[type, ...]]] = {
     "bool": (bool,),
     "list[str]": (list,),
 }
-TEXT_LIST: Final = pa.list_(pa.string())
 _FAILS: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
@@ -177,18 +176,11 @@ class ContractDecoder:
 
     def _columns(self, columns: dict[str, list[Any]]) -> tuple[pa.StringArray, NDArray[np.int64], dict[str, Any]]:
         fields = {
-            name: column_of(leaf, columns[name])
+            name: column_of(leaf.kind, columns[name])
             for name, leaf in self._leaves.items()
             if name not in ("event_id", "occurred_at")
         }
         return pa.array(columns["event_id"], pa.string()), np.array(columns["occurred_at"], np.int64), fields
-
-
-def column_of(leaf: Leaf, values: list[Any]) -> Any:
-    """A field's values as `features.rows.Events` has them."""
-    if leaf.kind == "str":
-        return pa.array(values, pa.string())
-    return pa.array(values, TEXT_LIST) if leaf.kind == "list[str]" else np.array(values, np.float64)
 
 
 def _as_json(value: Any) -> Any:

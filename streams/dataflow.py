@@ -50,6 +50,7 @@ from streams.decode import Decoder
 from streams.kafka import DeadLetters, Records, TopicIds, WorkerReader, records_of
 from streams.lane import Lane
 from streams.metrics import METRICS
+from streams.schemas import Schemas
 from streams.supervise import SUPERSEDED_STATUS, WAITING_STATUS
 
 _WAIT_S = 0.002
@@ -85,7 +86,7 @@ def archive_flow(number: int | None = None, on_claimed: Callable[[Plan], object]
     from streams.archive import Archiver, archived, parts_of
 
     settings, plan, client = _begin(number)
-    decoder, topics = Decoder(plan, 1, settings.dedupe_s * 1000), list(plan.topics)
+    decoder, topics = Decoder(plan, 1, settings.dedupe_s * 1000, Schemas(settings)), list(plan.topics)
     lane_of = {topic: at % settings.lanes for at, topic in enumerate(topics)}
 
     def check(chunks: list[Chunk]) -> list[tuple[str, Any]]:
@@ -193,7 +194,7 @@ class DecodeStep:
 
     def __init__(self, settings: Settings, plan: Plan) -> None:
         self._settings = settings
-        self._decoder = Decoder(plan, settings.lanes, settings.dedupe_s * 1000)
+        self._decoder = Decoder(plan, settings.lanes, settings.dedupe_s * 1000, Schemas(settings))
         self._dead_letters: DeadLetters | None = None
 
     def __call__(self, chunks: list[Chunk]) -> list[tuple[str, Part]]:

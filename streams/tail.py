@@ -31,6 +31,7 @@ from streams.kafka import (
     partitions_of,
     start_of,
 )
+from streams.schemas import Schemas
 
 _TIMEOUT_S = 30.0
 _TEXTS = re.compile(rb'"((?:[^"\\]|\\.)*)"', re.DOTALL)
@@ -80,7 +81,7 @@ class Tail:
         for topic, topic_id in known.items():
             if other := record.of_other_topic(topic, topic_id):
                 raise TopicChangedError(topic, other, topic_id)
-        self._decoder = Decoder(plan, 1, settings.dedupe_s * 1000)
+        self._decoder = Decoder(plan, 1, settings.dedupe_s * 1000, Schemas(settings))
         self._at: dict[Partition, int] = {}
         self._fresh: dict[Partition, int] = {}
         self.ends: dict[Partition, int] = {}
