@@ -53,7 +53,6 @@ class _Metrics:
 
     def archived(self, topic: str, events: int) -> None:
         """Counts a commit to the archive."""
-        self.unclaimed = Counter("headrace_stream_unclaimed", "Records that are no contract's", ["topic"])
         self.events_archived.labels(topic).inc(events)
 
     def committed(self, rows: int, evicted: Mapping[tuple[str, str], int]) -> None:

@@ -282,7 +282,7 @@ class Stack:
         """Returns once every shard's record includes all that the topics hold."""
         plan = applied_plan(self.client, "headrace")
         assert plan is not None
-        topics = [spec.topic for spec in plan.events]
+        topics = list(plan.topics)
         ends = {f"{topic}/{number}": end for topic in topics for number, end in enumerate(self.ends(topic))}
 
         def committed() -> bool:
