@@ -52,7 +52,7 @@ def compile_plan(namespaces: Iterable[Mapping[str, Any]], project: str, shards: 
         project=project,
         shards=shards,
         entities=tuple(_entity_spec(entities[name], events.values()) for name in sorted(entities)),
-        events=tuple(_event_spec(events[name]) for name in sorted(events)),
+        events=tuple(event_spec(events[name]) for name in sorted(events)),
         views=tuple(sorted((view.spec for view in views.values()), key=lambda spec: (len(spec.entities), spec.name))),
         services=tuple(services[name].spec for name in sorted(services)),
     )
@@ -96,7 +96,8 @@ def _entity_spec(entity: Entity, events: Iterable[type[Event]]) -> EntitySpec:
     return msgspec.structs.replace(entity.spec, id_type="int" if kinds == {"int"} else msgspec.UNSET)
 
 
-def _event_spec(event: type[Event]) -> EventSpec:
+def event_spec(event: type[Event]) -> EventSpec:
+    """A contract as plain data."""
     return EventSpec(
         name=event.__name__,
         topic=event.topic,

@@ -20,6 +20,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
+from headrace.contract_cli import app as contract
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -37,10 +39,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Headrace: a real-time feature store. Settings are HEADRACE_* variables: see README.md.",
 )
-_SECRET = ("HEADRACE_REDIS_URL", "HEADRACE_KAFKA_OPTIONS", "HEADRACE_ARCHIVE_OPTIONS")
+_SECRET = (
+    *("HEADRACE_REDIS_URL", "HEADRACE_KAFKA_OPTIONS", "HEADRACE_ARCHIVE_OPTIONS"),
+    "HEADRACE_SCHEMA_REGISTRY_OPTIONS",
+)
 """Variables that hold passwords."""
 keys = typer.Typer(no_args_is_help=True, help="API keys of the server: the file HEADRACE_API_KEYS_FILE.")
 app.add_typer(keys, name="keys")
+app.add_typer(contract, name="contract")
 # A table is cut to a terminal's width; who reads a file or a pipe wants all of it.
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True, soft_wrap=True)

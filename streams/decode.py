@@ -103,7 +103,7 @@ class Decoder:
         self._lanes = lanes
         self._dedupe_ms = dedupe_ms
         decoders = {spec.name: ContractDecoder(spec.name, find_contract(spec)) for spec in plan.events}
-        self._topics = {topic: _Topic(specs, decoders, schemas) for topic, specs in plan.topics.items()}
+        self._topics = {topic: Topic(specs, decoders, schemas) for topic, specs in plan.topics.items()}
         self._dedupes: dict[Partition, Dedupe] = {}
 
     def decode(self, chunk: Chunk) -> Decoded:
@@ -212,7 +212,7 @@ class Decoder:
         ]
 
 
-class _Judged(NamedTuple):
+class Judged(NamedTuple):
     """Records of a topic: what each contract accepts, why others are refused, and which are nobody's (bool[n])."""
 
     accepted: list[tuple[EventSpec, Accepted]]
@@ -231,8 +231,14 @@ class _Judged(NamedTuple):
         return index[order], np.concatenate(hashes)[order]
 
 
-class _Topic:
-    """The contracts of a topic."""
+class Topic:
+    """The contracts of a topic.
+
+    Args:
+        specs: the contracts.
+        decoders: theirs, by name.
+        schemas: as of `Decoder`.
+    """
 
     def __init__(self, specs: Sequence[EventSpec], decoders: Mapping[str, ContractDecoder], schemas: Schemas) -> None:
         self._specs, self._decoders, self._schemas = specs, decoders, schemas
@@ -243,13 +249,13 @@ class _Topic:
             self._written.setdefault((source.format, source.schema, source.envelope), []).append(number)
         self._claims: list[_Claims] = [_Claims([(n, specs[n].reads) for n in own]) for own in self._written.values()]
 
-    def judge(self, chunks: Sequence[Chunk], record_ms: Ints, offsets: Ints) -> _Judged:
+    def judge(self, chunks: Sequence[Chunk], record_ms: Ints, offsets: Ints) -> Judged:
         """What the contracts say of chunks of one topic; `record_ms` and `offsets` are those of all their records."""
         values = [value for chunk in chunks for value in chunk.values]
         if len(self._specs) == 1 and self._specs[0].reads.is_plain:
             (spec,) = self._specs
             accepted, wrong = self._decoders[spec.name].decode(values, record_ms)
-            return _Judged([(spec, accepted)], wrong, None)
+            return Judged([(spec, accepted)], wrong, None)
         headers = [each for chunk in chunks for each in (chunk.headers or [()] * len(chunk.values))]
         claimed = np.full(len(values), -1)
         by_number: dict[int, tuple[Opened, dict[Place, list[Any]]]] = {}
@@ -278,7 +284,7 @@ class _Topic:
         refused += [(at, unreadable[0][at]) for at in sorted(lost) if claimed[at] < 0]
         unclaimed = claimed < 0
         unclaimed[list(lost)] = False
-        return _Judged(every, sorted(refused), unclaimed)
+        return Judged(every, sorted(refused), unclaimed)
 
     @staticmethod
     def _given(

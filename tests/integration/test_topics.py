@@ -129,7 +129,11 @@ class Shop:
         if rng.random() < 0.05:
             row["item_id"], wrong = str(item), "item_id: Input should be a valid integer"
         after, before = (None, row) if operation == "d" else (row, row if operation == "u" else None)
-        change = {"op": operation, "source": {"table": table, "ts_ms": t, "lsn": self._n}, "before": before}
+        change: dict[str, Any] = {
+            "op": operation,
+            "source": {"table": table, "ts_ms": t, "lsn": self._n},
+            "before": before,
+        }
         change |= {"after": after, "ts_ms": self._now_ms}
         contracts = {"clicks": "Click", "likes": "Like", "carts": "Cart", "orders": "Order"}
         contract = (
@@ -239,7 +243,7 @@ def of_item(facts: list[Fact]) -> dict[str, Any]:
 
 def same(found: Any, wanted: Any) -> bool:
     if isinstance(wanted, float):
-        return found == pytest.approx(wanted, rel=1e-9)
+        return bool(found == pytest.approx(wanted, rel=1e-9))
     return bool(found == wanted)
 
 
@@ -263,7 +267,8 @@ def send(kafka: str, records: list[Record]) -> None:
     producer = Producer({"bootstrap.servers": kafka, "acks": "all", "linger.ms": 5})
     for record in records:
         # In one partition a topic, so that repeats meet.
-        producer.produce(record.topic, record.value, b"k", 0, headers=record.headers or None)
+        headers: Any = record.headers or None
+        producer.produce(record.topic, record.value, b"k", 0, headers=headers)
     assert producer.flush(60) == 0
 
 
