@@ -621,12 +621,11 @@ def replay(  # noqa: PLR0913, PLR0917  # each is an option of the command
     from rich.progress import Progress
 
     from config.brokers import kafka_python, unreachable
-    from features.plan import find_contract
-    from headrace.replay import Replay, ReplayError, SystemClock, run
+    from headrace.replay import Replay, ReplayError, SystemClock, contracts_of, run
     from store.plans import load_plan
 
     settings = _settings()
-    contracts = {spec.topic: find_contract(spec) for spec in load_plan(settings).events}
+    contracts = contracts_of(load_plan(settings))
     try:
         kafka_options = kafka_python(settings, Replay.timeout_s)
     except KafkaException as error:

@@ -1,5 +1,8 @@
 """`headrace replay FILE`: events from a CSV, JSON Lines or Parquet file to Kafka, each held to its contract first.
 
+A row becomes an event of its topic's contract; or on a topic whose records are as others write them (`written`), where
+several contracts may be, it is a whole record of theirs, sent as it is.
+
 A file is read twice, row by row: once to count it, to learn its columns and (to rebase times) its latest event, once to
 send. Text files go through Python's own readers rather than Arrow's, which know no row numbers and give up a whole file
 for one bad line; Arrow decompresses them (`.csv.gz`, `.jsonl.zst`) and reads Parquet.
@@ -7,18 +10,21 @@ for one bad line; Arrow decompresses them (`.csv.gz`, `.jsonl.zst`) and reads Pa
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import io
+import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol, get_origin
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,7 +37,13 @@ from rich.table import Table
 from rich.text import Text
 
 from features.events import NEWEST_MS, OLDEST_MS, Event, Kind, epoch_ms
+from features.plan import EventSpec, Plan, find_contract
+from features.source import Source, record_time
 from features.times import DAY_MS
+from streams.chunk import Chunk, Partition
+from streams.contract import ContractDecoder
+from streams.decode import Topic
+from streams.opened import time_of
 
 UNDELIVERED_MAX: Final = 10_000
 """Events on their way at once: kafka-python's producer has no limit of its own."""
@@ -46,6 +58,119 @@ _CLOSE_TIMEOUT_S: Final = 2.0
 Row = dict[str, Any] | str
 """A row's values by column, or what is wrong with it."""
 TimeUnit = Literal["s", "ms"]
+
+
+class Record(NamedTuple):
+    """What is sent."""
+
+    value: bytes
+    key: bytes | None
+    occurred_at: int
+
+
+class Written:
+    """A topic whose records are as others write them: who claims one, and judges it.
+
+    Args:
+        name: the topic.
+        specs: its contracts.
+
+    Attributes:
+        refusal: why they can't be sent; empty if they can.
+    """
+
+    def __init__(self, name: str, specs: Sequence[EventSpec]) -> None:
+        self._name, self._specs = name, {spec.name: spec for spec in specs}
+        for spec in specs:
+            if spec.reads.format != "json":
+                self.refusal = (
+                    f"records of {name} are {spec.reads.format}, and replay sends JSON: use their own producer"
+                )
+                break
+        else:
+            self.refusal = ""
+        self._topic = Topic(specs, {each.name: ContractDecoder(each.name, find_contract(each)) for each in specs})
+
+    def judge(self, row: dict[str, Any], now_ms: int, shift_ms: int = 0, key: str = "") -> Record | str | None:
+        """The record of a row, why it is refused, or None if it is nobody's."""
+        found = self._judged(row, now_ms)
+        if shift_ms and isinstance(found, tuple):
+            spec, at_ms = found
+            row = _shifted(spec, row, at_ms + shift_ms)
+            found = self._judged(row, now_ms)
+        if not isinstance(found, tuple):
+            return found
+        value = row.get(key)
+        return Record(_json_of(row), None if value is None else str(value).encode(), found[1])
+
+    def _judged(self, row: dict[str, Any], now_ms: int) -> tuple[EventSpec, int] | str | None:
+        # A time ahead is for the caller to judge, as of every row.
+        record_ms, offsets = np.array([NEWEST_MS]), np.zeros(1, np.int64)
+        if any(time_of(spec.reads) == record_time for spec in self._specs.values()):
+            record_ms = np.array([now_ms])
+        chunk = Chunk(Partition(self._name, 0), 0, 1, 0, [_json_of(row)], [None], offsets, record_ms)
+        judged = self._topic.judge([chunk], record_ms, offsets)
+        if judged.refused:
+            return judged.refused[0][1]
+        whose = ((spec, accepted) for spec, accepted in judged.accepted if len(accepted.index))
+        return next(((spec, int(accepted.times_ms[0])) for spec, accepted in whose), None)
+
+
+Contracts = Mapping[str, "type[Event] | Written"]
+"""Of each topic."""
+
+
+def contracts_of(plan: Plan) -> dict[str, type[Event] | Written]:
+    """The contracts of a plan, as replay has them."""
+    found: dict[str, type[Event] | Written] = {}
+    for topic, specs in plan.topics.items():
+        (first, *more) = (find_contract(spec) for spec in specs)
+        plain = all(leaf.type in (str, int, float, bool) or get_origin(leaf.type) for leaf in first.leaves().values())
+        is_ours = not more and plain and specs[0].reads == Source()
+        found[topic] = first if is_ours else Written(topic, specs)
+    return found
+
+
+def _json_of(row: Any) -> bytes:
+    return json.dumps(
+        row, default=lambda value: value.isoformat() if hasattr(value, "isoformat") else str(value)
+    ).encode()
+
+
+def _shifted(spec: EventSpec, row: dict[str, Any], at_ms: int) -> dict[str, Any]:
+    """The row with another time, written as the one that is there."""
+    time = time_of(spec.reads)
+    path: Sequence[Any] = spec.reads.paths.get("occurred_at", (("occurred_at",),))[0]
+    unit = "ms"
+    if time is not None:
+        if time.at is None or time.at.header:
+            return row
+        path, unit = time.at.path, time.unit
+    whole = copy.deepcopy(row)
+    inner: Any = whole
+    if spec.reads.envelope == "debezium" and "op" not in row:
+        inner = whole["payload"]
+    for step in path[:-1]:
+        inner = inner[step]
+    if isinstance(inner[path[-1]], str | date):
+        inner[path[-1]] = (_EPOCH + timedelta(milliseconds=at_ms)).isoformat(timespec="milliseconds")
+    else:
+        inner[path[-1]] = {"s": at_ms / 1000, "ms": at_ms, "us": at_ms * 1000}[unit]
+    return whole
+
+
+def _plain_contract(contract: type[Event] | Written) -> type[Event]:
+    assert not isinstance(contract, Written)  # noqa: S101  # for the type checker: it was looked at before
+    return contract
+
+
+def _record_of(event: Event, key: str) -> Record:
+    value = getattr(event, key, None)
+    return Record(
+        event.model_dump_json(exclude_none=True).encode(),
+        None if value is None else str(value).encode(),
+        event.occurred_at,
+    )
 
 
 class ReplayError(ValueError):
@@ -148,7 +273,7 @@ class Summary:
         return Group(title, table, *reasons)
 
 
-def run(options: Replay, contracts: Mapping[str, type[Event]], kafka: str, clock: Clock, progress: Progress) -> Summary:
+def run(options: Replay, contracts: Contracts, kafka: str, clock: Clock, progress: Progress) -> Summary:
     """Sends a file's events to Kafka; returns when the broker has them all.
 
     A row without an `event_id` gets one made of the file's name and the row's number, so that a file sent twice within
@@ -174,9 +299,7 @@ def run(options: Replay, contracts: Mapping[str, type[Event]], kafka: str, clock
     return summary
 
 
-def _first_pass(
-    options: Replay, contracts: Mapping[str, type[Event]], now_ms: int, progress: Progress
-) -> tuple[int, int]:
+def _first_pass(options: Replay, contracts: Contracts, now_ms: int, progress: Progress) -> tuple[int, int]:
     """The number of rows, and the milliseconds to add to their times.
 
     Only what would be sent counts for the latest time: a row that the contract refuses may hold any.
@@ -195,11 +318,15 @@ def _first_pass(
             continue
         columns |= dict.fromkeys(row)
         topic = _topic(options, row)
-        if options.rebase_to_now and topic in contracts:
+        if options.rebase_to_now and isinstance(written := contracts.get(topic), Written):
+            judged = written.judge(row, now_ms)
+            if isinstance(judged, Record) and (latest_ms is None or judged.occurred_at > latest_ms):
+                latest_ms = judged.occurred_at
+        elif options.rebase_to_now and topic in contracts:
             at_ms = _at_ms(options, row)
             # Times are held to the lower bound once they are shifted; here one within it stands in.
             if at_ms is not None and at_ms <= NEWEST_MS and (latest_ms is None or at_ms > latest_ms):
-                event = _event(options, contracts[topic], number, row, shift_ms=NEWEST_MS - at_ms)
+                event = _event(options, _plain_contract(contracts[topic]), number, row, shift_ms=NEWEST_MS - at_ms)
                 latest_ms = latest_ms if isinstance(event, str) else at_ms
     progress.remove_task(task)
     if rows:
@@ -209,13 +336,13 @@ def _first_pass(
 
 def _events(
     options: Replay,
-    contracts: Mapping[str, type[Event]],
+    contracts: Contracts,
     shift_ms: int,
     now_ms: int,
     summary: Summary,
     advance: Callable[[], None],
-) -> Iterator[tuple[int, str, Event]]:
-    """What is to be sent: row number, topic, event."""
+) -> Iterator[tuple[int, str, Record]]:
+    """What is to be sent: row number, topic, record."""
     for number, row in _rows(options):
         advance()
         if isinstance(row, str):
@@ -225,17 +352,24 @@ def _events(
         if topic not in contracts:
             summary.left_out[_shown(row.get(options.topic_column or ""))] += 1
             continue
-        event = _event(options, contracts[topic], number, row, shift_ms)
-        if not isinstance(event, str) and event.occurred_at > now_ms + DAY_MS:
-            event = f"occurred_at: {event.occurred_at} is over a day ahead of now; --rebase-to-now shifts all times"
-        if isinstance(event, str):
-            summary.refuse(number, event)
+        contract = contracts[topic]
+        if isinstance(contract, Written):
+            found = contract.judge(row, now_ms, shift_ms, options.key)
         else:
-            yield number, topic, event
+            event = _event(options, contract, number, row, shift_ms)
+            found = event if isinstance(event, str) else _record_of(event, options.key)
+        if isinstance(found, Record) and found.occurred_at > now_ms + DAY_MS:
+            found = f"occurred_at: {found.occurred_at} is over a day ahead of now; --rebase-to-now shifts all times"
+        if found is None:
+            summary.left_out["no contract's"] += 1
+        elif isinstance(found, str):
+            summary.refuse(number, found)
+        else:
+            yield number, topic, found
 
 
 def _send(
-    events: Iterator[tuple[int, str, Event]], options: Replay, kafka: str, clock: Clock, summary: Summary
+    events: Iterator[tuple[int, str, Record]], options: Replay, kafka: str, clock: Clock, summary: Summary
 ) -> None:
     producer: Any = None
     undelivered: deque[tuple[int, str, Any]] = deque()
@@ -249,10 +383,8 @@ def _send(
                 due_ms = started_ms + (event.occurred_at - first_ms) / options.speed
                 if (early_ms := due_ms - clock.now_ms()) > 0:
                     clock.sleep(early_ms / 1000)
-            key = getattr(event, options.key, None)
-            value = event.model_dump_json(exclude_none=True).encode()
             try:
-                sent = producer.send(topic, value, key=None if key is None else str(key).encode())
+                sent = producer.send(topic, event.value, key=event.key)
             except KafkaError as error:
                 raise _not_taken(options, number, topic, error, summary) from error
             undelivered.append((number, topic, sent))
@@ -303,7 +435,7 @@ def _not_taken(options: Replay, row: int, topic: str, error: KafkaError, summary
     )
 
 
-def _check_topics(options: Replay, contracts: Mapping[str, type[Event]]) -> None:
+def _check_topics(options: Replay, contracts: Contracts) -> None:
     if (options.topic is None) == (options.topic_column is None):
         msg = "say where the events go: --topic clicks for all, or --topic-column kind with --topics pv=clicks …"
         raise ReplayError(msg)
@@ -317,10 +449,16 @@ def _check_topics(options: Replay, contracts: Mapping[str, type[Event]]) -> None
         msg = f"--speed {options.speed} must be more than 0: 10 sends ten seconds of events a second"
         raise ReplayError(msg)
     for topic in _used(options):
+        if isinstance(written := contracts.get(topic), Written) and written.refusal:
+            raise ReplayError(written.refusal)
         if topic not in contracts:
             msg = f"no contract is declared for topic {topic!r}; there is: {', '.join(sorted(contracts))}"
             raise ReplayError(msg)
-    known = {name for topic in _used(options) for name in contracts[topic].model_fields}
+        if isinstance(contracts[topic], Written) and options.file.suffixes[:1] == [".csv"]:
+            msg = f"{options.file}: records of {topic} are as others write them; a CSV file has only texts: use .jsonl"
+            raise ReplayError(msg)
+    plain = [each for topic in _used(options) if not isinstance(each := contracts[topic], Written)]
+    known = {name for each in plain for name in each.model_fields}
     for name in options.mapping:
         if name not in known:
             there = ", ".join(sorted(known))
@@ -328,7 +466,7 @@ def _check_topics(options: Replay, contracts: Mapping[str, type[Event]]) -> None
             raise ReplayError(msg)
 
 
-def _check_columns(options: Replay, contracts: Mapping[str, type[Event]], columns: Mapping[str, None]) -> None:
+def _check_columns(options: Replay, contracts: Contracts, columns: Mapping[str, None]) -> None:
     there = f"{options.file} has: {', '.join(columns)}"
     if options.topic_column is not None and options.topic_column not in columns:
         msg = f"--topic-column {options.topic_column}: there is no such column; {there}"
@@ -338,10 +476,13 @@ def _check_columns(options: Replay, contracts: Mapping[str, type[Event]], column
             msg = f"--map {name}={column}: there is no such column; {there}"
             raise ReplayError(msg)
     for topic in _used(options):
-        for name, info in contracts[topic].model_fields.items():
+        contract = contracts[topic]
+        if isinstance(contract, Written):
+            continue
+        for name, info in contract.model_fields.items():
             if info.is_required() and name != "event_id" and options.mapping.get(name, name) not in columns:
                 msg = (
-                    f"{contracts[topic].__name__} needs {name!r}, and no column is called so; {there}. "
+                    f"{contract.__name__} needs {name!r}, and no column is called so; {there}. "
                     f"Name the one that holds it: --map {name}=COLUMN (or all of a headerless CSV: --columns a,b)"
                 )
                 raise ReplayError(msg)

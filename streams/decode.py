@@ -240,7 +240,9 @@ class Topic:
         schemas: as of `Decoder`.
     """
 
-    def __init__(self, specs: Sequence[EventSpec], decoders: Mapping[str, ContractDecoder], schemas: Schemas) -> None:
+    def __init__(
+        self, specs: Sequence[EventSpec], decoders: Mapping[str, ContractDecoder], schemas: Schemas = no_schemas
+    ) -> None:
         self._specs, self._decoders, self._schemas = specs, decoders, schemas
         self._written: dict[tuple[str, str, str], list[int]] = {}
         """Which are written alike."""

@@ -223,7 +223,7 @@ def test_a_sample_without_time_or_identity_says_so_in_its_contract() -> None:
 
 def test_a_source_that_is_wrong_is_an_error_of_the_class() -> None:
     metaclass: Any = type(Event)
-    for keywords, said in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"format": "xml"}, "format='xml': use one of 'json'"),
         ({"envelope": "soap"}, "envelope='soap': use one of"),
         ({"when": {"a..b": 1}}, "'a..b' is no place in a record"),
@@ -231,7 +231,8 @@ def test_a_source_that_is_wrong_is_an_error_of_the_class() -> None:
         ({"when": {"a": 1.5}}, "compare with a text"),
         ({"occurred_at": 3}, "3 is no place in a record"),
         ({"envelope": "cloudevents", "format": "avro"}, "is read of JSON, not of avro"),
-    ]:
+    ]
+    for keywords, said in cases:
         with pytest.raises(TypeError, match=said):
             metaclass("Bad", (Event,), {"__module__": __name__}, topic="t", **keywords)
     with pytest.raises(TypeError, match="event_id is declared as a field and by a keyword"):

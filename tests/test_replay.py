@@ -14,13 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 from kafka.errors import KafkaTimeoutError
+from pydantic import AliasPath, Field
 from rich.console import Console
 from rich.progress import Progress
 
+from features import source
 from features.catalog import Click, Like
+from features.compile import event_spec
 from features.events import Event
 from headrace.embedded import EmbeddedBroker
-from headrace.replay import Refusal, Replay, ReplayError, Summary, run
+from headrace.replay import Refusal, Replay, ReplayError, Summary, Written, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -352,3 +355,51 @@ def test_an_event_that_the_broker_does_not_take_is_named(tmp_path: Path, broker:
     options = Replay(file, topic="clicks", kafka_options=MOCK | {"max_request_size": 10}, timeout_s=DEADLINE_S)
     with pytest.raises(ReplayError, match=r"a\.csv, row 2: .*topic 'clicks'.*max_request_size"):
         run(options, CONTRACTS, broker.bootstrap_servers, TestClock(), Progress(disable=True))
+
+
+# --- records as others write them
+
+
+class Moved(Event, topic="moves", when={"kind": "moved"}, occurred_at=source.seconds("meta.ts"), event_id="id"):
+    user_id: int = Field(validation_alias=AliasPath("who", "id"))
+
+
+class Stopped(Event, topic="moves", when={"kind": "stopped"}, event_id=source.position, occurred_at="at"):
+    user_id: int
+
+
+def test_records_of_others_are_sent_as_they_are_and_shifted_where_their_time_is(
+    tmp_path: Path, broker: EmbeddedBroker
+) -> None:
+    """Each is held to the contract that claims it, wherever its time is and whatever it counts."""
+    old_s = NOW_MS // 1000 - 86_400
+    rows: list[dict[str, Any]] = [
+        {"kind": "moved", "id": 1, "meta": {"ts": old_s, "more": [1]}, "who": {"id": 7}},
+        {"kind": "stopped", "at": datetime.fromtimestamp(old_s - 60, UTC).isoformat(), "user_id": 8},
+        {"kind": "moved", "id": 2, "meta": {"ts": "never"}, "who": {"id": 7}},
+        {"kind": "jumped"},
+    ]
+    file = tmp_path / "moves.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    contracts: Any = {"moves": Written("moves", [event_spec(each) for each in (Moved, Stopped)])}
+    replay = Replay(file, topic="moves", rebase_to_now=True, kafka_options=MOCK, timeout_s=DEADLINE_S, key="user_id")
+    summary = run(replay, contracts, broker.bootstrap_servers, TestClock(), Progress(disable=True))
+    assert (summary.sent["moves"], summary.refused, summary.left_out["no contract's"]) == (2, 1, 1)
+    assert summary.refusals[0].reason.startswith("occurred_at (meta.ts): not RFC 3339")
+    consumer = Consumer({"bootstrap.servers": broker.bootstrap_servers, "group.id": "t"})
+    partitions = consumer.list_topics("moves", timeout=10).topics["moves"].partitions
+    consumer.assign([TopicPartition("moves", number, 0) for number in partitions])
+    sent = [json.loads(each.value() or b"") for each in consumer.consume(2, timeout=DEADLINE_S)]
+    consumer.close()
+    moved, stopped = sorted(sent, key=lambda each: str(each["kind"]))
+    assert moved == {**rows[0], "meta": {"ts": NOW_MS / 1000, "more": [1]}}
+    assert stopped["at"] == datetime.fromtimestamp(NOW_MS / 1000 - 60, UTC).isoformat(timespec="milliseconds")
+    (tmp_path / "moves.csv").write_text("kind\nmoved\n")
+    with pytest.raises(ReplayError, match=r"a CSV file has only texts: use \.jsonl"):
+        run(
+            Replay(tmp_path / "moves.csv", topic="moves", kafka_options=MOCK),
+            contracts,
+            "127.0.0.1:1",
+            TestClock(),
+            Progress(disable=True),
+        )
