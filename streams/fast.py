@@ -119,12 +119,15 @@ class Fast:
     def _storable(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """What JSON can't say, objects can."""
         for column in columns.values():
-            kind = next((type(value) for value in column if value is not None), None)
             there = [value for value in column if value is not None]
-            texts = (text for value in there for text in (value if kind is list else [value]))
-            if (kind in (str, list) and any("\0" in text for text in texts)) or (
-                kind is float and not np.isfinite(there).all()
-            ):
+            if not there or isinstance(there[0], int):
+                continue
+            if isinstance(there[0], float):
+                storable = bool(np.isfinite(there).all())
+            else:
+                joined = "".join(there if isinstance(there[0], str) else (text for each in there for text in each))
+                storable = b"\0" not in joined.encode()
+            if not storable:
                 msg = "for the contract to judge"
                 raise ValueError(msg)
         return columns
