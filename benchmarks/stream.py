@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from confluent_kafka import Consumer, TopicPartition
 from benchmarks import population
 from benchmarks.harness import Benchmark, Options, Report, Series, alternate, main
 from benchmarks.project import ROOT, Project, redis_server
+from benchmarks.stream_formats import NAMES, formats, topics_of
 from benchmarks.stream_peers import Lap, Work
 from benchmarks.traffic import SHARES, TOPICS, Traffic
 from headrace.embedded import end, free_port, spawn, wait_until_ready
@@ -54,7 +55,13 @@ def run(options: Options, report: Report) -> None:
         for name, n in few.items():
             sides[name] = partial(measure_dataflow, name, kafka, _share(ends, n))
         sides["loop"] = lambda: measure_loop(restored(project), kafka, ends)
-        rounds = alternate(sides, options)
+        now_ms = time.time_ns() // 1_000_000
+        of_formats = (events // 2, (users, items), (now_ms - SPAN_MS, now_ms), SETTINGS)
+        with formats(kafka.bootstrap_servers, *of_formats) as projects:
+            for name, written in projects.items():
+                own = ends_of(kafka.bootstrap_servers, topics_of(name))
+                sides[name] = partial(_measure_written, written, own)
+            rounds = alternate(sides, options)
     report.note(
         "peers on Bytewax, with garbage collection off: "
         + "; ".join(f"{name} in {PEERS[name][0]} process(es), the first {n:,} events" for name, n in few.items())
@@ -70,6 +77,18 @@ def run(options: Options, report: Report) -> None:
     report.add("against minute tiles a key", ours / per_key, "times", key="ratio_per_key", at_least=10)
     report.add("against minute tiles a key, each HSET by itself", ours / unpipelined, "times")
     report.add("against the loop", ours / loop, "times", key="ratio_loop", at_least=0.5)
+    plain, nested, avro = (Series.of(rounds[name]) for name in NAMES)
+    report.add("of 40 features, in plain JSON", plain, "events/s")
+    report.add(
+        "time an event, one nested field of another name against plain",
+        plain / nested,
+        "times",
+        key="nested",
+        at_most=1.3,
+    )
+    report.add(
+        "time an event, Avro by a schema registry against plain JSON", plain / avro, "times", key="avro", at_most=1.5
+    )
 
 
 def fill_topics(bootstrap_servers: str, traffic: Traffic, events: int) -> str:
@@ -83,17 +102,22 @@ def fill_topics(bootstrap_servers: str, traffic: Traffic, events: int) -> str:
     )
 
 
-def ends_of(bootstrap_servers: str) -> dict[str, int]:
+def ends_of(bootstrap_servers: str, topics: Iterable[str] = TOPICS) -> dict[str, int]:
     """The offset after the last record of every partition, by `topic/number`."""
     consumer = Consumer({"bootstrap.servers": bootstrap_servers, "group.id": "bench"})
     try:
         return {
             f"{topic}/{number}": consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)[1]
-            for topic in TOPICS
+            for topic in topics
             for number in range(PARTITIONS)
         }
     finally:
         consumer.close()
+
+
+def _measure_written(project: Project, ends: Mapping[str, int]) -> float:
+    """As `measure_stream`, from the beginning."""
+    return measure_stream(restored(project), ends)
 
 
 def measure_stream(project: Project, ends: Mapping[str, int], processes: int = PROCESSES) -> float:
@@ -239,7 +263,7 @@ BENCHMARK = Benchmark(
     "stream",
     work="events from real Apache Kafka, already filled, into Redis: all shipped views, two cores for everything",
     peer="the same counts by Bytewax's windows, by tiles a key in Python; a plain loop around our kernel",
-    keys=("events_per_s", "ratio_builtin", "ratio_per_key", "ratio_loop"),
+    keys=("events_per_s", "ratio_builtin", "ratio_per_key", "ratio_loop", "nested", "avro"),
     run=run,
 )
 

@@ -8,7 +8,7 @@ field is filled, and a session's id, which no contract asks for, rides along: ab
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
@@ -132,8 +132,18 @@ class Traffic:
             found.append((TOPICS[topic], b"u%d" % user, orjson.dumps(event)))
         return found
 
-    def fill(self, bootstrap_servers: str, n: int, start_ms: int, end_ms: int) -> int:
-        """Sends `n` events to Kafka, acknowledged by the broker when it returns; returns the bytes of their JSON."""
+    def fill(
+        self,
+        bootstrap_servers: str,
+        n: int,
+        start_ms: int,
+        end_ms: int,
+        written: Callable[[str, bytes], tuple[str, bytes]] = lambda topic, value: (topic, value),
+    ) -> int:
+        """Sends `n` events to Kafka, acknowledged by the broker when it returns; returns the bytes of their values.
+
+        `written` says into which topic each goes instead, and as what.
+        """
         failed: list[str] = []
         producer = Producer(
             {
@@ -151,7 +161,8 @@ class Traffic:
 
         size = 0
         for block in self.blocks(n, start_ms, end_ms):
-            for topic, key, value in self.encode(block):
+            for own, key, plain in self.encode(block):
+                topic, value = written(own, plain)
                 producer.produce(topic, value, key, on_delivery=delivered)
                 size += len(value)
             # Everything in order and nothing dropped: a block is out before the next one is made.
