@@ -510,6 +510,7 @@ def compare(contract: type[Event], parts: Sequence[Part]) -> Comparison:
             wrong.append(f"the schema has no {place}, by which records are told apart, or have their time or identity")
         elif place.path:
             needed.append(str(place))
+            used.add(place.path)
     free = [
         shown(part.path) for part in parts if part.path not in used and part.type and part.path[: len(below)] == below
     ]
