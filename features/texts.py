@@ -40,7 +40,7 @@ def unify(arrays: list[pa.StringArray]) -> tuple[pa.StringArray, list[Ints]]:
 
 def decimal_texts(column: Any) -> pa.StringArray:
     """Ids or texts of a column: whole numbers (of Arrow's, or float64, NaN for null) in decimal, texts as they are."""
-    if isinstance(column, pa.Array):
+    if not isinstance(column, np.ndarray):
         return column if pa.types.is_string(column.type) else pc.cast(column, pa.string())
     null = np.isnan(column)
     return pc.cast(pa.array(np.where(null, 0, column).astype(np.int64), mask=null), pa.string())

@@ -114,7 +114,7 @@ def _latest(key: str, found: Iterable[pa.RecordBatch | pa.Table]) -> pa.Table:
     """Of each id its last event."""
     latest = pa.schema([(key, pa.string()), ("_t", pa.int64())]).empty_table()
     for events in found:
-        columns = [decimal_texts(events[key]) if len(events) else [], events["_t"]]
+        columns = [decimal_texts(events[key]), events["_t"]]
         both = pa.concat_tables([latest, pa.table(columns, schema=latest.schema).drop_null()])
         grouped = both.group_by(key).aggregate([("_t", "max")])
         latest = grouped.select([key, "_t_max"]).rename_columns([key, "_t"])

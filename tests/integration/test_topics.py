@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import httpx
+import pyarrow as pa
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.schema_registry import SchemaRegistryClient
@@ -27,6 +28,7 @@ from store.archive import tables_of
 from store.plans import load_plan
 from tests.support.schema_registry import SchemaRegistry
 from tests.support.stack import Stack, wait_for
+from training.run import TIME_COLUMN, TableLabels, training_set
 
 pytestmark = pytest.mark.kafka
 
@@ -339,7 +341,7 @@ def check_dead_letters(stack: Stack, records: list[Record]) -> None:
 
 
 def check_archive(stack: Stack, facts: list[Fact]) -> None:
-    """Each contract has a table of its own."""
+    """Each contract has a table of its own, and training sets of these are the same."""
     plan = load_plan(stack.settings)
     wanted = Counter(fact.contract for fact in facts)
 
@@ -348,3 +350,17 @@ def check_archive(stack: Stack, facts: list[Fact]) -> None:
 
     wait_for("all is archived", lambda: found() == dict(wanted))
     assert "shop.interactions~Click" in tables_of(stack.settings, plan)
+    users = sorted({fact.user for fact in facts})
+    now = datetime.fromtimestamp(max(fact.t for fact in facts) / 1000 + 1, UTC)
+    labels = pa.table({"user_id": users, TIME_COLUMN: pa.array([now] * len(users), pa.timestamp("us", "UTC"))})
+    names = [name for name, feature in plan.features.items() if feature.entities == ("user",)]
+    made = pa.Table.from_batches(training_set(stack.settings, plan, names, TableLabels(labels)))
+    wrong = []
+    for row in made.to_pylist():
+        own = [fact for fact in facts if fact.user == row["user_id"]]
+        for name, wanted in of_user(own).items():
+            value = row[f"user_shop__{name}"]
+            if not same(dict(value) if name.startswith("seen_by") else value, wanted):
+                wrong.append(f"{row['user_id']} {name}: {value} instead of {wanted}")
+    assert not wrong, (len(wrong), wrong[:5])
+    print(f"a training set of {len(made)} labels is the same")

@@ -105,8 +105,8 @@ BREAKS: Final = (
     Break(
         "received offsets are not skipped",
         lane.Lane._new,
-        "return happened.take(happened.offsets >= np.maximum(claimed[happened.shards], at))",
-        "return happened.take(happened.offsets >= claimed[happened.shards])",
+        "return [each.take(each.offsets >= np.maximum(claimed[each.shards], at)) for each in happened]",
+        "return [each.take(each.offsets >= claimed[each.shards]) for each in happened]",
     ),
     Break(
         "a gap is passed over",
@@ -171,7 +171,7 @@ BREAKS: Final = (
     Break(
         "duplicates count",
         decode.Decoder._checked,
-        "repeated = dedupe.duplicates(offsets[mine], hashes[mine], record_ms[mine])",
-        "repeated = dedupe.duplicates(offsets[mine], hashes[mine], record_ms[mine]) & False",
+        "repeated[own] = dedupe.duplicates(offsets[own], hashes[within], record_ms[own])",
+        "repeated[own] = dedupe.duplicates(offsets[own], hashes[within], record_ms[own]) & False",
     ),
 )
