@@ -23,6 +23,7 @@ from store.connect import connect, servers
 from store.keys import Keyspace
 from store.plans import ApplyError, NotAppliedPlanError, load_plan, plan_changes
 from streams.kafka import TopicChangedError, TopicIds
+from streams.schemas import SchemaRegistryError, Schemas
 
 _KAFKA_TIMEOUT_S: Final = 10.0
 _BEHIND_S: Final = 60
@@ -59,6 +60,18 @@ def examine(settings: Settings) -> Iterator[Check]:
         yield Check("plan", good=False, found=f"it is in Redis: {type(error).__name__}")
     yield from _redis(settings, plan)
     yield from _kafka(settings, plan)
+    yield from _registry(settings, plan)
+
+
+def _registry(settings: Settings, plan: Plan | None) -> Iterator[Check]:
+    """Whether the schema registry answers, where records begin with its ids."""
+    if plan is None or not any(spec.reads.format in ("avro", "protobuf") for spec in plan.events):
+        return
+    try:
+        n = len(Schemas(settings).get(lambda client: client.get_subjects()))
+        yield Check("schema registry", good=True, found=f"{settings.schema_registry}: {n} subjects")
+    except (OSError, LookupError, SchemaRegistryError) as error:
+        yield Check("schema registry", good=False, found=str(error.args[0]))
 
 
 def _redis(settings: Settings, plan: Plan | None) -> Iterator[Check]:

@@ -53,6 +53,9 @@ class Accepted:
     fields: dict[str, Any]
 
 
+_Columns = tuple[dict[str, Any], NDArray[np.intp], list[tuple[int, str]]]
+
+
 class Given(NamedTuple):
     """What a contract does not find among its fields: see `features.source`.
 
@@ -82,25 +85,26 @@ class ContractDecoder:
     def __init__(self, name: str, contract: type[Event]) -> None:
         self.name = name
         self._contract = contract
-        self._leaves = contract.leaves()
+        self._leaves, source = contract.leaves(), contract.declared_source
+        given = {"event_id": source.identity_is_given, "occurred_at": source.time_is_given}
+        self._elsewhere = {name for name, is_given in given.items() if is_given}
         self.fast: Fast | None = compile_fast(contract)
 
     def decode(
         self, values: Sequence[Any], record_ms: NDArray[np.int64], given: Given = NOTHING_GIVEN
     ) -> tuple[Accepted, list[tuple[int, str]]]:
         """Columns of the accepted records, and (position, reason) of the refused ones."""
-        columns, index, refused = self._all(values) or self._each(values)
-        places = np.array(index, np.intp)
+        columns, places, refused = self._all(values) or self._each(values)
         if given.ids is not None:
-            columns["event_id"] = [given.ids[at] for at in index]
+            columns["event_id"] = pa.array([given.ids[at] for at in places.tolist()], pa.string())
         if given.times_ms is not None:
-            columns["occurred_at"] = [given.times_ms[at] for at in index]
-        times_ms = np.array(columns["occurred_at"], np.int64)
+            columns["occurred_at"] = np.array(given.times_ms, np.int64)[places]
+        event_ids, times_ms = columns.pop("event_id"), columns.pop("occurred_at")
         early = times_ms > record_ms[places] + DAY_MS
         wrong = {int(places[at]): self._ahead(int(times_ms[at])) for at in np.flatnonzero(early)}
         if given.refused:
-            wrong |= {at: given.refused[at] for at in given.refused.keys() & set(index)}
-        accepted = Accepted(places, *self._columns(columns))
+            wrong |= {at: given.refused[at] for at in given.refused.keys() & set(places.tolist())}
+        accepted = Accepted(places, event_ids, times_ms, columns)
         if wrong:
             refused = [*refused, *wrong.items()]
             kept = ~np.isin(places, list(wrong))
@@ -116,16 +120,16 @@ class ContractDecoder:
     def _ahead(time_ms: int) -> str:
         return f"occurred_at: {time_ms} is more than a day ahead of the record; check the producer's clock"
 
-    def _all(self, values: Sequence[Any]) -> tuple[dict[str, list[Any]], list[int], list[tuple[int, str]]] | None:
+    def _all(self, values: Sequence[Any]) -> _Columns | None:
         """The columns of all values, if the fast decoder takes every one."""
         if self.fast is None or None in values:
             return None
         try:
-            return self.fast.columns(values), list(range(len(values))), []
+            return self.fast.columns(values, self._column), np.arange(len(values)), []
         except _FAILS:
             return None
 
-    def _each(self, values: Sequence[Any]) -> tuple[dict[str, list[Any]], list[int], list[tuple[int, str]]]:
+    def _each(self, values: Sequence[Any]) -> _Columns:
         """The columns of those that are accepted, where they stand, and where and why others are refused."""
         found: list[tuple[Any, ...]] = []
         index: list[int] = []
@@ -136,8 +140,17 @@ class ContractDecoder:
                 index.append(at)
             except ValueError as error:
                 refused.append((at, str(error)[:_REASON_LENGTH_MAX]))
-        columns = zip(*found, strict=True) if found else ((),) * len(self._leaves)
-        return {name: list(column) for name, column in zip(self._leaves, columns, strict=True)}, index, refused
+        lists = zip(*found, strict=True) if found else ((),) * len(self._leaves)
+        columns = {name: self._column(name, list(each)) for name, each in zip(self._leaves, lists, strict=True)}
+        return columns, np.array(index, np.intp), refused
+
+    def _column(self, name: str, values: list[Any]) -> Any:
+        """A field's values as they are kept; None if they are found elsewhere."""
+        if name in self._elsewhere:
+            return None
+        if name == "occurred_at":
+            return np.array(values, np.int64)
+        return column_of(self._leaves[name].kind, values)
 
     def check(self, value: Any) -> tuple[Any, ...]:
         """The fields of the event in a record, in order: see `features.events.Event.leaves`.
@@ -150,7 +163,7 @@ class ContractDecoder:
             raise ValueError(msg)
         if self.fast is not None:
             try:
-                return tuple(column[0] for column in self.fast.columns([value]).values())
+                return tuple(column and column[0] for column in self.fast.columns([value]).values())
             except _FAILS:
                 pass  # The contract has the last word, and the better message.
         try:
@@ -173,14 +186,6 @@ class ContractDecoder:
                     raise ValueError(msg)
             values.append(value)
         return tuple(values)
-
-    def _columns(self, columns: dict[str, list[Any]]) -> tuple[pa.StringArray, NDArray[np.int64], dict[str, Any]]:
-        fields = {
-            name: column_of(leaf.kind, columns[name])
-            for name, leaf in self._leaves.items()
-            if name not in ("event_id", "occurred_at")
-        }
-        return pa.array(columns["event_id"], pa.string()), np.array(columns["occurred_at"], np.int64), fields
 
 
 def _as_json(value: Any) -> Any:

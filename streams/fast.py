@@ -91,15 +91,17 @@ class Fast:
         self._json, self._objects = of_json, of_objects
         self._decode = msgspec.json.Decoder(of_json.struct).decode
 
-    def columns(self, values: Sequence[Any]) -> dict[str, list[Any]]:
+    def columns(self, values: Sequence[Any], made: Callable[[str, list[Any]], Any] | None = None) -> dict[str, Any]:
         """The fields of the events in records (JSON, or objects): of all, or an error.
+
+        `made` makes something else of each one's values, by its name: so not all lists are in memory at once.
 
         Raises:
             msgspec.MsgspecError, ValueError, RecursionError: if the contract is to judge one of them.
         """
         if values and not isinstance(values[0], bytes):
             struct = self._objects.struct
-            return self._storable(self._objects.of([msgspec.convert(value, struct) for value in values]))
+            return self._objects.of([msgspec.convert(value, struct) for value in values], made, _must_be_storable)
         joined = b"".join(values)
         nesting = joined.count(b"[") + joined.count(b"{")
         # Each record is an object, or is refused below: so if no record is nested, none is too deep.
@@ -113,24 +115,7 @@ class Fast:
         if not joined.isascii():
             for value in values:
                 value.decode()
-        return self._json.of(list(map(self._decode, values)))
-
-    @staticmethod
-    def _storable(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """What JSON can't say, objects can."""
-        for column in columns.values():
-            there = [value for value in column if value is not None]
-            if not there or isinstance(there[0], int):
-                continue
-            if isinstance(there[0], float):
-                storable = bool(np.isfinite(there).all())
-            else:
-                joined = "".join(there if isinstance(there[0], str) else (text for each in there for text in each))
-                storable = b"\0" not in joined.encode()
-            if not storable:
-                msg = "for the contract to judge"
-                raise ValueError(msg)
-        return columns
+        return self._json.of(list(map(self._decode, values)), made)
 
 
 class _Columns:
@@ -150,8 +135,13 @@ class _Columns:
                 self._add(name, name, info, [self._root], within_model=False)
         self.struct = self._made(self._root, contract.__name__)
 
-    def of(self, structs: list[Any]) -> dict[str, list[Any]]:
-        """The columns of all fields, in order."""
+    def of(
+        self,
+        structs: list[Any],
+        made: Callable[[str, list[Any]], Any] | None,
+        check: Callable[[list[Any]], None] = lambda _: None,
+    ) -> dict[str, Any]:
+        """The columns of all fields, in order; None of those that are found elsewhere."""
         of_node: dict[int, list[Any]] = {id(self._root): structs}
         for parent, node in _below(self._root):
             objects = list(map(attrgetter(node.attribute), of_node[id(parent)]))
@@ -159,10 +149,10 @@ class _Columns:
                 empty = node.empty
                 objects = [empty if each is None else each for each in objects]
             of_node[id(node)] = objects
-        found = {}
+        found: dict[str, Any] = {}
         for name, column in self._fields.items():
-            if column is None:  # It is found elsewhere.
-                found[name] = [None] * len(structs)
+            if column is None:
+                found[name] = None
                 continue
             values = [list(map(attrgetter(leaf.attribute), of_node[id(node)])) for node, leaf in column.leaves]
             chosen = values[0]
@@ -173,9 +163,10 @@ class _Columns:
                     msg = f"{name} is missing"
                     raise ValueError(msg)
                 chosen = [column.default if value is UNSET else value for value in chosen]
-            if (made := column.made) is not None:
-                chosen = [None if value is None else made(value) for value in chosen]
-            found[name] = chosen
+            if (plainly := column.made) is not None:
+                chosen = [None if value is None else plainly(value) for value in chosen]
+            check(chosen)
+            found[name] = chosen if made is None else made(name, chosen)
         return found
 
     def _add(self, name: str, field_name: str, info: FieldInfo, parents: list[_Node], *, within_model: bool) -> None:
@@ -284,6 +275,21 @@ class _Columns:
         if plain == list[str]:
             return Annotated[list[_Text], Meta(max_length=LIST_LENGTH_MAX)], None
         return (_IN_JSON if self._json else _IN_OBJECTS)[plain]
+
+
+def _must_be_storable(column: list[Any]) -> None:
+    """What JSON can't say, objects can."""
+    there = [value for value in column if value is not None]
+    if not there or isinstance(there[0], int):
+        return
+    if isinstance(there[0], float):
+        storable = bool(np.isfinite(there).all())
+    else:
+        joined = "".join(there if isinstance(there[0], str) else (text for each in there for text in each))
+        storable = b"\0" not in joined.encode()
+    if not storable:
+        msg = "for the contract to judge"
+        raise ValueError(msg)
 
 
 def _below(node: _Node) -> Iterator[tuple[_Node, _Node]]:

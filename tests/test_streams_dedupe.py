@@ -286,3 +286,13 @@ def test_a_burst_is_forgotten_in_a_quiet_time_after_it() -> None:
             np.full(1, 100_000 + chunk), np.array([chunk], np.uint64), np.array([T0_MS + 5_000 + 1_000 * chunk])
         )
     assert len(dedupe) < 1_000
+
+
+def test_a_contract_of_which_nothing_comes_any_more_does_not_have_the_log_read_again() -> None:
+    """Others on its topic go on: from two horizons of time and one block of offsets later there is nothing to tell."""
+    dedupe = Dedupe(1000, block=10)
+    dedupe.duplicates(np.array([3]), np.array([7], np.uint64), np.array([5000]))
+    assert dedupe.horizon(4, 5000) == 3
+    assert dedupe.horizon(1000, 7000) == 3  # Time holds it,
+    assert dedupe.horizon(12, 9000) == 3  # or the block,
+    assert dedupe.horizon(1000, 9000) == 1000  # and then neither.

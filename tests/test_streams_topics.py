@@ -454,3 +454,14 @@ def test_any_records_are_somebodys_nobodys_or_dead_letters(contracts: Sequence[t
         name for each in alone for name, _, _ in happened(each, "user")
     ]
     assert whole.unclaimed == sum(each.unclaimed for each in alone)
+
+
+def test_records_that_the_contract_itself_accepts_stand_beside_those_of_the_fast_decoder() -> None:
+    """Where one of a chunk is odd, each is judged alone; times and identities are the record's for both."""
+    odd = click(2) | {"payload": {"user": {"id": 8}, "item": 5}}
+    decoder = Decoder(plan_of(Click), 1, HORIZON_MS)
+    (checked,) = decoder.check_all([chunk(raw(click(1), odd, click(3)))])
+    accepted = checked.events[0].accepted
+    assert accepted.event_ids.to_pylist() == ["c1", "c2", "c3"]
+    assert accepted.times_ms.tolist() == [NOW_MS] * 3
+    assert accepted.fields["user_id"].tolist() == [4711, 8, 4711]

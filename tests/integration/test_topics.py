@@ -23,6 +23,7 @@ from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
 
 from config.settings import DEAD_LETTER_SUFFIX
+from headrace.doctor import examine
 from headrace.embedded import free_port
 from store.archive import tables_of
 from store.plans import load_plan
@@ -320,6 +321,10 @@ def test_topics_that_were_there_before() -> None:
         assert unclaimed(metrics, "shop.interactions") > 0
         assert unclaimed(metrics, "shop.rated") == 0
         assert archiver.poll() is None
+        said = {each.what: each for each in examine(stack.settings)}
+        assert said["schema registry"] == ("schema registry", True, f"{registry.url}: 2 subjects")
+        drafted = stack.headrace("contract", "sample", "shop.rated")
+        assert 'occurred_at=source.seconds("ts")' in drafted
 
 
 def check_dead_letters(stack: Stack, records: list[Record]) -> None:
