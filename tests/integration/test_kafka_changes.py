@@ -136,7 +136,7 @@ def test_records_deleted_before_they_were_read_are_reported_and_the_rest_is_exac
         worker, *_ = children_of(stream)
         read = stack.ends("clicks")[1]
         with suspended(worker):
-            # The broker answers what it was asked last, after 100 ms with nothing: else that would have what is to be lost.
+            # The broker answers what it was asked last after 100 ms, with nothing: else with what is to be lost.
             time.sleep(1)
             feed.send(900, "clicks", 1)
             delete(1, read + 700)
